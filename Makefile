@@ -1,0 +1,45 @@
+# `make` lists what there is. Everything runs in .venv, which `make setup` makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test test-all test-gpu check bench wheel clean
+
+help:  ## Show this list (the default)
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## Make .venv and install, pinned by constraints.txt; nothing when up to date
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=…")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: setup  ## Pretrain a tiny model, fine-tune it with QLoRA, merge, and ask it (3 minutes, no GPU)
+	$(BIN)/python demo/run.py
+
+test: setup  ## Run the tests (CPU, no downloads)
+	$(BIN)/python -m pytest
+
+test-all: setup  ## Run the tests, slow ones too
+	$(BIN)/python -m pytest -m "not gpu and not browser"
+
+test-gpu: setup  ## Run the tests that need an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: setup  ## Lint, check the formatting, check the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## Run the benchmarks; results go to benchmarks/results/
+	$(BIN)/python benchmarks/train.py
+
+wheel: setup  ## Build the wheel, install it in a clean environment, run it there
+	sh .ci/wheel
+
+clean:  ## Remove .venv, runs/ and caches
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

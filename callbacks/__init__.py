@@ -1,0 +1,19 @@
+"""Observers of a run: deleting every one of them must not change one learned weight."""
+
+from callbacks.adapter_export import AdapterExport
+from callbacks.data_summary import DataSummary
+from callbacks.model_export import ModelExport
+from callbacks.prediction_writer import PredictionWriter
+from callbacks.run_progress import RunProgress
+from callbacks.sample_generation import SampleGeneration
+from callbacks.throughput import Throughput
+
+__all__ = [
+    "AdapterExport",
+    "DataSummary",
+    "ModelExport",
+    "PredictionWriter",
+    "RunProgress",
+    "SampleGeneration",
+    "Throughput",
+]

@@ -1,0 +1,129 @@
+"""Answers to the same prompts throughout a run: the eye's check on what is learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from peft import PeftModel
+from rich.console import Console
+from rich.markup import escape
+
+from callbacks.run_folder import datamodule_of, run_folder
+from sft_lightning.data.datamodule import PromptBatch
+from sft_lightning.errors import UserError
+from sft_lightning.models.generation import GenerationConfig, generate
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.types import Message
+
+
+class SampleGeneration(Callback):
+    """Generates answers at the start, every N optimizer steps and at the end.
+
+    They go to the terminal, to `samples.jsonl` and to TensorBoard (`samples/<number>`). With an adapter, the base
+    model's answer stands beside the tuned one. The run's random state is left as it is.
+
+    Args:
+        prompts: User questions, rendered with the run's template; default: the first of the validation data (of the
+            training data without one). An empty list turns samples off.
+        num_prompts: How many to take from the data.
+        every_n_steps: Optimizer steps between samples; 0 for the start and the end alone.
+        generation: How to generate.
+
+    Raises:
+        UserError: If a number is negative.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        num_prompts: int = 3,
+        every_n_steps: int = 200,
+        generation: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        for name, value in {"num_prompts": num_prompts, "every_n_steps": every_n_steps}.items():
+            if value < 0:
+                raise UserError(f"SampleGeneration.{name}: must be at least 0 (got {value})")
+        self.prompts = prompts
+        self.num_prompts = num_prompts
+        self.every_n_steps = every_n_steps
+        self.generation = generation
+        self._sampled_at = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._sample(trainer, pl_module)
+        self._sampled_at = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps and step != self._sampled_at and step % self.every_n_steps == 0:
+            self._sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._sampled_at:
+            self._sample(trainer, pl_module)
+
+    @rank_zero_only
+    def _sample(self, trainer: Trainer, module: LightningModule) -> None:
+        self._sampled_at = trainer.global_step
+        if not isinstance(module, CausalLMModule):
+            raise TypeError(f"SampleGeneration works with a CausalLMModule, not {type(module).__name__}")
+        examples = self._examples(trainer)
+        if not examples:
+            return
+        answers = self._answers(trainer, module, examples)
+        rows: list[dict[str, Any]] = [
+            {"step": trainer.global_step, **example, "answer": answer}
+            for example, answer in zip(examples, answers, strict=True)
+        ]
+        if isinstance(module.language_model, PeftModel):
+            with module.language_model.disable_adapter():
+                for row, answer in zip(rows, self._answers(trainer, module, examples), strict=True):
+                    row["base_answer"] = answer
+        self._write(trainer, rows)
+
+    def _examples(self, trainer: Trainer) -> PromptBatch:
+        datamodule = datamodule_of(trainer)
+        if self.prompts is None:
+            return datamodule.sample_prompts(self.num_prompts)
+        role = "text" if datamodule.task == "pretrain" else "user"
+        turns = [[Message(role, prompt)] for prompt in self.prompts]  # type: ignore[arg-type]
+        return [{"prompt": datamodule.template.generation_prompt(turn)} for turn in turns]
+
+    def _answers(self, trainer: Trainer, module: CausalLMModule, examples: PromptBatch) -> list[str]:
+        datamodule = datamodule_of(trainer)
+        return generate(
+            module.language_model,
+            datamodule.tokenizer,
+            [example["prompt"] for example in examples],
+            stop_token_id=datamodule.stop_token_id,
+            config=self.generation,
+        )
+
+    def _write(self, trainer: Trainer, rows: Sequence[dict[str, Any]]) -> None:
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        console = Console()
+        console.print(f"[bold]samples at optimizer step {trainer.global_step}[/bold]")
+        for row in rows:
+            console.print(f"  [dim]prompt[/dim] {escape(repr(row['prompt'][-100:]))}")
+            for key, label in (("base_answer", "base  "), ("answer", "answer"), ("reference", "wanted")):
+                if key in row:
+                    console.print(f"  [dim]{label}[/dim] {escape(repr(row[key]))}")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for number, row in enumerate(rows):
+                    logger.experiment.add_text(f"samples/{number}", _markdown(row), trainer.global_step)
+
+
+def _markdown(row: dict[str, Any]) -> str:
+    return "\n\n".join(f"**{key}**\n\n```\n{value}\n```" for key, value in row.items() if key != "step")

@@ -1,0 +1,84 @@
+"""`python -m sft_lightning`: finds the command without importing anything heavy, then hands over to it.
+
+Every module of `sft_lightning.commands` is a command; the first line of its docstring is its help. Adding a command is
+adding a file.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sft_lightning import __version__
+from sft_lightning.errors import UserError, did_you_mean
+
+USAGE = "usage: python -m sft_lightning COMMAND [options]"
+HELP = """
+options:
+  -h, --help   show this help; COMMAND --help shows a command's options
+  --version    show the version
+  --debug      after COMMAND: show a traceback also for what you got wrong
+
+Start with: python -m sft_lightning fit --config configs/llama2_13b.yaml"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; default: the command line's.
+
+    Returns:
+        0 on success, 2 for what the user got wrong, 1 for our own failure.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    commands = find_commands()
+    if not args or args[0] in ("-h", "--help"):
+        print(_help(commands))
+        return 0
+    if args[0] == "--version":
+        print(f"sft_lightning {__version__}")
+        return 0
+    name = args[0]
+    if name not in commands:
+        near = did_you_mean(name, commands)
+        return _wrong(f"unknown command {name!r}.{near} Commands: {', '.join(commands)}.")
+    return _run(name, args[1:])
+
+
+def find_commands() -> Mapping[str, str]:
+    """Return each command's name and its one-line help, read from the files without importing them."""
+    folder = Path(__file__).parent / "commands"
+    files = sorted(folder.glob("[!_]*.py"))
+    return {file.stem: (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split("\n")[0] for file in files}
+
+
+def _run(name: str, args: list[str]) -> int:
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        importlib.import_module(f"sft_lightning.commands.{name}").main(args)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        return _wrong(str(error))
+    return 0
+
+
+def _help(commands: Mapping[str, str]) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {help_line}" for name, help_line in commands.items()]
+    return "\n".join([USAGE, "", "Fine-tune causal language models, with proof.", "", "commands:", *lines, HELP])
+
+
+def _wrong(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

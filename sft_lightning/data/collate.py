@@ -1,0 +1,55 @@
+"""Rows of examples → Batch: the one place that makes a sequence-length tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sft_lightning.types import IGNORE_INDEX, Batch, TokenizedExample
+
+
+def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, denominator: float) -> Batch:
+    """Lay rows of documents out as one padded micro-batch.
+
+    Padding is known by position, never by id, so a pad token that equals the end token is harmless. Without rows (a
+    rank with nothing left in the epoch's last step) the batch is one padding token, so that every rank still takes the step.
+
+    Args:
+        rows: Documents of each row, in order.
+        pad_token_id: Id to fill the end of shorter rows with.
+        denominator: Supervised weight of the whole optimizer step.
+    """
+    used = [sum(len(document.input_ids) for document in row) for row in rows]
+    width = max(used, default=1)
+    shape = (max(len(rows), 1), width)
+    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
+    loss_weights = torch.zeros(shape, dtype=torch.float32)
+    position_ids = torch.zeros(shape, dtype=torch.int64)
+    document_lengths: list[list[int]] = []
+    for r, row in enumerate(rows or [[]]):
+        start = 0
+        for document in row:
+            end = start + len(document.input_ids)
+            weights = torch.from_numpy(document.loss_weights.copy())
+            weights[0] = 0.0  # nothing stands before a document's first token to predict it from
+            ids = torch.from_numpy(document.input_ids.astype("int64"))
+            input_ids[r, start:end] = ids
+            labels[r, start:end] = torch.where(weights > 0, ids, IGNORE_INDEX)
+            loss_weights[r, start:end] = weights
+            position_ids[r, start:end] = torch.arange(end - start)
+            start = end
+        padding = width - start
+        position_ids[r, start:] = torch.arange(padding)
+        document_lengths.append([len(d.input_ids) for d in row] + ([padding] if padding else []))
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        loss_weights=loss_weights,
+        position_ids=position_ids,
+        document_lengths=document_lengths,
+        denominator=denominator,
+        num_tokens=sum(used),
+        num_supervised=int((labels != IGNORE_INDEX).sum()),
+    )

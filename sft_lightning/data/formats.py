@@ -1,0 +1,146 @@
+"""Record → list[Message], one function a format.
+
+Every function checks what it reads and raises with the record's location; nothing is skipped or repaired in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sft_lightning.errors import UserError, did_you_mean, one_of
+from sft_lightning.types import Message, Record, Role
+
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+def alpaca(record: Record) -> list[Message]:
+    """Stanford Alpaca: `instruction`, optional `input`, `output`; optional `system` and `history` of pairs."""
+    messages: list[Message] = []
+    if record.fields.get("system"):
+        messages.append(Message("system", _text(record, record.fields, "system")))
+    for pair in record.fields.get("history") or []:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)):
+            raise UserError(f"{record.location}: `history` must be a list of [question, answer] pairs of strings")
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    context = record.fields.get("input")
+    if context is not None and not isinstance(context, str):
+        raise UserError(f"{record.location}: `input` must be a string, not {type(context).__name__}")
+    messages.append(Message("user", _text(record, record.fields, "instruction"), context=context or None))
+    messages.append(Message("assistant", _text(record, record.fields, "output")))
+    return messages
+
+
+def messages(record: Record) -> list[Message]:
+    """OpenAI chat: `messages` of `role` and `content`; optional `train` and `weight` for each message."""
+    return _turns(record, "messages", role_key="role", content_key="content")
+
+
+def sharegpt(record: Record) -> list[Message]:
+    """ShareGPT: `conversations` of `from` (human, gpt, system) and `value`; a leading answer is left out."""
+    turns = _turns(record, "conversations", role_key="from", content_key="value")
+    first_question = next((i for i, turn in enumerate(turns) if turn.role != "assistant"), len(turns))
+    return turns[first_question:]
+
+
+def text(record: Record) -> list[Message]:
+    """A plain document: `text`; no template, every token supervised."""
+    return [Message("text", _text(record, record.fields, "text"))]
+
+
+Format = Callable[[Record], list[Message]]
+
+FORMATS: Mapping[str, Format] = {"alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "text": text}
+
+_TELLING_KEY = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "text": "text"}
+
+
+def find_format(name: str | None, record: Record) -> str:
+    """Return the format's name: `name` if given, else the one that the record's keys tell.
+
+    Raises:
+        UserError: If the name is unknown, or no key tells the format.
+    """
+    if name is not None:
+        if name not in FORMATS:
+            raise one_of(f"data.sources.{record.source}.format", name, FORMATS)
+        return name
+    for key, found in _TELLING_KEY.items():
+        if key in record.fields:
+            return found
+    raise UserError(
+        f"{record.location}: cannot tell the format from the keys {sorted(record.fields)}; "
+        f"set data.sources.{record.source}.format to one of {', '.join(sorted(FORMATS))}"
+    )
+
+
+def to_messages(record: Record, format_name: str) -> list[Message]:
+    """Apply a format and check what every template relies on.
+
+    Raises:
+        UserError: If the record does not fit the format, has no turn to learn from, or its turns do not alternate.
+    """
+    turns = FORMATS[format_name](record)
+    _check_order(record, turns)
+    if not any(turn.role in ("assistant", "text") for turn in turns):
+        raise UserError(f"{record.location}: no assistant turn, so nothing to learn; remove the record")
+    return turns
+
+
+def _check_order(record: Record, turns: list[Message]) -> None:
+    """System first if at all, then user and assistant in turn; a document stands alone."""
+    previous: Role | None = None
+    for number, turn in enumerate(turns):
+        starts = previous in (None, "system")
+        if turn.role == "system" and number > 0:
+            raise UserError(f"{record.location}: turn {number} is a system turn; it must be the first")
+        if turn.role == "user" and previous == "user":
+            raise UserError(f"{record.location}: turns {number - 1} and {number} are both the user's; join them")
+        if turn.role == "assistant" and (starts or previous == "assistant"):
+            raise UserError(f"{record.location}: turn {number} is an answer without a question before it")
+        previous = turn.role
+
+
+def _turns(record: Record, key: str, *, role_key: str, content_key: str) -> list[Message]:
+    turns = record.fields.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{record.location}: `{key}` must be a list of turns{_found(record, key)}")
+    return [_turn(record, f"{key}[{i}]", turn, role_key, content_key) for i, turn in enumerate(turns)]
+
+
+def _turn(record: Record, where: str, turn: Any, role_key: str, content_key: str) -> Message:
+    if not isinstance(turn, dict):
+        raise UserError(f"{record.location}: {where} must be an object with `{role_key}` and `{content_key}`")
+    role = turn.get(role_key)
+    known = _ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
+        raise one_of(f"{record.location}: {where}.{role_key}", role, _ROLES)
+    train, weight = turn.get("train"), turn.get("weight", 1.0)
+    if train is not None and not isinstance(train, bool):
+        raise UserError(f"{record.location}: {where}.train must be true or false, not {train!r}")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+        raise UserError(f"{record.location}: {where}.weight must be a number of at least 0, not {weight!r}")
+    return Message(known, _text(record, turn, content_key, where), train=train, weight=float(weight))
+
+
+def _text(record: Record, fields: Mapping[str, Any], key: str, where: str = "") -> str:
+    value = fields.get(key)
+    if isinstance(value, str):
+        return value
+    name = f"{where}.{key}" if where else key
+    if key not in fields:
+        near = did_you_mean(key, fields)
+        raise UserError(f"{record.location}: `{name}` is missing (the keys are {sorted(fields)}).{near}")
+    raise UserError(f"{record.location}: `{name}` must be a string, not {type(value).__name__}")
+
+
+def _found(record: Record, key: str) -> str:
+    if key in record.fields:
+        return f", not {type(record.fields[key]).__name__}"
+    return f"; the record's keys are {sorted(record.fields)}.{did_you_mean(key, record.fields)}"

@@ -1,0 +1,73 @@
+"""Tokenized examples as flat arrays, addressed by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sft_lightning.types import TokenizedExample
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All examples, one after the other: three arrays, however many examples there are."""
+
+    input_ids: npt.NDArray[np.int32]
+    """Token ids of all examples, (T,)."""
+
+    loss_weights: npt.NDArray[np.float32]
+    """Loss weight of each token, (T,)."""
+
+    starts: npt.NDArray[np.int64]
+    """Where each example starts, and the end of the last, (N + 1,)."""
+
+    @classmethod
+    def from_examples(cls, examples: Sequence[TokenizedExample]) -> TokenStore:
+        """Lay examples out one after the other."""
+        lengths = [len(example.input_ids) for example in examples]
+        return cls(
+            np.concatenate([example.input_ids for example in examples] or [np.zeros(0, np.int32)]),
+            np.concatenate([example.loss_weights for example in examples] or [np.zeros(0, np.float32)]),
+            np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
+        )
+
+    @classmethod
+    def concatenate(cls, stores: Sequence[TokenStore]) -> TokenStore:
+        """Return one store with the examples of all, in order."""
+        lengths = np.concatenate([store.lengths for store in stores])
+        return cls(
+            np.concatenate([store.input_ids for store in stores]),
+            np.concatenate([store.loss_weights for store in stores]),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example, (N,)."""
+        return np.diff(self.starts)
+
+    def example(self, index: int, length: int) -> TokenizedExample:
+        """Return the first `length` tokens of an example."""
+        start = self.starts[index]
+        return TokenizedExample(self.input_ids[start : start + length], self.loss_weights[start : start + length])
+
+    def supervised_weights(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the loss weight that each example contributes when cut to `lengths` tokens, (N,).
+
+        The first token of a document has nothing before it to be predicted from, so it does not count.
+        """
+        before = np.concatenate([[0.0], np.cumsum(self.loss_weights, dtype=np.float64)])
+        firsts = np.minimum(self.starts[:-1] + 1, self.starts[:-1] + lengths)
+        weights: npt.NDArray[np.float64] = before[self.starts[:-1] + lengths] - before[firsts]
+        return weights
+
+    def supervised_tokens(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many tokens of each example have a loss when cut to `lengths` tokens, (N,)."""
+        counted = TokenStore(self.input_ids, (self.loss_weights > 0).astype(np.float32), self.starts)
+        return counted.supervised_weights(lengths).round().astype(np.int64)

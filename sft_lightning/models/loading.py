@@ -1,0 +1,140 @@
+"""Base model and tokenizer, from a folder, a Hub id, or a config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.attention import PACKED
+from sft_lightning.models.quantization import QuantizationConfig
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+def load_tokenizer(name_or_path: str | None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """Load a tokenizer.
+
+    Raises:
+        UserError: If nothing is named, nothing can be loaded, or the tokenizer gives no offsets or has no end token.
+    """
+    if name_or_path is None:
+        raise UserError(
+            "model.tokenizer_name_or_path: needed with model.from_config; name a tokenizer's folder or Hub id"
+        )
+    with _loading("tokenizer", name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"model.tokenizer_name_or_path: the tokenizer of {name_or_path!r} ({type(tokenizer).__name__}) gives no "
+            "character offsets, which exact loss masks are made from; convert it to a tokenizer.json"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"model.tokenizer_name_or_path: the tokenizer of {name_or_path!r} has no eos_token; set one in its "
+            "tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str | None,
+    *,
+    from_config: dict[str, Any] | None,
+    dtype: DTypeName,
+    attn_implementation: str,
+    quantization: QuantizationConfig | None,
+    vocab_size: int,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a base model, or build one from scratch.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        from_config: Instead: `model_type` and the keys of that model's configuration; random weights.
+        dtype: Type of the weights that are not quantized.
+        attn_implementation: `auto` for our packed attention, or a name that transformers knows.
+        quantization: How the base weights are stored; `None` as they are.
+        vocab_size: The tokenizer's, used by `from_config` where it names none.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: If not exactly one of the two is given, or nothing can be loaded from it.
+    """
+    if (name_or_path is None) == (from_config is None):
+        raise UserError("model: set either model_name_or_path or from_config")
+    options = {
+        "dtype": getattr(torch, dtype),
+        "attn_implementation": PACKED if attn_implementation == "auto" else attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    if from_config is not None:
+        return _build(from_config, vocab_size, quantization, options)
+    if quantization is not None:
+        options["quantization_config"] = quantization.to_transformers(options["dtype"])
+    with _loading("model", str(name_or_path)):
+        model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), **options))
+    model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there
+    return model
+
+
+def _build(
+    from_config: dict[str, Any], vocab_size: int, quantization: QuantizationConfig | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    if quantization is not None:
+        raise UserError(
+            "model.quantization: a model built by from_config is random; train and export it, then quantize"
+        )
+    values = {"vocab_size": vocab_size, **copy.deepcopy(from_config)}
+    model_type = values.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.from_config: transformers refuses {from_config}: {error}") from error
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.from_config.vocab_size: {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
+        )
+    return _checked(AutoModelForCausalLM.from_config(config, **options))
+
+
+def _checked(model: object) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"transformers returned a {type(model).__name__}")
+    return model
+
+
+@contextmanager
+def _loading(what: str, name_or_path: str) -> Iterator[None]:
+    """Turn what transformers raises for a wrong name into one message."""
+    key = "model.tokenizer_name_or_path" if what == "tokenizer" else "model.model_name_or_path"
+    folder = Path(name_or_path).expanduser()
+    looks_local = folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{key}: the folder {name_or_path!r} does not exist (looked in {Path.cwd()})")
+    if folder.is_dir() and not (folder / "config.json").is_file() and what == "model":
+        raise UserError(
+            f"{key}: the folder {name_or_path!r} is not a model: it has no config.json (it holds: {_listing(folder)})"
+        )
+    try:
+        yield
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{key}: cannot load a {what} from {name_or_path!r}: {first_line}") from error
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer itself puts its BOS before a text."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -1,0 +1,46 @@
+"""Quantized base weights: NF4, FP4 and LLM.int8 through bitsandbytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from sft_lightning.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How the frozen base weights are stored.
+
+    Raises:
+        UserError: If `bits` is neither 4 nor 8.
+    """
+
+    bits: int = 4
+    """4 (QLoRA, Dettmers et al., 2023, arXiv:2305.14314) or 8 (LLM.int8, Dettmers et al., 2022, arXiv:2208.07339)."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit data type."""
+
+    double_quant: bool = True
+    """Quantize the 4-bit quantization constants too: 0.4 bits per parameter less."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise UserError(f"model.quantization.bits: must be 4 or 8 (got {self.bits}); null for none")
+
+    def to_transformers(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+        """Return the configuration that `from_pretrained` takes; 4-bit weights compute in `compute_dtype`."""
+        if self.bits == 8:
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quant_type,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+            # Stored as compute_dtype, so that strategies that shard by one uniform dtype can take the weights.
+            bnb_4bit_quant_storage=compute_dtype,
+        )

@@ -1,0 +1,1 @@
+"""The LightningModule and the arithmetic that it wires: loss, metrics, optimizer, checkpoints."""

@@ -1,0 +1,274 @@
+"""CausalLMModule: one model, its steps, its optimizer; what is decided is decided in pure functions elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from sft_lightning.data.datamodule import PromptBatch, SFTDataModule
+from sft_lightning.errors import UserError
+from sft_lightning.models.adapters import AdapterConfig, add_adapter
+from sft_lightning.models.attention import prove_isolation
+from sft_lightning.models.generation import GenerationConfig, base_model, generate
+from sft_lightning.models.loading import DTypeName, load_model
+from sft_lightning.models.memory import decide_checkpointing, enable_gradient_checkpointing, free_memory_gib
+from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.training.checkpoint import check_trainable_state, random_state, set_random_state, trainable_state
+from sft_lightning.training.losses import LossSums, predicting_columns, weighted_cross_entropy
+from sft_lightning.training.metrics import TokenMeans
+from sft_lightning.training.optim import LRScheduleConfig, lr_factor, parameter_groups
+from sft_lightning.types import Batch
+
+
+def _fused_adamw(params: Any) -> Optimizer:
+    return torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True)
+
+
+class CausalLMModule(LightningModule):
+    """A causal language model that is fine-tuned in full or by an adapter.
+
+    Args:
+        model_name_or_path: Folder or Hub id of the base model.
+        from_config: Instead of it: `model_type` and that model's configuration keys, to build one from scratch.
+        tokenizer_name_or_path: Folder or Hub id of the tokenizer; default: the model's.
+        dtype: Type of the weights as loaded. Full fine-tuning wants float32 with `trainer.precision: bf16-mixed`.
+        attn_implementation: `auto` for packed attention, or a name that transformers knows.
+        trust_remote_code: Run code that comes with the model.
+        quantization: How the frozen base is stored; `null` as it is. Needs an adapter.
+        adapter: The LoRA adapter to train; `null` for full fine-tuning.
+        gradient_checkpointing: Recompute activations: `true`, `false`, or `auto`, off while they fit.
+        optimizer: Class and arguments; default: fused AdamW at 2e-4.
+        lr_scheduler: How the learning rate changes over the planned optimizer steps.
+        generation: How `predict` generates answers.
+
+    Raises:
+        UserError: If the base is quantized and nothing on top of it trains.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        from_config: dict[str, Any] | None = None,
+        tokenizer_name_or_path: str | None = None,
+        dtype: DTypeName = "bfloat16",
+        attn_implementation: str = "auto",
+        trust_remote_code: bool = False,
+        quantization: QuantizationConfig | None = None,
+        adapter: AdapterConfig | None = None,
+        gradient_checkpointing: bool | Literal["auto"] = "auto",
+        optimizer: Callable[[Any], Optimizer] = _fused_adamw,
+        lr_scheduler: LRScheduleConfig = LRScheduleConfig(),  # noqa: B008 (frozen)
+        generation: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        if quantization is not None and adapter is None:
+            raise UserError("model.quantization: quantized weights cannot be trained; set model.adapter too")
+        self.model_name_or_path = model_name_or_path
+        self.from_config = from_config
+        self.tokenizer_name_or_path = tokenizer_name_or_path
+        self.model_dtype = dtype
+        self.attn_implementation = attn_implementation
+        self.trust_remote_code = trust_remote_code
+        self.quantization = quantization
+        self.adapter = adapter
+        self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.generation = generation
+        self.model: PreTrainedModel | PeftModel | None = None
+        self._random_state: Mapping[str, Any] | None = None
+        self._metrics: list[TokenMeans] = []
+        self._step_loss: torch.Tensor | None = None
+
+    # --- the model -------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the model once, whichever stages follow."""
+        if self.model is not None:
+            return
+        tokenizer = self._data.tokenizer
+        base = load_model(
+            self.model_name_or_path,
+            from_config=self.from_config,
+            dtype=self.model_dtype,
+            attn_implementation=self.attn_implementation,
+            quantization=self.quantization,
+            vocab_size=len(tokenizer),
+            trust_remote_code=self.trust_remote_code,
+        )
+        rows = len(next(base.get_input_embeddings().parameters()))
+        if rows < len(tokenizer):
+            raise UserError(
+                f"model.tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens, "
+                f"but the model embeds only {rows}; use the model's own tokenizer"
+            )
+        self.model = base if self.adapter is None else add_adapter(base, self.adapter)
+
+    @property
+    def language_model(self) -> PreTrainedModel | PeftModel:
+        """The loaded model."""
+        if self.model is None:
+            raise RuntimeError("the model is loaded by configure_model, which the trainer calls")
+        return self.model
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The transformers model inside, without an adapter around it."""
+        return base_model(self.language_model)
+
+    @property
+    def _data(self) -> SFTDataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, SFTDataModule):
+            raise UserError(
+                "CausalLMModule takes its tokenizer and its plan from an SFTDataModule; give the trainer one"
+            )
+        return datamodule
+
+    def on_fit_start(self) -> None:
+        """Prove packing isolation on the loaded model, and decide on gradient checkpointing."""
+        if self._data.packs:
+            difference = prove_isolation(self.language_model, len(self._data.tokenizer), self.device)
+            rank_zero_info(f"packing isolation: proven on this model; packed = separate logits to {difference:.1e}")
+        decision = decide_checkpointing(
+            self.gradient_checkpointing,
+            self.base_model.config,
+            tokens=self._data.batch_size * self._data.max_length,
+            bytes_per_value=getattr(torch, self.model_dtype).itemsize,
+            free_gib=free_memory_gib(self.device),
+        )
+        rank_zero_info(f"gradient checkpointing: {'on' if decision.enabled else 'off'} ({decision.reason})")
+        if decision.enabled:
+            enable_gradient_checkpointing(self.base_model)
+
+    def forward(self, batch: Batch) -> LossSums:
+        """Return the loss sums of a micro-batch."""
+        columns = predicting_columns(batch["labels"])
+        out = self.language_model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            document_lengths=batch["document_lengths"],
+            logits_to_keep=columns,
+            use_cache=False,
+        )
+        return weighted_cross_entropy(out.logits, columns, batch["labels"], batch["loss_weights"])
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        """Return the micro-batch's share of the optimizer step's mean loss per supervised token."""
+        share = self(batch).loss / (batch["denominator"] or 1.0)
+        self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
+        # Lightning divides by the number of micro-batches, and data-parallel strategies average over ranks.
+        scaled: torch.Tensor = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return scaled
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Continue the random generators of a checkpoint, after everything that runs before the first step."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the optimizer step that this micro-batch completed."""
+        if self._step_loss is None or self.trainer.fit_loop._should_accumulate():
+            return
+        several = self.trainer.world_size > 1
+        self.log("train/loss", self._step_loss, sync_dist=several, reduce_fx=torch.sum)
+        # The rate that the step was taken with; the schedule has already moved on.
+        self.log("train/lr", self._lr)
+        self._step_loss = None
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Note the learning rate of the step."""
+        self._lr = optimizer.param_groups[0]["lr"]
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, and log the norm before clipping: one computation for both, no device sync."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
+        optimizer = self.optimizer(parameter_groups(self.named_parameters()))
+        num_steps = self._data.num_optimizer_steps
+        schedule = LambdaLR(optimizer, lambda step: lr_factor(self.lr_scheduler, step, num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._metrics = [TokenMeans().to(self.device) for _ in self._data.val_names]
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a micro-batch of one source to the metrics."""
+        self._metrics[dataloader_idx].update(self(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self._data.val_names)
+
+    def on_test_epoch_start(self) -> None:
+        self._metrics = [TokenMeans().to(self.device) for _ in self._data.test_names]
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a micro-batch of one source to the metrics."""
+        self._metrics[dataloader_idx].update(self(batch))
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self._data.test_names)
+
+    def _log_metrics(self, stage: str, names: list[str]) -> None:
+        """Log the means over all sources, and the loss of each."""
+        total = TokenMeans().to(self.device)
+        for name, metric in zip(names, self._metrics, strict=True):
+            self.log(f"{stage}/loss/{name}", metric.compute()["loss"].float())
+            total.update(LossSums(metric.loss, metric.weight, metric.correct))
+        for key, value in total.compute().items():
+            self.log(f"{stage}/{key}", value.float())
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+        """Return the prompt, the generated answer and, where the data has one, the reference of each example."""
+        data = self._data
+        answers = generate(
+            self.language_model,
+            data.tokenizer,
+            [example["prompt"] for example in batch],
+            stop_token_id=data.stop_token_id,
+            config=self.generation,
+        )
+        return [{**example, "answer": answer} for example, answer in zip(batch, answers, strict=True)]
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains, and the random states."""
+        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+        checkpoint["random_state"] = random_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember the random states for the first step."""
+        self._random_state = checkpoint["random_state"]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what trains; the base is loaded from where it came from."""
+        check_trainable_state(self, state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)

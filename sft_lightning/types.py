@@ -1,0 +1,101 @@
+"""The values that flow through the house, in the order in which they are made.
+
+Record → list[Message] → Segments → TokenizedExample → rows of the plan → Batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a token without a loss, as in `torch.nn.functional.cross_entropy`."""
+
+Role = Literal["system", "user", "assistant", "text"]
+"""Who speaks. `text` is a plain document: no template, every token supervised."""
+
+LossOn = Literal["assistant", "last_turn", "all"]
+"""Which messages are supervised unless they say so themselves (`Message.train`)."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as stored."""
+
+    fields: Mapping[str, Any]
+    """The row's keys and values, untouched."""
+
+    source: str
+    """Name of the source in the YAML."""
+
+    location: str
+    """Where a person finds the row: `data/chat.jsonl, line 12` or `data/alpaca.json, record 3`."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+    context: str | None = None
+    """Alpaca's `input`: what the instruction is about. How it joins the instruction is the template's business."""
+
+    train: bool | None = None
+    """Whether the turn is supervised; `None` leaves it to `data.loss_on`."""
+
+    weight: float = 1.0
+    """Loss weight of each of the turn's supervised tokens."""
+
+
+class Segment(NamedTuple):
+    """A piece of rendered text; the segments of an example, joined, are what the template renders for serving."""
+
+    text: str
+    supervised: bool
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """A tokenized conversation: aligned, not shifted."""
+
+    input_ids: npt.NDArray[np.int32]
+    """Token ids, (L,)."""
+
+    loss_weights: npt.NDArray[np.float32]
+    """Loss weight of each token as a prediction target, (L,); 0 where it has no loss."""
+
+
+class Batch(TypedDict):
+    """A micro-batch of packed rows, padded at the end to the longest row."""
+
+    input_ids: torch.Tensor
+    """Token ids, (B, S) int64."""
+
+    labels: torch.Tensor
+    """The token ids again where they are supervised, else `IGNORE_INDEX`; aligned, not shifted, (B, S) int64."""
+
+    loss_weights: torch.Tensor
+    """Loss weight of each label, (B, S) float32; 0 where the label is `IGNORE_INDEX`."""
+
+    position_ids: torch.Tensor
+    """Positions restarting at 0 in each document, (B, S) int64."""
+
+    document_lengths: list[list[int]]
+    """Tokens of each document of each row; a row's padding is its last document, so that every row adds up to S."""
+
+    denominator: float
+    """Supervised weight of the whole optimizer step that this micro-batch belongs to, over all ranks."""
+
+    num_tokens: int
+    """Tokens in the micro-batch without padding."""
+
+    num_supervised: int
+    """Tokens with a loss."""
