@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import logging
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,8 @@ def find_commands() -> Mapping[str, str]:
 def _run(name: str, args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    # bitsandbytes says at every import that it could not fetch a kernel from a hub, which it need not.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         importlib.import_module(f"sft_lightning.commands.{name}").main(args)
     except UserError as error:

@@ -6,10 +6,11 @@ The one module that may import `callbacks`.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from transformers.utils.logging import disable_progress_bar
 
 import callbacks as observers
 from sft_lightning.data.datamodule import SFTDataModule
@@ -44,15 +46,13 @@ def run_trainer(command: str, args: Sequence[str]) -> None:
     SFTCommandLine(command, list(args))
 
 
-def parse_function(command: str, function: Callable[..., None], args: Sequence[str]) -> None:
-    """Run a command that is a plain function: its parameters are its options, its docstring their help."""
-    parser = Parser(prog=f"python -m sft_lightning {command}")
-    parser.add_function_arguments(function)
-    function(**parser.instantiate_classes(parser.parse_args(list(args))).as_dict())
-
-
 def _quiet() -> None:
-    """Silence what Lightning says of things that are so on purpose."""
+    """Silence what the libraries say of things that are so on purpose, or that are advertisements."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip" not in record.getMessage()
+    )
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     for message in (
         r".*does not have many workers.*",  # tokens are already in memory: workers would only copy them
         r".*smaller than the logging interval.*",
@@ -63,12 +63,12 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-class Parser(LightningArgumentParser):
+class CommandParser(LightningArgumentParser):
     """A parser whose errors are one message with the nearest valid key."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the message as a UserError."""
-        raise UserError(_clear(message, _keys(self))) from ex
+        raise UserError(clear_message(message, _keys(self))) from ex
 
 
 class SFTCommandLine(LightningCLI):
@@ -84,7 +84,7 @@ class SFTCommandLine(LightningCLI):
                 args=[command, *args],
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
-                parser_class=Parser,
+                parser_class=CommandParser,
                 load_from_checkpoint_support=False,
                 save_config_callback=SaveConfigCallback,
                 save_config_kwargs={"overwrite": True},
@@ -124,6 +124,15 @@ class SFTCommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint: what the user wrote wins."""
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; a value that a config class refuses is the user's, not ours."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UserError) or not re.search("Parser key|Does not validate", str(error)):
+                raise
+            raise UserError(clear_message(str(error), _keys(self.parser))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with our defaults where the user has set nothing."""
@@ -173,9 +182,10 @@ def _default_run_folder(config_files: Sequence[Any] | None) -> str:
 
 
 def _refuse_to_overwrite(root: Path) -> None:
-    if (root / "config.yaml").exists():
+    results = [name for name in ("checkpoints", "adapter", "model") if (root / name).exists()]
+    if results:
         raise UserError(
-            f"trainer.default_root_dir: {str(root)!r} holds an earlier run; continue it with --ckpt_path last, "
+            f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; continue it with --ckpt_path last, "
             "choose another folder, or remove it"
         )
 
@@ -186,27 +196,44 @@ def _first_given(*values: str | None) -> str | None:
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-_UNKNOWN = (
-    re.compile(r"does not accept option '(?P<key>[^']+)'"),
-    re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
-    re.compile(r"unrecognized arguments: --(?P<key>[^\s=]+)"),
-    re.compile(r"Key '(?P<key>[^']+)' is not expected"),
+_UNKNOWN_KEY = re.compile(
+    r"(?:does not accept option|Option) '(?P<quoted>[^']+)'|unrecognized arguments: --(?P<argument>[^\s=]+)"
 )
+_SAID_BEFORE = re.compile(r"(?P<key>[\w.]+): no such key\.(?P<near>( Did you mean '[^']+'\?)?)")
+_OWNER = re.compile(r'Parser key "(?P<key>[^"]+)":\s*')
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes.*?Errors:\s*- (?P<first>.*?)\s+- Expected a .*", re.S
+)
+_CHOICES = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<value>.*)")
+_TYPE = re.compile(r"Expected a <class '(?P<type>\w+)'>\. Got value: (?P<value>.*)")
 
 
-def _clear(message: str, keys: Iterable[str]) -> str:
-    """Shorten jsonargparse's message, and add the nearest valid key to an unknown one."""
-    text = re.sub(r"\s*\n\s*", " ", message.strip())
-    for pattern in _UNKNOWN:
-        found = pattern.search(text)
-        if found:
-            key = found["key"]
-            owner = re.search(r"Parser key \"(?P<key>[^\"]+)\"", text)
-            full = f"{owner['key']}.{key}" if owner and not key.startswith(owner["key"]) else key
-            last = _last_names(keys)
-            near = did_you_mean(full, keys) or did_you_mean(key.rsplit(".", 1)[-1], last)
-            return f"{full}: no such key.{near}"
-    return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+def clear_message(message: str, keys: Sequence[str]) -> str:
+    """Shorten what jsonargparse says to the key, the value and the way out.
+
+    Args:
+        message: As jsonargparse composed it.
+        keys: The valid keys, dotted; the nearest to an unknown one is named.
+    """
+    owner = _OWNER.search(message)
+    prefix = f"{owner['key']}." if owner else ""
+    before = _SAID_BEFORE.search(message)
+    if before:
+        key = before["key"] if before["key"].startswith(prefix) else prefix + before["key"]
+        return f"{key}: no such key.{before['near']}"
+    unknown = _UNKNOWN_KEY.search(message)
+    if unknown:
+        key = unknown["quoted"] or unknown["argument"]
+        endings = sorted({known.rsplit(".", 1)[-1] for known in keys})
+        near = did_you_mean(key, keys) or did_you_mean(key.rsplit(".", 1)[-1], endings)
+        return f"{key if key.startswith(prefix) else prefix + key}: no such key.{near}"
+    text = _UNION.sub(lambda union: union["first"], message)
+    if owner and owner["key"] in text.replace(owner[0], ""):
+        text = text.replace(owner[0], "")
+    text = _OWNER.sub(lambda found: f"{found['key']}: ", text)
+    text = _CHOICES.sub(lambda found: f"must be one of {found['choices']} (got {found['value']!r})", text)
+    text = _TYPE.sub(lambda found: f"must be of type {found['type']} (got {found['value']!r})", text)
+    return re.sub(r"\s*\n\s*", " ", text.strip())
 
 
 def _keys(parser: ArgumentParser) -> list[str]:
@@ -229,7 +256,3 @@ def _fields_in(typehint: Any) -> list[str]:
     for part in getattr(typehint, "__args__", ()):
         names += _fields_in(part)
     return names
-
-
-def _last_names(keys: Iterable[str]) -> list[str]:
-    return sorted({key.rsplit(".", 1)[-1] for key in keys})

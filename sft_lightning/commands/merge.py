@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from sft_lightning.cli import parse_function
+from sft_lightning.cli import CommandParser
 from sft_lightning.models.merging import merge_adapters
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the command."""
-    parse_function("merge", merge, args)
+    """Parse the options and merge."""
+    parser = CommandParser(prog="python -m sft_lightning merge", description=__doc__)
+    parser.add_argument(
+        "--adapter", action="append", type=str, required=True, help="A PEFT adapter folder; repeat to merge several."
+    )
+    parser.add_function_arguments(merge, skip={"adapter"})
+    merge(**parser.parse_args(list(args)).as_dict())
 
 
 def merge(
-    adapter: list[str],
+    adapter: Sequence[str],
     output_dir: str,
     base: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -23,7 +28,7 @@ def merge(
     """Merge adapters into their base model; the result is a folder that `AutoModelForCausalLM` loads.
 
     Args:
-        adapter: A PEFT adapter folder; several, as `[A, B]` or by repeating the option with `+`, are merged in order.
+        adapter: PEFT adapter folders, merged in order.
         output_dir: Folder to write; replaced as a whole.
         base: Base model; default: the one that the first adapter names.
         dtype: Type of the written weights; default: the base's own.

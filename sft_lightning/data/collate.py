@@ -13,7 +13,8 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
     """Lay rows of documents out as one padded micro-batch.
 
     Padding is known by position, never by id, so a pad token that equals the end token is harmless. Without rows (a
-    rank with nothing left in the epoch's last step) the batch is one padding token, so that every rank still takes the step.
+    rank with nothing left in the epoch's last step) the batch is one padding token, so that every rank still takes
+    the step.
 
     Args:
         rows: Documents of each row, in order.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sft_lightning.errors import UserError, did_you_mean, one_of
+from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import Message, Record, Role
 
 _ROLES: Mapping[str, Role] = {
@@ -135,12 +135,11 @@ def _text(record: Record, fields: Mapping[str, Any], key: str, where: str = "") 
         return value
     name = f"{where}.{key}" if where else key
     if key not in fields:
-        near = did_you_mean(key, fields)
-        raise UserError(f"{record.location}: `{name}` is missing (the keys are {sorted(fields)}).{near}")
+        raise UserError(f"{record.location}: `{name}` is missing; the keys there are: {', '.join(sorted(fields))}")
     raise UserError(f"{record.location}: `{name}` must be a string, not {type(value).__name__}")
 
 
 def _found(record: Record, key: str) -> str:
     if key in record.fields:
         return f", not {type(record.fields[key]).__name__}"
-    return f"; the record's keys are {sorted(record.fields)}.{did_you_mean(key, record.fields)}"
+    return f"; the record's keys are: {', '.join(sorted(record.fields))}"

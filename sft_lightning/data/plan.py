@@ -1,8 +1,8 @@
 """The epoch plan: which examples share a row, which rows an optimizer step, and what each step's loss is divided by.
 
 Pure arithmetic on lengths and weights, the same on every rank and in every process that asks. Because it is known
-before training, resuming, changing the number of GPUs, predicting steps and weighing every supervised token alike need no
-communication and no state but a position.
+before training, resuming, changing the number of GPUs, predicting steps and weighing every supervised token alike need
+no communication and no state but a position.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ class JinjaTemplate:
         if not up_to.startswith(prompt):
             raise UserError(
                 f"template {self.name}: the generation prompt of turn {turn} ({prompt[-40:]!r}) is not how the "
-                "template renders the turn itself, so a model trained on it would be served something else; fix the template"
+                "template renders the turn itself, so the model would be served something else; fix the template"
             )
         answer = up_to[len(prompt) :]
         if not answer.endswith(self.stop + self.trailer):

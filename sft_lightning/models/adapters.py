@@ -30,7 +30,7 @@ class AdapterConfig:
     """Dropout on the adapter's input."""
 
     target_modules: list[str] | str = "all-linear"
-    """Modules to adapt: a list of name endings, a regular expression, or `all-linear` (all linear layers but the head)."""
+    """Modules to adapt: a list of name endings, a regular expression, or `all-linear` (all linear but the head)."""
 
     modules_to_save: list[str] | None = None
     """Modules to train in full and save with the adapter, such as `embed_tokens` and `lm_head`."""

@@ -113,14 +113,18 @@ def _checked(model: object) -> PreTrainedModel:
 @contextmanager
 def _loading(what: str, name_or_path: str) -> Iterator[None]:
     """Turn what transformers raises for a wrong name into one message."""
-    key = "model.tokenizer_name_or_path" if what == "tokenizer" else "model.model_name_or_path"
+    key = {"model": "model.model_name_or_path", "tokenizer": "model.tokenizer_name_or_path (or model_name_or_path)"}[
+        what
+    ]
     folder = Path(name_or_path).expanduser()
     looks_local = folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if looks_local and not folder.is_dir():
         raise UserError(f"{key}: the folder {name_or_path!r} does not exist (looked in {Path.cwd()})")
-    if folder.is_dir() and not (folder / "config.json").is_file() and what == "model":
+    wanted = {"model": ["config.json"], "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json"]}[what]
+    if folder.is_dir() and not any((folder / name).is_file() for name in wanted):
         raise UserError(
-            f"{key}: the folder {name_or_path!r} is not a model: it has no config.json (it holds: {_listing(folder)})"
+            f"{key}: the folder {name_or_path!r} is not a model with its tokenizer: it has no {' or '.join(wanted)} "
+            f"(it holds: {_listing(folder)})"
         )
     try:
         yield
