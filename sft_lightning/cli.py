@@ -42,11 +42,11 @@ def run_trainer(command: str, args: Sequence[str]) -> None:
     Raises:
         UserError: If the configuration or the data is wrong.
     """
-    _quiet()
+    quiet_libraries()
     SFTCommandLine(command, list(args))
 
 
-def _quiet() -> None:
+def quiet_libraries() -> None:
     """Silence what the libraries say of things that are so on purpose, or that are advertisements."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
@@ -58,6 +58,8 @@ def _quiet() -> None:
         r".*smaller than the logging interval.*",
         r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*LeafSpec.*",
+        r".*`is_gradient_checkpointing` is deprecated.*",
+        r".*Total length of `list` across ranks is zero.*",  # no validation data
         r".*exists and is not empty.*",  # we refuse to overwrite a run ourselves
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -228,8 +230,8 @@ def clear_message(message: str, keys: Sequence[str]) -> str:
         near = did_you_mean(key, keys) or did_you_mean(key.rsplit(".", 1)[-1], endings)
         return f"{key if key.startswith(prefix) else prefix + key}: no such key.{near}"
     text = _UNION.sub(lambda union: union["first"], message)
-    if owner and owner["key"] in text.replace(owner[0], ""):
-        text = text.replace(owner[0], "")
+    if owner and text.replace(owner[0], "").lstrip().startswith(owner["key"]):
+        text = text.replace(owner[0], "")  # our own message already names the key
     text = _OWNER.sub(lambda found: f"{found['key']}: ", text)
     text = _CHOICES.sub(lambda found: f"must be one of {found['choices']} (got {found['value']!r})", text)
     text = _TYPE.sub(lambda found: f"must be of type {found['type']} (got {found['value']!r})", text)

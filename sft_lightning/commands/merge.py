@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from sft_lightning.cli import CommandParser
+from sft_lightning.cli import CommandParser, quiet_libraries
 from sft_lightning.models.merging import merge_adapters
 
 
 def main(args: Sequence[str]) -> None:
     """Parse the options and merge."""
+    quiet_libraries()
     parser = CommandParser(prog="python -m sft_lightning merge", description=__doc__)
     parser.add_argument(
         "--adapter", action="append", type=str, required=True, help="A PEFT adapter folder; repeat to merge several."

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.binding import bind_template, special_tokens, stop_token_id
@@ -269,12 +270,13 @@ class SFTDataModule(LightningDataModule):
         """Return a loader for each test source."""
         return [self._evaluation_loader(corpus) for corpus in self._test]
 
-    def predict_dataloader(self) -> list[PromptBatch]:
+    def predict_dataloader(self) -> DataLoader[dict[str, str]]:
         """Return prompts in batches."""
         prompts = self.prompts()
         if not prompts:
             raise UserError("data: set predict_sources, val_sources or val_fraction; there is nothing to predict on")
-        return [prompts[i : i + self.batch_size] for i in range(0, len(prompts), self.batch_size)]
+        # A list is a data set too; typed as torch wants it.
+        return DataLoader(cast("Dataset[dict[str, str]]", prompts), batch_size=self.batch_size, collate_fn=list)
 
     @property
     def val_names(self) -> list[str]:

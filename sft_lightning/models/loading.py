@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import PACKED
-from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -80,6 +80,7 @@ def load_model(
         options["quantization_config"] = quantization.to_transformers(options["dtype"])
     with _loading("model", str(name_or_path)):
         model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), **options))
+    keep_weight_layout(model)
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there
     return model
 

@@ -44,3 +44,14 @@ class QuantizationConfig:
             # Stored as compute_dtype, so that strategies that shard by one uniform dtype can take the weights.
             bnb_4bit_quant_storage=compute_dtype,
         )
+
+
+def keep_weight_layout(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place when a CPU layer first runs in evaluation mode.
+
+    On CPUs with AVX512-BF16 it does so for a faster kernel, and training goes on with the repacked weights: a validation
+    or a sample would change what is learned. The kernel also refuses layers whose width is not a multiple of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft_lightning.__main__ import main
+from sft_lightning.cli import clear_message
+
+
+def wrong(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run what must end with status 2, and return the one message."""
+    assert main(args) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data.max_lenght=3"], ["data.max_lenght: no such key", "Did you mean 'data.max_length'?"]),
+        (["--model.adapter.rr=3"], ["model.adapter.rr: no such key", "'r'"]),
+        (["--data.max_length=abc"], ["data.max_length", "int", "abc"]),
+        (["--data.max_length=0"], ["data.max_length", "at least 1", "got 0"]),
+        (["--task=dop"], ["task", "'sft', 'pretrain'", "dop"]),
+        (["--model.adapter.r=0"], ["model.adapter.r", "at least 1", "got 0"]),
+        (["--model.quantization.bits=5"], ["model.quantization.bits", "4 or 8", "got 5"]),
+        (["--data.template=vicuna"], ["data.template", "'vicuna'", "Did you mean 'vicuna_v1.1'?"]),
+        (["--data.max_length=20"], ["data.max_length is 20", "overlong", "record"]),
+        (["--data.val_fraction=1.5"], ["data.val_fraction", "1.5"]),
+        (["--data.sources={a: {path: nowhere.json}}"], ["data.sources.a.path", "nowhere.json", "does not exist"]),
+        (["--data.sources={a: {path: x, fromat: text}}"], ["data.sources.fromat: no such key", "'format'"]),
+        (["--data.sources={}"], ["data.sources", "no source"]),
+        (["--model.model_name_or_path=./nowhere"], ["./nowhere", "does not exist"]),
+        (["--model.adapter.target_modules=[q_porj]"], ["target_modules", "q_porj", "Did you mean 'q_proj'?"]),
+        (["--model.lr_scheduler.warmup_ratio=0.1", "--model.lr_scheduler.warmup_steps=3"], ["not both", "0.1 and 3"]),
+        (["--config=nowhere.yaml"], ["config", "nowhere.yaml"]),
+        (["--model.adapter=null", "--model.quantization.bits=4"], ["model.quantization", "model.adapter"]),
+    ],
+)
+def test_what_the_user_got_wrong_is_said_once_with_status_2(
+    options: list[str], said: list[str], fit_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = wrong(["fit", *fit_args, *options], capsys)
+    for part in said:
+        assert part in message
+
+
+def test_a_folder_that_is_not_a_model_is_named(
+    fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("no model here")
+    message = wrong(["fit", *fit_args, f"--model.model_name_or_path={tmp_path / 'folder'}"], capsys)
+    assert "is not a model" in message
+    assert "notes.txt" in message
+
+
+def test_debug_adds_the_traceback(fit_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *fit_args, "--data.max_length=0", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_broken_yaml_names_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.yaml").write_text("data:\n  sources: {a: [\n")
+    assert "line" in wrong(["fit", f"--config={tmp_path / 'broken.yaml'}"], capsys)
+
+
+def test_several_configs_and_options_are_merged_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text("data: {max_length: 64, batch_size: 2}\nmodel: {adapter: {r: 4}}\n")
+    (tmp_path / "b.yaml").write_text("data: {max_length: 128}\n")
+    with pytest.raises(SystemExit) as done:
+        main(
+            ["fit", f"--config={tmp_path / 'a.yaml'}", f"--config={tmp_path / 'b.yaml'}"]
+            + ["--model.adapter.r=8", "--trainer.max_steps=5", "--print_config"]
+        )
+    assert done.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["data"]["max_length"], config["data"]["batch_size"]) == (128, 2)
+    assert config["model"]["adapter"]["r"] == 8
+    assert config["trainer"]["max_steps"] == 5
+
+
+def test_lists_are_appended_to_with_plus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "trainer:\n  callbacks:\n  - class_path: callbacks.SampleGeneration\n    init_args: {prompts: []}\n"
+    )
+    with pytest.raises(SystemExit):
+        main(
+            ["fit", f"--config={tmp_path / 'a.yaml'}", "--trainer.callbacks+=callbacks.Throughput"] + ["--print_config"]
+        )
+    names = [c["class_path"] for c in yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]]
+    assert [name.rsplit(".", 1)[-1] for name in names] == ["SampleGeneration", "Throughput"]
+
+
+def test_a_finished_run_is_not_overwritten(fit_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *fit_args, "--trainer.max_steps=1"]) == 0
+    message = wrong(["fit", *fit_args, "--trainer.max_steps=1"], capsys)
+    assert "--ckpt_path last" in message
+
+
+def test_a_run_leaves_every_promised_output(fit_args: list[str], tmp_path: Path) -> None:
+    assert main(["fit", *fit_args, "--trainer.max_steps=2", "--data.val_fraction=0.2"]) == 0
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "data_report.json", "samples.jsonl", "checkpoints", "adapter"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    report = json.loads((run / "data_report.json").read_text())
+    assert report["sources"]["train/toy"]["records"] + report["sources"]["val/toy"]["records"] == 24
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["template"] == "alpaca"
+
+
+def test_validate_test_and_predict_run_from_a_checkpoint(
+    fit_args: list[str], alpaca_file: Path, tmp_path: Path
+) -> None:
+    data = ["--data.val_fraction=0.2", f"--data.test_sources={{held: {{path: {alpaca_file}}}}}"]
+    assert main(["fit", *fit_args, *data, "--trainer.max_steps=2"]) == 0
+    checkpoint = f"--ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"
+    for command in ("validate", "test", "predict"):
+        assert main([command, *fit_args, *data, checkpoint, "--model.generation.max_new_tokens=4"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 5
+    assert {"prompt", "reference", "answer", "source", "location"} <= rows[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("raw", "clear"),
+    [
+        (
+            "Subcommand 'fit' does not accept option 'data.lenght'",
+            "data.lenght: no such key. Did you mean 'data.length'?",
+        ),
+        ("unrecognized arguments: --data.lenght 3", "data.lenght: no such key. Did you mean 'data.length'?"),
+        ("unrecognized arguments: --zzz", "zzz: no such key."),
+        ("Parser key \"a\":\n  Expected a <class 'int'>. Got value: x", "a: must be of type int (got 'x')"),
+    ],
+)
+def test_parser_messages_are_shortened_to_key_value_and_way_out(raw: str, clear: str) -> None:
+    assert clear_message(raw, ["data.length", "data.sources"]) == clear
