@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from peft import PeftModel
 
 from callbacks.run_folder import datamodule_of, run_folder, run_manifest
@@ -41,8 +41,8 @@ class AdapterExport(Callback):
         tokenizer = datamodule_of(trainer).tokenizer
         zeros = export_adapter(module.language_model, tokenizer, folder, run_manifest(trainer, module))
         if zeros:
-            rank_zero_warn(
-                f"{folder}: {len(zeros)} adapter tensors are all zero, they have not learned anything: {zeros[0]}"
+            rank_zero_info(
+                f"{folder}: {len(zeros)} adapter tensors are all zero, they have not learned anything yet: {zeros[0]}…"
             )
 
 

@@ -6,10 +6,10 @@ import json
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 from rich.table import Table
 
 from callbacks.run_folder import datamodule_of, run_folder
+from callbacks.terminal import console
 from sft_lightning.data.report import DataReport
 
 
@@ -29,7 +29,7 @@ class DataSummary(Callback):
     @rank_zero_only
     def _report(self, trainer: Trainer) -> None:
         report = datamodule_of(trainer).report
-        Console().print(_table(report))
+        console().print(_table(report))
         if report.rows:
             print(
                 f"{report.rows:,} rows of {report.max_length:,} tokens, {report.fill:.1%} full; "

@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from peft import PeftModel
-from rich.console import Console
 from rich.markup import escape
 
 from callbacks.run_folder import datamodule_of, run_folder
+from callbacks.terminal import console
 from sft_lightning.data.datamodule import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import GenerationConfig, generate
@@ -112,13 +112,13 @@ class SampleGeneration(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        console = Console()
-        console.print(f"[bold]samples at optimizer step {trainer.global_step}[/bold]")
+        out = console()
+        out.print(f"[bold]samples at optimizer step {trainer.global_step}[/bold]")
         for row in rows:
-            console.print(f"  [dim]prompt[/dim] {escape(repr(row['prompt'][-100:]))}")
+            out.print(f"  [dim]prompt[/dim] {escape(repr(row['prompt'][-100:]))}")
             for key, label in (("base_answer", "base  "), ("answer", "answer"), ("reference", "wanted")):
                 if key in row:
-                    console.print(f"  [dim]{label}[/dim] {escape(repr(row[key]))}")
+                    out.print(f"  [dim]{label}[/dim] {escape(repr(row[key]))}")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for number, row in enumerate(rows):

@@ -256,6 +256,35 @@ class SFTDataModule(LightningDataModule):
             return trainer.max_steps
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
+    def micro_batches_done(self, position: Mapping[str, int]) -> int:
+        """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
+        return self.plan(position["epoch"]).micro_batches_done(position["rows"], self._topology)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the order of the rows depends on, for a checkpoint."""
+        return {
+            "seed": self.seed,
+            "packing": self.packing,
+            "max_length": self.max_length,
+            "global batch (rows)": self._topology.rows_per_step,
+            "weights": [self.sources[corpus.name].weight for corpus in self._train],
+            "tokens": self._store.fingerprint() if self._train else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint's position means the same rows here.
+
+        Raises:
+            UserError: If it does not, with what changed.
+        """
+        now = self.state_dict()
+        changed = [f"{key}: {old} → {now[key]}" for key, old in state_dict.items() if now[key] != old]
+        if changed and self._train:
+            raise UserError(
+                f"--ckpt_path: the checkpoint's position is one in other data ({'; '.join(changed)}); restore the old "
+                "values, or start a new run from its weights with model.adapter.path (or model.model_name_or_path)"
+            )
+
     # --- loaders ---------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> TrainLoader:

@@ -89,4 +89,4 @@ class TrainLoader:
         Gradients of a step that was under way are not in a checkpoint, so that step is taken again from its first row.
         """
         self._epoch = state["epoch"]
-        self._next = state["rows"] // self._topology.rows_per_step * self._topology.accumulate
+        self._next = self._plan(self._epoch).micro_batches_done(state["rows"], self._topology)

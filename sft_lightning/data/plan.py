@@ -82,6 +82,12 @@ class EpochPlan:
         """Return the micro-batches that every rank takes in the epoch."""
         return -(-self.num_rows // topology.rows_per_micro_batch)
 
+    def micro_batches_done(self, rows: int, topology: Topology) -> int:
+        """Return how many micro-batches of whole optimizer steps lie in the epoch's first `rows` rows."""
+        if rows >= self.num_rows:
+            return self.num_micro_batches(topology)
+        return rows // topology.rows_per_step * topology.accumulate
+
     def micro_batch(self, index: int, topology: Topology) -> list[int]:
         """Return the rows of one rank's micro-batch; fewer than `batch_size`, or none, only at the end of the epoch."""
         first = index * topology.rows_per_micro_batch + topology.rank * topology.batch_size

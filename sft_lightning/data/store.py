@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,13 @@ class TokenStore:
         """Return the first `length` tokens of an example."""
         start = self.starts[index]
         return TokenizedExample(self.input_ids[start : start + length], self.loss_weights[start : start + length])
+
+    def fingerprint(self) -> str:
+        """Return a hash of all examples."""
+        digest = hashlib.sha256()
+        for array in (self.input_ids, self.loss_weights, self.starts):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
     def supervised_weights(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """Return the loss weight that each example contributes when cut to `lengths` tokens, (N,).

@@ -25,6 +25,7 @@ from sft_lightning.training.checkpoint import check_trainable_state, random_stat
 from sft_lightning.training.losses import LossSums, predicting_columns, weighted_cross_entropy
 from sft_lightning.training.metrics import TokenMeans
 from sft_lightning.training.optim import LRScheduleConfig, lr_factor, parameter_groups
+from sft_lightning.training.resume import align_progress
 from sft_lightning.types import Batch
 
 
@@ -176,6 +177,8 @@ class CausalLMModule(LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+            # The loggers' x axis; Lightning guesses it from counters that we may have moved to a step's start.
+            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the optimizer step that this micro-batch completed."""
@@ -265,8 +268,12 @@ class CausalLMModule(LightningModule):
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random states for the first step."""
+        """Remember the random states for the first step, and stand at the start of an optimizer step."""
         self._random_state = checkpoint["random_state"]
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        for position in fit_loop["state_dict"].get("combined_loader", []):
+            if self.trainer.state.fn == "fit":
+                align_progress(fit_loop, self._data.micro_batches_done(position))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what trains; the base is loaded from where it came from."""

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.loading import adds_bos, load_model, load_tokenizer
+from sft_lightning.models.quantization import QuantizationConfig
+
+TINY = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def load(name: str | None, **changes: Any) -> torch.nn.Module:
+    options: dict[str, Any] = {
+        "from_config": None, "dtype": "float32", "attn_implementation": "auto", "quantization": None, "vocab_size": 99,
+    }  # fmt: skip
+    return load_model(name, **{**options, **changes})
+
+
+def test_a_folder_loads_in_the_dtype_asked_for_and_in_training_mode(model_dir: Path) -> None:
+    model = load(str(model_dir), dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.training
+
+
+def test_a_config_makes_a_random_model_of_the_tokenizers_vocabulary() -> None:
+    model = load(None, from_config={**TINY, "intermediate_size": 32})
+    assert model.get_input_embeddings().num_embeddings == 99  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        (None, {}, "either model_name_or_path or from_config"),
+        ("x", {"from_config": TINY}, "either model_name_or_path or from_config"),
+        (None, {"from_config": {**TINY, "vocab_size": 9}}, "below the tokenizer's 99"),
+        (None, {"from_config": {"model_type": "lama"}}, "model.from_config"),
+        (None, {"from_config": TINY, "quantization": QuantizationConfig()}, "model.quantization"),
+        ("./nowhere", {}, "does not exist"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(name: str | None, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(name, **changes)
+    assert said in str(error.value)
+
+
+def test_a_broken_config_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load a model"):
+        load(str(tmp_path))
+
+
+def test_a_tokenizer_is_needed_without_a_model() -> None:
+    with pytest.raises(UserError, match="tokenizer_name_or_path"):
+        load_tokenizer(None)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no eos_token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_adds_bos_is_known(model_dir: Path) -> None:
+    assert adds_bos(load_tokenizer(str(model_dir)))
+
+
+def test_4_bit_weights_do_not_change_when_the_model_is_evaluated(model_dir: Path) -> None:
+    model = load(str(model_dir), quantization=QuantizationConfig())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        model.eval()(ids)
+        after = model.train()(ids).logits
+    assert torch.equal(before, after)
+
+
+def test_a_base_loaded_in_8_bit_runs(model_dir: Path) -> None:
+    model = load(str(model_dir), quantization=QuantizationConfig(bits=8))
+    assert model(torch.arange(12)[None]).logits.isfinite().all()

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.sources import SourceConfig
+from sft_lightning.models.adapters import AdapterConfig
+from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.training.module import CausalLMModule
+
+Grads = dict[str, torch.Tensor]
+
+
+class KeepGradients(Callback):
+    """The gradient that each optimizer step sees."""
+
+    def __init__(self) -> None:
+        self.steps: list[Grads] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        named = pl_module.named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.requires_grad and p.grad is not None})
+
+
+@pytest.fixture
+def train(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable[..., tuple[list[Grads], CausalLMModule]]:
+    """Train one epoch at learning rate 0, and return every step's gradient."""
+
+    def run(
+        *, batch_size: int = 1, accumulate: int = 4, data: dict[str, Any] | None = None, **model: Any
+    ) -> tuple[list[Grads], CausalLMModule]:
+        torch.manual_seed(0)
+        datamodule = SFTDataModule(
+            sources={"toy": SourceConfig(path=str(alpaca_file))},
+            **{
+                "template": "alpaca",
+                "max_length": 200,
+                "tokenizer_name_or_path": str(model_dir),
+                "batch_size": batch_size,
+                **(data or {}),
+            },
+        )
+        options: dict[str, Any] = {
+            "model_name_or_path": str(model_dir),
+            "dtype": "float32",
+            "adapter": AdapterConfig(r=4, dropout=0.0),
+        }
+        module = CausalLMModule(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0), **{**options, **model})
+        keeper = KeepGradients()
+        trainer = Trainer(
+            max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[keeper], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(module, datamodule)
+        return keeper.steps, module
+
+    return run
+
+
+def largest_difference(first: list[Grads], second: list[Grads]) -> float:
+    """Largest difference of any gradient, relative to the largest gradient."""
+    assert len(first) == len(second) > 1
+    scale = max(float(g.abs().max()) for step in first for g in step.values())
+    return (
+        max(
+            float((one[name] - other[name]).abs().max())
+            for one, other in zip(first, second, strict=True)
+            for name in one
+        )
+        / scale
+    )
+
+
+Train = Callable[..., tuple[list[Grads], CausalLMModule]]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(2, 2), (4, 1)])
+def test_gradients_are_equal_however_a_step_is_split(batch_size: int, accumulate: int, train: Train) -> None:
+    reference, _ = train(batch_size=1, accumulate=4)
+    split, _ = train(batch_size=batch_size, accumulate=accumulate)
+    assert largest_difference(reference, split) <= 1e-6
+
+
+def test_packed_and_unpacked_epochs_have_the_same_gradient(train: Train) -> None:
+    packed, _ = train(batch_size=1, accumulate=100)
+    unpacked, _ = train(batch_size=1, accumulate=100, data={"packing": "none"})
+    assert largest_difference([*packed, *packed], [*unpacked, *unpacked]) <= 1e-6
+
+
+def test_the_gradient_is_that_of_the_mean_loss_per_supervised_token(train: Train) -> None:
+    steps, module = train(batch_size=4, accumulate=1, adapter=None)
+    batch = next(iter(module.trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
+    module.zero_grad()
+    out = module.language_model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        document_lengths=batch["document_lengths"],
+    )
+    plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    plain.backward()
+    expected = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert largest_difference([steps[0]] * 2, [expected] * 2) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"adapter": None}, {"quantization": QuantizationConfig()}, {"quantization": QuantizationConfig(bits=8)}],
+    ids=["lora", "full", "qlora", "int8"],
+)
+def test_gradient_checkpointing_changes_no_gradient(model: dict[str, Any], train: Train) -> None:
+    plain, _ = train(**model, gradient_checkpointing=False)
+    recomputed, module = train(**model, gradient_checkpointing=True)
+    assert module.base_model.is_gradient_checkpointing
+    assert largest_difference(plain, recomputed) <= 1e-6
+
+
+def test_a_quantized_base_trains_only_its_adapter(train: Train) -> None:
+    steps, module = train(quantization=QuantizationConfig())
+    assert all(".lora_" in name for name in steps[0])
+    assert any(type(m).__name__ == "Linear4bit" for m in module.modules())
+
+
+def test_a_model_from_a_config_takes_the_tokenizers_vocabulary(train: Train, model_dir: Path) -> None:
+    tiny = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    _, module = train(adapter=None, from_config=tiny, model_name_or_path=None)
+    assert module.base_model.config.vocab_size == len(module.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
