@@ -187,7 +187,8 @@ def _refuse_to_overwrite(root: Path) -> None:
     results = [name for name in ("checkpoints", "adapter", "model") if (root / name).exists()]
     if results:
         raise UserError(
-            f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; continue it with --ckpt_path last, "
+            f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; "
+            "continue it with --ckpt_path last, "
             "choose another folder, or remove it"
         )
 

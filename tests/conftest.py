@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+
+# One thread a process, before torch is imported: for models this small two are slower, on a busy machine much so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +18,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
-
 TEXTS = [
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and",
-    "polite answers to the user's questions. USER: ASSISTANT: ### Instruction: ### Input: ### Response:",
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,",
+    "detailed, and polite answers to the user's questions. USER: ASSISTANT: ### Instruction: ### Input: ### Response:",
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-    "What is the opposite of hot? The opposite of hot is cold. Name a colour. Red is a colour. Count to three: 1, 2, 3.",
+    "What is the opposite of hot? The opposite of hot is cold. Name a colour. Red is a colour. Count: 1, 2, 3.",
 ]
 
 

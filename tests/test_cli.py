@@ -76,8 +76,14 @@ def test_several_configs_and_options_are_merged_in_order(tmp_path: Path, capsys:
     (tmp_path / "b.yaml").write_text("data: {max_length: 128}\n")
     with pytest.raises(SystemExit) as done:
         main(
-            ["fit", f"--config={tmp_path / 'a.yaml'}", f"--config={tmp_path / 'b.yaml'}"]
-            + ["--model.adapter.r=8", "--trainer.max_steps=5", "--print_config"]
+            [
+                "fit",
+                f"--config={tmp_path / 'a.yaml'}",
+                f"--config={tmp_path / 'b.yaml'}",
+                "--model.adapter.r=8",
+                "--trainer.max_steps=5",
+                "--print_config",
+            ]
         )
     assert done.value.code == 0
     config = yaml.safe_load(capsys.readouterr().out)
@@ -91,9 +97,7 @@ def test_lists_are_appended_to_with_plus(tmp_path: Path, capsys: pytest.CaptureF
         "trainer:\n  callbacks:\n  - class_path: callbacks.SampleGeneration\n    init_args: {prompts: []}\n"
     )
     with pytest.raises(SystemExit):
-        main(
-            ["fit", f"--config={tmp_path / 'a.yaml'}", "--trainer.callbacks+=callbacks.Throughput"] + ["--print_config"]
-        )
+        main(["fit", f"--config={tmp_path / 'a.yaml'}", "--trainer.callbacks+=callbacks.Throughput", "--print_config"])
     names = [c["class_path"] for c in yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]]
     assert [name.rsplit(".", 1)[-1] for name in names] == ["SampleGeneration", "Throughput"]
 

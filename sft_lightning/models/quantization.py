@@ -49,8 +49,8 @@ class QuantizationConfig:
 def keep_weight_layout(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights in place when a CPU layer first runs in evaluation mode.
 
-    On CPUs with AVX512-BF16 it does so for a faster kernel, and training goes on with the repacked weights: a validation
-    or a sample would change what is learned. The kernel also refuses layers whose width is not a multiple of 32.
+    On CPUs with AVX512-BF16 it does so for a faster kernel, and training goes on with the repacked weights: a
+    validation or a sample would change what is learned. The kernel also refuses widths that 32 does not divide.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,7 +1,7 @@
 """Where a continued run stands, whatever the checkpoint's micro-batches were.
 
-Lightning counts micro-batches; a checkpoint may fall between two of one optimizer step (whose gradients it does not hold),
-or come from a run that split the same global batch in another way. The position that counts is the optimizer step.
+Lightning counts micro-batches; a checkpoint may fall between two of one optimizer step (whose gradients it does not
+hold), or come from a run that split the same global batch in another way. What counts is the optimizer step.
 """
 
 from __future__ import annotations
