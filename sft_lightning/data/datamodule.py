@@ -17,7 +17,7 @@ from sft_lightning.data.blending import blend
 from sft_lightning.data.collate import collate
 from sft_lightning.data.examples import Corpus, ExampleBuilder, Overlong
 from sft_lightning.data.formats import to_messages
-from sft_lightning.data.loader import EvaluationLoader, TrainLoader
+from sft_lightning.data.loader import Collate, EvaluationLoader, TrainLoader
 from sft_lightning.data.plan import EpochPlan, Packing, Topology, plan_epoch
 from sft_lightning.data.report import DataReport
 from sft_lightning.data.sources import SourceConfig, read_records
@@ -48,7 +48,8 @@ class SFTDataModule(LightningDataModule):
         loss_on: What is supervised: every answer, the last answer, or all tokens.
         max_length: Tokens per packed row.
         overlong: What to do with an example longer than `max_length`; always counted.
-        packing: `best_fit` packs whole examples, isolated from each other; `none` gives each a row of its own.
+        packing: `best_fit` packs whole examples; `concat` writes everything one after the other and cuts; `none` gives
+            each example a row. Documents of a row never see each other.
         batch_size: Rows per micro-batch and device.
         task: Set by the top-level `task`.
         tokenizer_name_or_path: Set by the model's.
@@ -135,6 +136,7 @@ class SFTDataModule(LightningDataModule):
             loss_on=self.loss_on,
             max_length=self.max_length,
             overlong=self.overlong,
+            packing=self.packing,
         )
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -194,7 +196,8 @@ class SFTDataModule(LightningDataModule):
     def _report_plan(self) -> None:
         plan = self.plan(0)
         self.report.rows, self.report.optimizer_steps = plan.num_rows, plan.num_steps
-        self.report.fill = float(self._lengths[plan.examples].sum() / (plan.num_rows * self.max_length))
+        tokens = int((plan.documents[:, 2] - plan.documents[:, 1]).sum())
+        self.report.fill = tokens / (plan.num_rows * self.max_length)
 
     # --- the plan --------------------------------------------------------------------------------------------------
 
@@ -217,7 +220,7 @@ class SFTDataModule(LightningDataModule):
         return plan_epoch(
             chosen,
             self._lengths,
-            self._store.supervised_weights(self._lengths),
+            self._store.weigh,
             packing=self.packing,
             max_length=self.max_length,
             rows_per_step=self._topology.rows_per_step,
@@ -228,7 +231,7 @@ class SFTDataModule(LightningDataModule):
     def packs(self) -> bool:
         """Whether any row of the first epoch holds more than one document."""
         plan = self.plan(0)
-        return len(plan.examples) > plan.num_rows
+        return len(plan.documents) > plan.num_rows
 
     @property
     def _topology(self) -> Topology:
@@ -289,7 +292,7 @@ class SFTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Return this rank's micro-batches."""
-        return TrainLoader(self.plan, self._topology, self._collate(self._store, self._lengths))
+        return TrainLoader(self.plan, self._topology, self._collate(self._store))
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         """Return a loader for each validation source."""
@@ -344,20 +347,20 @@ class SFTDataModule(LightningDataModule):
         plan = plan_epoch(
             np.flatnonzero(corpus.lengths),
             corpus.lengths,
-            corpus.store.supervised_weights(corpus.lengths),
+            corpus.store.weigh,
             packing=self.packing,
             max_length=self.max_length,
             rows_per_step=topology.rows_per_step,
             shuffle=None,
         )
-        return EvaluationLoader(plan, topology, self._collate(corpus.store, corpus.lengths))
+        return EvaluationLoader(plan, topology, self._collate(corpus.store))
 
-    def _collate(self, store: TokenStore, lengths: Any) -> Any:
+    def _collate(self, store: TokenStore) -> Collate:
         pad = self.tokenizer.pad_token_id
         pad_token_id = self.stop_token_id if pad is None else pad
 
         def make(plan: EpochPlan, rows: Sequence[int], denominator: float) -> Batch:
-            documents = [[store.example(i, int(lengths[i])) for i in plan.row(row).tolist()] for row in rows]
+            documents = [[store.example(*document) for document in plan.row(row).tolist()] for row in rows]
             return collate(documents, pad_token_id=pad_token_id, denominator=denominator)
 
         return make

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.binding import check_serving, encoder, special_tokens
 from sft_lightning.data.formats import find_format, to_messages
+from sft_lightning.data.plan import Packing
 from sft_lightning.data.report import SourceReport
 from sft_lightning.data.store import TokenStore
 from sft_lightning.data.templates import DocumentTemplate, Template
@@ -45,6 +46,7 @@ class ExampleBuilder:
     loss_on: LossOn
     max_length: int
     overlong: Overlong
+    packing: Packing
 
     def format_of(self, record: Record, configured: str | None) -> str:
         """Return the format of a source: as configured, else as its first record tells; documents in pretraining.
@@ -93,7 +95,7 @@ class ExampleBuilder:
     def _keep(self, store: TokenStore, owners: Sequence[Record], report: SourceReport) -> npt.NDArray[np.int64]:
         """Apply `overlong`, drop what teaches nothing, and count."""
         lengths = store.lengths
-        overlong = lengths > self.max_length
+        overlong = (lengths > self.max_length) & (self.packing != "concat")
         kept = self._shorten(lengths, owners)
         supervised = store.supervised_tokens(kept)
         report.longest = int(lengths.max(initial=0))
@@ -112,6 +114,8 @@ class ExampleBuilder:
 
     def _shorten(self, lengths: npt.NDArray[np.int64], owners: Sequence[Record]) -> npt.NDArray[np.int64]:
         overlong = lengths > self.max_length
+        if self.packing == "concat":
+            return lengths  # cut by the plan, and nothing is lost
         if self.overlong == "drop":
             return np.where(overlong, 0, lengths)
         if self.overlong == "error" and overlong.any():

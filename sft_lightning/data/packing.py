@@ -1,12 +1,18 @@
-"""Lengths → rows. Global best-fit decreasing: no example is split, no row is longer than `max_length`."""
+"""Lengths → rows: which part of which example stands in which row, and no row is longer than `max_length`.
+
+A row is a list of parts `(index, start, stop)`. Only `concat` splits an example.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+Part = tuple[int, int, int]
+"""(index of the example, first token, end): a document of a row."""
 
-def best_fit(lengths: npt.NDArray[np.int64], max_length: int) -> list[list[int]]:
+
+def best_fit(lengths: npt.NDArray[np.int64], max_length: int) -> list[list[Part]]:
     """Pack examples into as few rows as best-fit decreasing finds.
 
     Each example, longest first, goes into the fullest row that still has room. Free room is kept as a bit mask in one
@@ -18,14 +24,14 @@ def best_fit(lengths: npt.NDArray[np.int64], max_length: int) -> list[list[int]]
         max_length: Tokens per row.
 
     Returns:
-        Rows of indices into `lengths`; each index occurs exactly once.
+        Rows of whole examples; each occurs exactly once.
 
     Raises:
         ValueError: If a length is outside 1..max_length.
     """
     if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= max_length):
         raise ValueError(f"lengths must be in 1..{max_length}, found {lengths.min()}..{lengths.max()}")
-    rows: list[list[int]] = []
+    rows: list[list[Part]] = []
     rows_with_room: list[list[int]] = [[] for _ in range(max_length + 1)]
     rooms = 0  # bit r is set while some row has exactly r tokens of room
     order = np.argsort(-lengths, kind="stable")
@@ -39,13 +45,38 @@ def best_fit(lengths: npt.NDArray[np.int64], max_length: int) -> list[list[int]]
         else:
             room, row = max_length, len(rows)
             rows.append([])
-        rows[row].append(index)
+        rows[row].append((index, 0, length))
         if room > length:
             rows_with_room[room - length].append(row)
             rooms |= 1 << (room - length)
     return rows
 
 
-def one_per_row(lengths: npt.NDArray[np.int64]) -> list[list[int]]:
+def one_per_row(lengths: npt.NDArray[np.int64]) -> list[list[Part]]:
     """No packing: every example is a row of its own."""
-    return [[index] for index in range(len(lengths))]
+    return [[(index, 0, length)] for index, length in enumerate(lengths.tolist())]
+
+
+def concat(lengths: npt.NDArray[np.int64], max_length: int) -> list[list[Part]]:
+    """Write all examples one after the other and cut every `max_length` tokens; only the last row may be shorter.
+
+    Args:
+        lengths: Tokens of each example, each at least 1.
+        max_length: Tokens per row.
+
+    Returns:
+        Rows in order; each token of each example is in exactly one.
+    """
+    rows: list[list[Part]] = []
+    room = 0
+    for index, length in enumerate(lengths.tolist()):
+        start = 0
+        while start < length:
+            if room == 0:
+                rows.append([])
+                room = max_length
+            stop = min(length, start + room)
+            rows[-1].append((index, start, stop))
+            room -= stop - start
+            start = stop
+    return rows

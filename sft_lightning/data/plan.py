@@ -7,15 +7,16 @@ no communication and no state but a position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from sft_lightning.data.packing import best_fit, one_per_row
+from sft_lightning.data.packing import Part, best_fit, concat, one_per_row
 
-Packing = Literal["best_fit", "none"]
+Packing = Literal["best_fit", "concat", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,11 @@ class Topology:
 class EpochPlan:
     """One epoch's rows, in the order in which they are trained."""
 
-    examples: npt.NDArray[np.int64]
-    """Example of each document, row after row, (D,)."""
+    documents: npt.NDArray[np.int64]
+    """Example, first token and end of each document, row after row, (D, 3)."""
 
     row_starts: npt.NDArray[np.int64]
-    """Where each row's documents start in `examples`, (R + 1,)."""
+    """Where each row's documents start in `documents`, (R + 1,)."""
 
     row_weights: npt.NDArray[np.float64]
     """Supervised weight of each row, (R,)."""
@@ -71,8 +72,8 @@ class EpochPlan:
         return -(-self.num_rows // self.rows_per_step)
 
     def row(self, index: int) -> npt.NDArray[np.int64]:
-        """Return the examples of a row, in order."""
-        return self.examples[self.row_starts[index] : self.row_starts[index + 1]]
+        """Return the documents of a row, in order, (documents, 3)."""
+        return self.documents[self.row_starts[index] : self.row_starts[index + 1]]
 
     def step_weight(self, step: int) -> float:
         """Return the supervised weight of an optimizer step: the denominator of its loss."""
@@ -97,7 +98,7 @@ class EpochPlan:
 def plan_epoch(
     chosen: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
-    weights: npt.NDArray[np.float64],
+    weigh: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.float64]],
     *,
     packing: Packing,
     max_length: int,
@@ -109,23 +110,29 @@ def plan_epoch(
     Args:
         chosen: Examples to see, with repeats, (E,).
         lengths: Tokens of every example, (N,).
-        weights: Supervised weight of every example, (N,).
+        weigh: Documents, (D, 3) → their supervised weights, (D,).
         packing: How examples share rows.
         max_length: Tokens per row.
         rows_per_step: The global batch.
         shuffle: (seed, epoch) that decide the order; `None` keeps the order of `chosen` as far as packing allows.
 
     Returns:
-        The plan; every entry of `chosen` is in exactly one row.
+        The plan; every entry of `chosen` is in exactly one row, with `concat` perhaps in several parts.
     """
     if shuffle is not None:
         chosen = np.random.default_rng((*shuffle, 0)).permutation(chosen)
-    rows = best_fit(lengths[chosen], max_length) if packing == "best_fit" else one_per_row(lengths[chosen])
+    rows = _pack(lengths[chosen], packing, max_length)
     if shuffle is not None:
         order = np.random.default_rng((*shuffle, 1)).permutation(len(rows))
         rows = [rows[i] for i in order]
-    counts = np.array([len(row) for row in rows], np.int64)
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    examples = chosen[np.array([i for row in rows for i in row], np.int64)]
-    row_weights = np.add.reduceat(weights[examples], starts[:-1]) if len(rows) else np.zeros(0)
-    return EpochPlan(examples, starts, row_weights, rows_per_step)
+    row_starts = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int64)
+    documents = np.array([part for row in rows for part in row], np.int64).reshape(-1, 3)
+    documents[:, 0] = chosen[documents[:, 0]]
+    row_weights = np.add.reduceat(weigh(documents), row_starts[:-1]) if rows else np.zeros(0)
+    return EpochPlan(documents, row_starts, row_weights, rows_per_step)
+
+
+def _pack(lengths: npt.NDArray[np.int64], packing: Packing, max_length: int) -> list[list[Part]]:
+    if packing == "best_fit":
+        return best_fit(lengths, max_length)
+    return concat(lengths, max_length) if packing == "concat" else one_per_row(lengths)

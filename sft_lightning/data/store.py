@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,10 +55,10 @@ class TokenStore:
         """Tokens of each example, (N,)."""
         return np.diff(self.starts)
 
-    def example(self, index: int, length: int) -> TokenizedExample:
-        """Return the first `length` tokens of an example."""
-        start = self.starts[index]
-        return TokenizedExample(self.input_ids[start : start + length], self.loss_weights[start : start + length])
+    def example(self, index: int, start: int, stop: int) -> TokenizedExample:
+        """Return tokens `start` to `stop` of an example."""
+        part = slice(self.starts[index] + start, self.starts[index] + stop)
+        return TokenizedExample(self.input_ids[part], self.loss_weights[part])
 
     def fingerprint(self) -> str:
         """Return a hash of all examples."""
@@ -65,17 +67,31 @@ class TokenStore:
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
-    def supervised_weights(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Return the loss weight that each example contributes when cut to `lengths` tokens, (N,).
+    def weigh(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Return the loss weight that each document contributes, (D,).
 
         The first token of a document has nothing before it to be predicted from, so it does not count.
+
+        Args:
+            documents: Example, first token and end of each, (D, 3).
         """
-        before = np.concatenate([[0.0], np.cumsum(self.loss_weights, dtype=np.float64)])
-        firsts = np.minimum(self.starts[:-1] + 1, self.starts[:-1] + lengths)
-        weights: npt.NDArray[np.float64] = before[self.starts[:-1] + lengths] - before[firsts]
-        return weights
+        return _sums(self._weights_before, self.starts, documents)
 
     def supervised_tokens(self, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many tokens of each example have a loss when cut to `lengths` tokens, (N,)."""
-        counted = TokenStore(self.input_ids, (self.loss_weights > 0).astype(np.float32), self.starts)
-        return counted.supervised_weights(lengths).round().astype(np.int64)
+        before = np.concatenate([[0], np.cumsum(self.loss_weights > 0, dtype=np.int64)])
+        cut = np.stack([np.arange(len(self)), np.zeros_like(lengths), lengths], axis=1)
+        return _sums(before, self.starts, cut)
+
+    @functools.cached_property
+    def _weights_before(self) -> npt.NDArray[np.float64]:
+        return np.concatenate([[0.0], np.cumsum(self.loss_weights, dtype=np.float64)])
+
+
+def _sums(
+    before: npt.NDArray[Any], starts: npt.NDArray[np.int64], documents: npt.NDArray[np.int64]
+) -> npt.NDArray[Any]:
+    """Sum over each document but its first token, given the running sums before each token."""
+    first, end = (starts[documents[:, 0]] + documents[:, column] for column in (1, 2))
+    sums: npt.NDArray[Any] = before[end] - before[np.minimum(first + 1, end)]
+    return sums

@@ -154,5 +154,16 @@ def test_two_epochs_have_the_same_examples_in_another_order(module: Make) -> Non
     data = module()
     data.setup("fit")
     first, second = data.plan(0), data.plan(1)
-    assert sorted(first.examples.tolist()) == sorted(second.examples.tolist())
-    assert first.examples.tolist() != second.examples.tolist()
+    assert sorted(first.documents.tolist()) == sorted(second.documents.tolist())
+    assert first.documents.tolist() != second.documents.tolist()
+
+
+def test_concat_trains_on_every_token_of_documents_of_any_length(module: Make, write_json: Callable[..., Path]) -> None:
+    long = write_json("long.json", [{"text": "word " * 300}, {"text": "short"}])
+    data = module(sources={"long": SourceConfig(path=str(long))}, packing="concat", max_length=64, task="pretrain")
+    data.setup("fit")
+    report = data.report.sources["train/long"]
+    batches = list(data.train_dataloader())
+    assert sum(batch["num_tokens"] for batch in batches) == report.tokens
+    assert (report.dropped, report.truncated, report.supervised_tokens_lost) == ({}, 0, 0)
+    assert sorted(batch["num_tokens"] for batch in batches)[1:] == [64] * (data.plan(0).num_rows - 1)

@@ -45,9 +45,8 @@ def test_supervised_tokens_are_the_answer_and_its_end_token(tokenizer: PreTraine
 
 def test_weights_reach_the_tokens_of_their_segment(tokenizer: PreTrainedTokenizerFast) -> None:
     example = example_of(tokenizer, [Segment("a b c", True, 0.5), Segment(" d e f</s>", True, 2.0)])
-    words = [tokenizer.decode([i]) for i in example.input_ids.tolist()]
-    assert dict(zip(words, example.loss_weights.tolist(), strict=True))[" d"] == 2.0
-    assert example.loss_weights[0] == 0.5
+    halves = len(tokenizer("a b c", add_special_tokens=False).input_ids)
+    assert example.loss_weights.tolist() == [0.5] * halves + [2.0] * (len(example.input_ids) - halves)
 
 
 def test_a_token_that_would_straddle_the_border_is_cut_there() -> None:
