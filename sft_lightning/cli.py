@@ -29,7 +29,10 @@ from sft_lightning.training.module import CausalLMModule
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+DEFAULT_OPTIMIZER = {
+    "class_path": "torch.optim.AdamW",
+    "init_args": {"lr": 2e-4, "weight_decay": 0.0, "fused": True},
+}
 
 
 def run_trainer(command: str, args: Sequence[str]) -> None:
@@ -115,6 +118,7 @@ class SFTCommandLine(LightningCLI):
             default="sft",
             help="sft: conversations through a template; pretrain: plain documents, every token supervised.",
         )
+        parser.set_defaults({"model.optimizer": DEFAULT_OPTIMIZER})
         parser.link_arguments("task", "data.task")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")

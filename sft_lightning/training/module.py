@@ -29,10 +29,6 @@ from sft_lightning.training.resume import align_progress
 from sft_lightning.types import Batch
 
 
-def _fused_adamw(params: Any) -> Optimizer:
-    return torch.optim.AdamW(params, lr=2e-4, weight_decay=0.0, fused=True)
-
-
 class CausalLMModule(LightningModule):
     """A causal language model that is fine-tuned in full or by an adapter.
 
@@ -46,7 +42,7 @@ class CausalLMModule(LightningModule):
         quantization: How the frozen base is stored; `null` as it is. Needs an adapter.
         adapter: The LoRA adapter to train; `null` for full fine-tuning.
         gradient_checkpointing: Recompute activations: `true`, `false`, or `auto`, off while they fit.
-        optimizer: Class and arguments; default: fused AdamW at 2e-4.
+        optimizer: Class and arguments; the command line's default is fused AdamW at 2e-4.
         lr_scheduler: How the learning rate changes over the planned optimizer steps.
         generation: How `predict` generates answers.
 
@@ -65,7 +61,7 @@ class CausalLMModule(LightningModule):
         quantization: QuantizationConfig | None = None,
         adapter: AdapterConfig | None = None,
         gradient_checkpointing: bool | Literal["auto"] = "auto",
-        optimizer: Callable[[Any], Optimizer] = _fused_adamw,
+        optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW,
         lr_scheduler: LRScheduleConfig = LRScheduleConfig(),  # noqa: B008 (frozen)
         generation: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
     ) -> None:
