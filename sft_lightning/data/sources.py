@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sft_lightning.data.files import READERS, read_file, reader_of
 from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import Record
-
-SUFFIXES = (".json", ".jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +19,8 @@ class SourceConfig:
     """
 
     path: str
-    """A `.json` or `.jsonl` file, or a folder of them (searched recursively, in sorted order)."""
+    """A `.json`, `.jsonl`, `.jsonl.gz`, `.csv`, `.parquet`, `.arrow` or `.txt` file, or a folder of them (searched
+    recursively, in sorted order)."""
 
     format: str | None = None
     """How a record becomes messages: alpaca, messages, sharegpt or text. Default: as the first record's keys tell."""
@@ -53,7 +50,7 @@ def read_records(name: str, config: SourceConfig) -> list[Record]:
     """
     records: list[Record] = []
     for file in _files(name, Path(config.path).expanduser()):
-        for location, row in _read_file(file):
+        for location, row in read_file(file):
             if not isinstance(row, dict):
                 raise UserError(f"{location}: a record must be a JSON object, not {type(row).__name__}: {_short(row)}")
             records.append(Record(fields=row, source=name, location=location))
@@ -64,63 +61,15 @@ def read_records(name: str, config: SourceConfig) -> list[Record]:
 
 def _files(name: str, path: Path) -> list[Path]:
     if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise one_of(f"data.sources.{name}.path: {str(path)!r}: the file type", path.suffix, SUFFIXES)
+        if reader_of(path) is None:
+            raise one_of(f"data.sources.{name}.path: {str(path)!r}: the file type", path.suffix, READERS)
         return [path]
     if not path.is_dir():
         raise UserError(f"data.sources.{name}.path: {str(path)!r} does not exist (looked in {Path.cwd()})")
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    files = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file))
     if not files:
-        raise UserError(f"data.sources.{name}.path: the folder {str(path)!r} holds no {' or '.join(SUFFIXES)} file")
+        raise UserError(f"data.sources.{name}.path: the folder {str(path)!r} holds no {', '.join(READERS)} file")
     return files
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (location, row) for every row of a file."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
-        ) from error
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; remove it or point data.sources at another")
-    return _read_lines(path, text) if path.suffix == ".jsonl" else _read_document(path, text)
-
-
-def _read_document(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        if _is_json_lines(text):
-            yield from _read_lines(path, text)
-            return
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from error
-    rows = document if isinstance(document, list) else [document]
-    if not rows:
-        raise UserError(f"{path}: the list is empty; remove the file or point data.sources at another")
-    for index, row in enumerate(rows):
-        yield f"{path}, record {index}", row
-
-
-def _read_lines(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    # Split at "\n" alone: JSON strings may hold U+2028 and other characters that `splitlines` takes for line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"{path}, line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}, column {error.colno}: broken JSON: {error.msg}") from error
-
-
-def _is_json_lines(text: str) -> bool:
-    """Whether a `.json` file holds one object a line, as many published data sets do."""
-    first, _, rest = text.lstrip().partition("\n")
-    try:
-        return isinstance(json.loads(first), dict) and bool(rest.strip())
-    except json.JSONDecodeError:
-        return False
 
 
 def _short(value: object, limit: int = 60) -> str:
