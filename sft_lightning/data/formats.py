@@ -54,11 +54,44 @@ def text(record: Record) -> list[Message]:
     return [Message("text", _text(record, record.fields, "text"))]
 
 
+def prompt_completion(record: Record) -> list[Message]:
+    """A `prompt` and its `completion`, one after the other as they stand: no template, the completion supervised."""
+    prompt = Message("text", _text(record, record.fields, "prompt"), train=False)
+    return [prompt, Message("text", _text(record, record.fields, "completion"), train=True)]
+
+
+def segments(record: Record) -> list[Message]:
+    """Pieces of one text: `segments` of `text`, `train` (bool) and optional `weight`; no template."""
+    return _turns(record, "segments", role_key=None, content_key="text")
+
+
+def firefly(record: Record) -> list[Message]:
+    """Firefly: `conversation` of `human` and `assistant` pairs, optional `system`; other keys are not looked at."""
+    pairs = record.fields.get("conversation")
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+        raise UserError(f"{record.location}: `conversation` must be a list of human and assistant pairs")
+    turns = [Message("system", _text(record, record.fields, "system"))] if record.fields.get("system") else []
+    for i, pair in enumerate(pairs):
+        turns.append(Message("user", _text(record, pair, "human", f"conversation[{i}]")))
+        turns.append(Message("assistant", _text(record, pair, "assistant", f"conversation[{i}]")))
+    return turns
+
+
 Format = Callable[[Record], list[Message]]
 
-FORMATS: Mapping[str, Format] = {"alpaca": alpaca, "messages": messages, "sharegpt": sharegpt, "text": text}
+FORMATS: Mapping[str, Format] = {
+    function.__name__: function for function in (alpaca, firefly, messages, prompt_completion, segments, sharegpt, text)
+}
 
-_TELLING_KEY = {"messages": "messages", "conversations": "sharegpt", "instruction": "alpaca", "text": "text"}
+_TELLING_KEY = {
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "conversation": "firefly",
+    "segments": "segments",
+    "instruction": "alpaca",
+    "completion": "prompt_completion",
+    "text": "text",
+}
 
 
 def find_format(name: str | None, record: Record) -> str:
@@ -107,26 +140,35 @@ def _check_order(record: Record, turns: list[Message]) -> None:
         previous = turn.role
 
 
-def _turns(record: Record, key: str, *, role_key: str, content_key: str) -> list[Message]:
+def _turns(record: Record, key: str, *, role_key: str | None, content_key: str) -> list[Message]:
     turns = record.fields.get(key)
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{record.location}: `{key}` must be a list of turns{_found(record, key)}")
     return [_turn(record, f"{key}[{i}]", turn, role_key, content_key) for i, turn in enumerate(turns)]
 
 
-def _turn(record: Record, where: str, turn: Any, role_key: str, content_key: str) -> Message:
+def _turn(record: Record, where: str, turn: Any, role_key: str | None, content_key: str) -> Message:
     if not isinstance(turn, dict):
-        raise UserError(f"{record.location}: {where} must be an object with `{role_key}` and `{content_key}`")
-    role = turn.get(role_key)
-    known = _ROLES.get(role.lower()) if isinstance(role, str) else None
-    if known is None:
-        raise one_of(f"{record.location}: {where}.{role_key}", role, _ROLES)
+        raise UserError(
+            f"{record.location}: {where} must be an object with `{role_key or 'train'}` and `{content_key}`"
+        )
+    role = _role(record, where, turn, role_key)
     train, weight = turn.get("train"), turn.get("weight", 1.0)
     if train is not None and not isinstance(train, bool):
         raise UserError(f"{record.location}: {where}.train must be true or false, not {train!r}")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
         raise UserError(f"{record.location}: {where}.weight must be a number of at least 0, not {weight!r}")
-    return Message(known, _text(record, turn, content_key, where), train=train, weight=float(weight))
+    return Message(role, _text(record, turn, content_key, where), train=train, weight=float(weight))
+
+
+def _role(record: Record, where: str, turn: Mapping[str, Any], role_key: str | None) -> Role:
+    if role_key is None:
+        return "text"
+    role = turn.get(role_key)
+    known = _ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
+        raise one_of(f"{record.location}: {where}.{role_key}", role, _ROLES)
+    return known
 
 
 def _text(record: Record, fields: Mapping[str, Any], key: str, where: str = "") -> str:

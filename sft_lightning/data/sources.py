@@ -23,7 +23,8 @@ class SourceConfig:
     recursively, in sorted order)."""
 
     format: str | None = None
-    """How a record becomes messages: alpaca, messages, sharegpt or text. Default: as the first record's keys tell."""
+    """How a record becomes messages: alpaca, firefly, messages, prompt_completion, segments, sharegpt or text.
+    Default: as the first record's keys tell."""
 
     weight: float = 1.0
     """How often each example is seen per epoch: 1 once, 2 twice, 0.5 a different half of the source in each epoch."""

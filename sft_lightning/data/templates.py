@@ -46,8 +46,9 @@ class Template(Protocol):
 
 def supervision(messages: Sequence[Message], loss_on: LossOn) -> list[bool]:
     """Return for each message whether it is supervised: its own `train`, else what `loss_on` says of its role."""
-    answers = [i for i, message in enumerate(messages) if message.role in ("assistant", "text")]
-    chosen = {"all": range(len(messages)), "assistant": answers, "last_turn": answers[-1:]}[loss_on]
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    documents = [i for i, message in enumerate(messages) if message.role == "text"]
+    chosen = {"all": range(len(messages)), "assistant": answers, "last_turn": answers[-1:]}[loss_on] or documents
     return [(i in chosen) if message.train is None else message.train for i, message in enumerate(messages)]
 
 
@@ -242,7 +243,7 @@ class JinjaTemplate:
 
 @dataclass(frozen=True)
 class DocumentTemplate:
-    """Plain text between the tokenizer's BOS and EOS, all of it supervised: `text` records, and pretraining."""
+    """Plain text between the tokenizer's BOS and EOS: `text`, `prompt_completion`, `segments`, and pretraining."""
 
     tokens: SpecialTokens
     name: str = "text"
@@ -252,10 +253,11 @@ class DocumentTemplate:
         return self.tokens.eos
 
     def render(self, messages: Sequence[Message], loss_on: LossOn) -> list[list[Segment]]:
-        document = messages[0]
-        before = [Segment(self.tokens.bos, False)] if self.tokens.bos else []
-        supervised = supervision(messages, loss_on)[0]
-        return [[*before, Segment(document.content + self.tokens.eos, supervised, document.weight)]]
+        segments = [Segment(self.tokens.bos, False)] if self.tokens.bos else []
+        for message, train in zip(messages, supervision(messages, loss_on), strict=True):
+            segments.append(Segment(message.content, train, message.weight))
+        segments[-1] = segments[-1]._replace(text=segments[-1].text + self.tokens.eos)
+        return [segments]
 
     def generation_prompt(self, messages: Sequence[Message]) -> str:
         return self.tokens.bos + "".join(message.content for message in messages)

@@ -42,6 +42,29 @@ def test_sharegpt_maps_roles_and_leaves_out_a_leading_answer() -> None:
     assert to_messages(record(conversations=turns), "sharegpt") == [Message("user", "q"), Message("assistant", "a")]
 
 
+def test_prompt_and_completion_stand_as_they_are_with_the_completion_supervised() -> None:
+    assert to_messages(record(prompt="2+2=", completion="4"), "prompt_completion") == [
+        Message("text", "2+2=", train=False),
+        Message("text", "4", train=True),
+    ]
+
+
+def test_segments_say_themselves_what_is_supervised() -> None:
+    pieces = [{"text": "Q ", "train": False}, {"text": "A", "train": True, "weight": 0.5}]
+    assert to_messages(record(segments=pieces), "segments") == [
+        Message("text", "Q ", train=False),
+        Message("text", "A", train=True, weight=0.5),
+    ]
+
+
+def test_firefly_pairs_become_turns() -> None:
+    pairs = [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]
+    found = to_messages(record(conversation=pairs, system="S", source="lima"), "firefly")
+    assert [(m.role, m.content) for m in found] == [
+        ("system", "S"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"),
+    ]  # fmt: skip
+
+
 def test_text_is_one_document() -> None:
     assert to_messages(record(text="once"), "text") == [Message("text", "once")]
 
@@ -53,6 +76,9 @@ def test_text_is_one_document() -> None:
         ({"conversations": []}, "sharegpt"),
         ({"instruction": ""}, "alpaca"),
         ({"text": ""}, "text"),
+        ({"conversation": []}, "firefly"),
+        ({"segments": []}, "segments"),
+        ({"prompt": "", "completion": ""}, "prompt_completion"),
     ],
 )
 def test_the_format_is_found_from_the_keys(fields: dict[str, Any], expected: str) -> None:
@@ -90,6 +116,10 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("user"), "messages", "no assistant turn"),
         ({"messages": [{"role": "user", "content": "x", "train": 1}]}, "messages", "train must be true or false"),
         ({"messages": [{"role": "user", "content": "x", "weight": -1}]}, "messages", "weight must be a number"),
+        ({"conversation": [{"human": "q"}]}, "firefly", "`conversation[0].assistant` is missing"),
+        ({"conversation": "q"}, "firefly", "`conversation` must be a list"),
+        ({"prompt": "q"}, "prompt_completion", "`completion` is missing"),
+        ({"segments": [{"text": 1}]}, "segments", "`segments[0].text` must be a string"),
         ({"messages": [{"role": "user"}]}, "messages", "`messages[0].content` is missing"),
     ],
 )

@@ -93,6 +93,12 @@ def test_a_document_is_supervised_with_its_end_token() -> None:
     assert segments == [Segment("<s>", False), Segment("Once.</s>", True)]
 
 
+def test_a_completion_is_supervised_with_its_end_token_and_its_prompt_is_not() -> None:
+    pieces = [Message("text", "2+2=", train=False), Message("text", "4", train=True)]
+    [segments] = DocumentTemplate(TOKENS).render(pieces, "assistant")
+    assert segments == [Segment("<s>", False), Segment("2+2=", False), Segment("4</s>", True)]
+
+
 def test_an_unknown_template_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"Did you mean 'vicuna_v1\.1'"):
         named_template("vicuna_v1", TOKENS)
