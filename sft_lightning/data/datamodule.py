@@ -337,10 +337,10 @@ class SFTDataModule(LightningDataModule):
 
     def _prompt_of(self, record: Record, messages: Sequence[Message]) -> dict[str, str]:
         prompt = {"source": record.source, "location": record.location}
-        if messages[-1].role == "assistant":
+        if messages[-1].role == "assistant" or (messages[-1].role == "text" and len(messages) > 1):
             prompt["reference"] = messages[-1].content
             messages = messages[:-1]
-        return {**prompt, "prompt": self.template.generation_prompt(messages)}
+        return {**prompt, "prompt": self._builder.template_for(messages).generation_prompt(messages)}
 
     def _evaluation_loader(self, corpus: Corpus) -> EvaluationLoader:
         topology = Topology(batch_size=self.batch_size, world_size=self._topology.world_size, rank=self._topology.rank)

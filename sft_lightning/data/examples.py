@@ -60,12 +60,14 @@ class ExampleBuilder:
             raise UserError(f"data.sources.{record.source}.format: {found} is for task: sft; pretraining takes text")
         return found
 
+    def template_for(self, messages: Sequence[Message]) -> Template:
+        """Return the run's template, or the one for documents, which use none."""
+        return DocumentTemplate(special_tokens(self.tokenizer)) if messages[0].role == "text" else self.template
+
     def render(self, record: Record, messages: Sequence[Message]) -> list[list[Segment]]:
         """Return the segments of each example that a conversation makes."""
-        is_document = messages[0].role == "text"
-        template = DocumentTemplate(special_tokens(self.tokenizer)) if is_document else self.template
         try:
-            return template.render(messages, self.loss_on)
+            return self.template_for(messages).render(messages, self.loss_on)
         except UserError as error:
             raise UserError(f"{record.location}: {error}") from error
 
@@ -81,7 +83,7 @@ class ExampleBuilder:
         for record in records:
             messages = to_messages(record, report.format)
             if not owners:
-                check_serving(self.template, self.tokenizer, messages[:-1] or messages)
+                check_serving(self.template_for(messages), self.tokenizer, messages[:-1] or messages)
             rendered = self.render(record, messages)
             segments += rendered
             owners += [record] * len(rendered)

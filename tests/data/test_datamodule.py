@@ -167,3 +167,17 @@ def test_concat_trains_on_every_token_of_documents_of_any_length(module: Make, w
     assert sum(batch["num_tokens"] for batch in batches) == report.tokens
     assert (report.dropped, report.truncated, report.supervised_tokens_lost) == ({}, 0, 0)
     assert sorted(batch["num_tokens"] for batch in batches)[1:] == [64] * (data.plan(0).num_rows - 1)
+
+
+def test_template_free_records_mix_with_conversations(
+    module: Make, alpaca_file: Path, write_json: Callable[..., Path]
+) -> None:
+    pairs = write_json("pairs.json", [{"prompt": "2+2=", "completion": "4"}] * 3)
+    sources = {"chat": SourceConfig(path=str(alpaca_file)), "pairs": SourceConfig(path=str(pairs))}
+    data = module(sources=sources, predict_sources={"pairs": sources["pairs"]})
+    data.setup("fit")
+    assert data.report.sources["train/pairs"].format == "prompt_completion"
+    assert data.report.sources["train/pairs"].supervised_tokens == 3 * 2
+    assert data.prompts()[0] == {
+        "source": "pairs", "location": f"{pairs}, record 0", "prompt": "<s>2+2=", "reference": "4",
+    }  # fmt: skip
