@@ -5,12 +5,11 @@ The one module that may import `callbacks`.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import callbacks as observers
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.errors import UserError, did_you_mean
+from sft_lightning.errors import UserError
+from sft_lightning.parsing import CommandParser, clear_message, known_keys
 from sft_lightning.training.checkpoint import AtomicCheckpointIO
 from sft_lightning.training.module import CausalLMModule
 
@@ -68,25 +68,28 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-class CommandParser(LightningArgumentParser):
-    """A parser whose errors are one message with the nearest valid key."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise the message as a UserError."""
-        raise UserError(clear_message(message, _keys(self))) from ex
-
-
 class SFTCommandLine(LightningCLI):
-    """One trainer command, from its arguments to the end of the run."""
+    """A configuration, and for a trainer's command the run that it describes.
 
-    def __init__(self, command: str, args: list[str]) -> None:
+    Args:
+        command: A method of the trainer to run, or the name of a command that only wants what the configuration builds.
+        args: What follows the command on the command line.
+        add_options: Adds options of its own to the parser of such a command.
+    """
+
+    def __init__(
+        self, command: str, args: list[str], add_options: Callable[[ArgumentParser], None] | None = None
+    ) -> None:
         self._command = command
+        self._add_options = add_options
+        run = command in self.subcommands()
         argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that are not its own
         try:
             super().__init__(
                 CausalLMModule,
                 SFTDataModule,
-                args=[command, *args],
+                args=[command, *args] if run else args,
+                run=run,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 parser_class=CommandParser,
@@ -118,6 +121,8 @@ class SFTCommandLine(LightningCLI):
             default="sft",
             help="sft: conversations through a template; pretrain: plain documents, every token supervised.",
         )
+        if self._add_options is not None:
+            self._add_options(parser)
         parser.set_defaults({"model.optimizer": DEFAULT_OPTIMIZER})
         parser.link_arguments("task", "data.task")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -138,7 +143,7 @@ class SFTCommandLine(LightningCLI):
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError) or not re.search("Parser key|Does not validate", str(error)):
                 raise
-            raise UserError(clear_message(str(error), _keys(self.parser))) from error
+            raise UserError(clear_message(str(error), known_keys(self.parser))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with our defaults where the user has set nothing."""
@@ -199,67 +204,3 @@ def _refuse_to_overwrite(root: Path) -> None:
 
 def _first_given(*values: str | None) -> str | None:
     return next((value for value in values if value is not None), None)
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-_UNKNOWN_KEY = re.compile(
-    r"(?:does not accept option|Option) '(?P<quoted>[^']+)'|unrecognized arguments: --(?P<argument>[^\s=]+)"
-)
-_SAID_BEFORE = re.compile(r"(?P<key>[\w.]+): no such key\.(?P<near>( Did you mean '[^']+'\?)?)")
-_OWNER = re.compile(r'Parser key "(?P<key>[^"]+)":\s*')
-_UNION = re.compile(
-    r"Does not validate against any of the Union subtypes.*?Errors:\s*- (?P<first>.*?)\s+- Expected a .*", re.S
-)
-_CHOICES = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<value>.*)")
-_TYPE = re.compile(r"Expected a <class '(?P<type>\w+)'>\. Got value: (?P<value>.*)")
-
-
-def clear_message(message: str, keys: Sequence[str]) -> str:
-    """Shorten what jsonargparse says to the key, the value and the way out.
-
-    Args:
-        message: As jsonargparse composed it.
-        keys: The valid keys, dotted; the nearest to an unknown one is named.
-    """
-    owner = _OWNER.search(message)
-    prefix = f"{owner['key']}." if owner else ""
-    before = _SAID_BEFORE.search(message)
-    if before:
-        key = before["key"] if before["key"].startswith(prefix) else prefix + before["key"]
-        return f"{key}: no such key.{before['near']}"
-    unknown = _UNKNOWN_KEY.search(message)
-    if unknown:
-        key = unknown["quoted"] or unknown["argument"]
-        endings = sorted({known.rsplit(".", 1)[-1] for known in keys})
-        near = did_you_mean(key, keys) or did_you_mean(key.rsplit(".", 1)[-1], endings)
-        return f"{key if key.startswith(prefix) else prefix + key}: no such key.{near}"
-    text = _UNION.sub(lambda union: union["first"], message)
-    if owner and text.replace(owner[0], "").lstrip().startswith(owner["key"]):
-        text = text.replace(owner[0], "")  # our own message already names the key
-    text = _OWNER.sub(lambda found: f"{found['key']}: ", text)
-    text = _CHOICES.sub(lambda found: f"must be one of {found['choices']} (got {found['value']!r})", text)
-    text = _TYPE.sub(lambda found: f"must be of type {found['type']} (got {found['value']!r})", text)
-    return re.sub(r"\s*\n\s*", " ", text.strip())
-
-
-def _keys(parser: ArgumentParser) -> list[str]:
-    """Return the dotted keys that a parser knows, those of its subcommands and of nested dataclasses included."""
-    keys: list[str] = []
-    for action in parser._actions:
-        choices = getattr(action, "_name_parser_map", None)
-        if choices:
-            for subparser in choices.values():
-                keys += _keys(subparser)
-        elif action.dest and action.dest != "==SUPPRESS==":
-            keys.append(action.dest)
-            keys += [f"{action.dest}.{name}" for name in _fields_in(getattr(action, "_typehint", None))]
-    return keys
-
-
-def _fields_in(typehint: Any) -> list[str]:
-    """Return the field names of the dataclasses in a type such as `AdapterConfig | None`."""
-    names = [field.name for field in dataclasses.fields(typehint)] if dataclasses.is_dataclass(typehint) else []
-    for part in getattr(typehint, "__args__", ()):
-        names += _fields_in(part)
-    return names

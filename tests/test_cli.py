@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from sft_lightning.__main__ import main
-from sft_lightning.cli import clear_message
 
 
 def wrong(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -130,19 +129,3 @@ def test_validate_test_and_predict_run_from_a_checkpoint(
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     assert {"prompt", "reference", "answer", "source", "location"} <= rows[0].keys()
-
-
-@pytest.mark.parametrize(
-    ("raw", "clear"),
-    [
-        (
-            "Subcommand 'fit' does not accept option 'data.lenght'",
-            "data.lenght: no such key. Did you mean 'data.length'?",
-        ),
-        ("unrecognized arguments: --data.lenght 3", "data.lenght: no such key. Did you mean 'data.length'?"),
-        ("unrecognized arguments: --zzz", "zzz: no such key."),
-        ("Parser key \"a\":\n  Expected a <class 'int'>. Got value: x", "a: must be of type int (got 'x')"),
-    ],
-)
-def test_parser_messages_are_shortened_to_key_value_and_way_out(raw: str, clear: str) -> None:
-    assert clear_message(raw, ["data.length", "data.sources"]) == clear

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from sft_lightning.cli import CommandParser, quiet_libraries
+from sft_lightning.cli import quiet_libraries
 from sft_lightning.models.merging import merge_adapters
+from sft_lightning.parsing import CommandParser
 
 
 def main(args: Sequence[str]) -> None:

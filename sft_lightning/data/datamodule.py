@@ -129,7 +129,8 @@ class SFTDataModule(LightningDataModule):
         return stop_token_id(self.template, self.tokenizer)
 
     @property
-    def _builder(self) -> ExampleBuilder:
+    def builder(self) -> ExampleBuilder:
+        """What makes examples of records."""
         return ExampleBuilder(
             tokenizer=self.tokenizer,
             template=self.template,
@@ -187,7 +188,7 @@ class SFTDataModule(LightningDataModule):
 
     def _build(self, split: str, sources: Sources) -> list[Corpus]:
         corpora = [
-            self._builder.build(name, split, rows, sources[name].format)
+            self.builder.build(name, split, rows, sources[name].format)
             for name, rows in self.records(split, sources).items()
         ]
         self.report.sources |= {f"{split}/{corpus.name}": corpus.report for corpus in corpora}
@@ -332,7 +333,7 @@ class SFTDataModule(LightningDataModule):
 
     def _prompts_of(self, split: str, sources: Sources, name: str, limit: int | None = None) -> PromptBatch:
         records = self.records(split, sources)[name][:limit]
-        format_name = self._builder.format_of(records[0], sources[name].format)
+        format_name = self.builder.format_of(records[0], sources[name].format)
         return [self._prompt_of(record, to_messages(record, format_name)) for record in records]
 
     def _prompt_of(self, record: Record, messages: Sequence[Message]) -> dict[str, str]:
@@ -340,7 +341,7 @@ class SFTDataModule(LightningDataModule):
         if messages[-1].role == "assistant" or (messages[-1].role == "text" and len(messages) > 1):
             prompt["reference"] = messages[-1].content
             messages = messages[:-1]
-        return {**prompt, "prompt": self._builder.template_for(messages).generation_prompt(messages)}
+        return {**prompt, "prompt": self.builder.template_for(messages).generation_prompt(messages)}
 
     def _evaluation_loader(self, corpus: Corpus) -> EvaluationLoader:
         topology = Topology(batch_size=self.batch_size, world_size=self._topology.world_size, rank=self._topology.rank)
