@@ -16,8 +16,8 @@ from sft_lightning.data.binding import encoder
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.formats import to_messages
 from sft_lightning.data.sources import read_records
-from sft_lightning.data.templates import TURN_FORMATS
 from sft_lightning.data.tokenization import tokenize
+from sft_lightning.data.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
 from sft_lightning.types import Record, TokenizedExample
 

@@ -9,10 +9,11 @@ write after that prompt, up to and including the stop token.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from sft_lightning.data.turn_formats import TURN_FORMATS, TurnFormat
 from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import LossOn, Message, Segment
 
@@ -52,55 +53,6 @@ def supervision(messages: Sequence[Message], loss_on: LossOn) -> list[bool]:
     return [(i in chosen) if message.train is None else message.train for i, message in enumerate(messages)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TurnFormat:
-    """A named template as data. `{content}` stands for the message, `{context}` for Alpaca's `input`."""
-
-    system: str
-    user: str
-    assistant: str
-    """The answer as written after the user's turn, without the stop token."""
-
-    stop: str
-    """The stop token; `{eos}` for the tokenizer's own."""
-
-    default_system: str | None = None
-    """System text of a conversation that brings none; `None`: no system block at all."""
-
-    default_system_with_context: str | None = None
-    user_with_context: str | None = None
-    """The user's turn with a `context`; without one, the context follows the content on a line of its own."""
-
-    separator: str = ""
-    """Between a stop token and the next user turn."""
-
-
-TURN_FORMATS: Mapping[str, TurnFormat] = {
-    # FastChat `vicuna_v1.1` (fastchat/conversation.py, ADD_COLON_TWO): no space between `</s>` and the next `USER:`.
-    "vicuna_v1.1": TurnFormat(
-        system="{content} ",
-        default_system="A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-        "helpful, detailed, and polite answers to the user's questions.",
-        user="USER: {content} ASSISTANT:",
-        assistant=" {content}",
-        stop="</s>",
-    ),
-    # Stanford Alpaca (train.py PROMPT_DICT): nothing between `### Response:` and the answer.
-    "alpaca": TurnFormat(
-        system="{content}\n\n",
-        default_system="Below is an instruction that describes a task. Write a response that appropriately completes "
-        "the request.",
-        default_system_with_context="Below is an instruction that describes a task, paired with an input that provides "
-        "further context. Write a response that appropriately completes the request.",
-        user="### Instruction:\n{content}\n\n### Response:",
-        user_with_context="### Instruction:\n{content}\n\n### Input:\n{context}\n\n### Response:",
-        assistant="{content}",
-        stop="{eos}",
-        separator="\n\n",
-    ),
-}
-
-
 @dataclass(frozen=True)
 class NamedTemplate:
     """A `TurnFormat` bound to a tokenizer's special tokens."""
@@ -113,19 +65,30 @@ class NamedTemplate:
     def stop(self) -> str:
         return self.format.stop.replace("{eos}", self.tokens.eos)
 
+    @property
+    def _bos(self) -> str:
+        return self.format.bos.replace("{bos}", self.tokens.bos)
+
     def render(self, messages: Sequence[Message], loss_on: LossOn) -> list[list[Segment]]:
         """Render a conversation as one training text.
 
         Raises:
-            UserError: If the conversation does not start with a question.
+            UserError: If it has a system message and the template has no place for one.
         """
-        supervised = supervision(messages, loss_on)
-        segments = [Segment(self.tokens.bos, False)] if self.tokens.bos else []
-        if messages[0].role != "system":
-            segments += self._default_system(messages[0], loss_on)
-        for i, (message, train) in enumerate(zip(messages, supervised, strict=True)):
-            separator = self.format.separator if i > 0 and messages[i - 1].role == "assistant" else ""
-            segments.append(Segment(separator + self._turn(message), train, message.weight))
+        system, turns = self._system(messages)
+        supervised = supervision(messages, loss_on)[len(messages) - len(turns) :]
+        segments = [Segment(self._bos, False)] if self._bos else []
+        if system and not self.format.system_in_user:
+            segments.append(Segment(system, loss_on == "all"))
+        for i, (message, train) in enumerate(zip(turns, supervised, strict=True)):
+            if message.role == "assistant":
+                text, trailer = self._answer(message), self.format.trailer
+            else:
+                text, trailer = self._question(message, system if i == 0 else ""), ""
+            separator = self.format.separator if i > 0 and message.role == "user" else ""
+            segments.append(Segment(separator + text, train, message.weight))
+            if trailer:
+                segments.append(Segment(trailer, loss_on == "all"))
         return [segments]
 
     def generation_prompt(self, messages: Sequence[Message]) -> str:
@@ -133,43 +96,61 @@ class NamedTemplate:
 
     def chat_template(self) -> str:
         """Return the same template in Jinja, as a tokenizer's `chat_template`: what is served is what was trained."""
-        system, user = (
-            [json.dumps(part) for part in text.split("{content}")] for text in (self.format.system, self.format.user)
+        form = self.format
+        trim = " | trim" if form.strip else ""
+        default = "none" if form.default_system is None else json.dumps(form.default_system)
+        block = "''" if form.system is None else " + ".join(_around(form.system, "system"))
+        before_system, after_system = (
+            ("", "{{- system_block -}}") if not form.system_in_user else ("system_block + ", "")
         )
-        before, after = self.format.assistant.split("{content}")
-        prefix, stop = json.dumps(before), json.dumps(after + self.stop)
-        default = "none" if self.format.default_system is None else json.dumps(self.format.default_system)
+        question = _around(form.user, f"({before_system}(message['content']{trim}))")
+        answer = [*_around(form.assistant, f"message['content']{trim}"), json.dumps(self.stop + form.trailer)]
         return (
-            f"{{{{- {json.dumps(self.tokens.bos)} -}}}}"
+            f"{{{{- {json.dumps(self._bos)} -}}}}"
             f"{{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else {default} -%}}"
-            f"{{%- if system is not none -%}}{{{{- {system[0]} + system + {system[1]} -}}}}{{%- endif -%}}"
+            f"{{%- set system_block = {block} if system is not none else '' -%}}"
+            f"{after_system}"
+            "{%- set first = 1 if messages[0]['role'] == 'system' else 0 -%}"
             "{%- for message in messages -%}"
             "{%- if message['role'] == 'user' -%}"
-            "{%- if not loop.first and messages[loop.index0 - 1]['role'] == 'assistant' -%}"
-            f"{{{{- {json.dumps(self.format.separator)} -}}}}"
-            "{%- endif -%}"
-            f"{{{{- {user[0]} + message['content'] + {user[1]} -}}}}"
+            f"{{%- if loop.index0 > first -%}}{{%- set system_block = '' -%}}"
+            f"{{{{- {json.dumps(form.separator)} -}}}}{{%- endif -%}}"
+            f"{{{{- {' + '.join(question)} -}}}}"
             "{%- elif message['role'] == 'assistant' -%}"
-            f"{{{{- {prefix} + message['content'] + {stop} -}}}}"
+            f"{{{{- {' + '.join(answer)} -}}}}"
             "{%- endif -%}"
             "{%- endfor -%}"
         )
 
-    def _default_system(self, first: Message, loss_on: LossOn) -> list[Segment]:
-        text = self.format.default_system
-        if first.context is not None:
+    def _system(self, messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
+        """Return the rendered system block, and the turns after it."""
+        has_own = messages[0].role == "system"
+        turns = messages[1:] if has_own else messages
+        text = messages[0].content if has_own else self.format.default_system
+        if not has_own and turns and turns[0].context is not None:
             text = self.format.default_system_with_context or text
-        return [] if text is None else [Segment(_fill(self.format.system, text), loss_on == "all")]
+        if text is None:
+            return "", turns
+        if self.format.system is None:
+            raise UserError(
+                f"template {self.name} has no place for a system message; remove it, or use another template"
+            )
+        return _fill(self.format.system, text), turns
 
-    def _turn(self, message: Message) -> str:
-        if message.role == "system":
-            return _fill(self.format.system, message.content)
-        if message.role == "assistant":
-            return _fill(self.format.assistant, message.content) + self.stop
-        if message.context is not None and self.format.user_with_context is not None:
-            before, after = self.format.user_with_context.split("{context}")
-            return _fill(before, message.content) + message.context + after
-        return _fill(self.format.user, _with_context(message))
+    def _question(self, message: Message, system: str) -> str:
+        content = message.content.strip() if self.format.strip else message.content
+        before_content = system if self.format.system_in_user else ""
+        if message.context is None:
+            return _fill(self.format.user, before_content + content)
+        content = before_content + content.rstrip(self.format.strip_before_context)
+        if self.format.user_with_context is None:
+            return _fill(self.format.user, f"{content}\n{message.context}")
+        before, after = self.format.user_with_context.split("{context}")
+        return _fill(before, content) + message.context + after
+
+    def _answer(self, message: Message) -> str:
+        content = message.content.strip() if self.format.strip else message.content
+        return _fill(self.format.assistant, content) + self.stop
 
 
 @dataclass(frozen=True)
@@ -305,6 +286,12 @@ def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 def _with_context(message: Message) -> str:
     return message.content if message.context is None else f"{message.content}\n{message.context}"
+
+
+def _around(text: str, expression: str) -> list[str]:
+    """Return `text` with `{content}` as Jinja: the expression between two string literals."""
+    before, after = text.split("{content}")
+    return [json.dumps(before), expression, json.dumps(after)]
 
 
 def _fill(text: str, content: str) -> str:

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.binding import bind_template, check_serving, special_tokens, stop_token_id
-from sft_lightning.data.templates import TURN_FORMATS
+from sft_lightning.data.templates import NamedTemplate
+from sft_lightning.data.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message
 
@@ -23,12 +24,26 @@ def own(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     return copy.deepcopy(tokenizer)
 
 
+def bound(name: str, own: PreTrainedTokenizerFast) -> NamedTemplate:
+    """Bind a template, with its stop token added to the tokenizer where it is another one's."""
+    stop = TURN_FORMATS[name].stop
+    if stop != "{eos}":
+        own.add_special_tokens({"additional_special_tokens": [stop]})
+    template = bind_template(name, own)
+    assert isinstance(template, NamedTemplate)
+    return template
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", TURN_FORMATS)
 def test_a_named_template_is_served_as_it_was_trained(
     name: str, conversation: list[Message], own: PreTrainedTokenizerFast
 ) -> None:
-    template = bind_template(name, own)
+    template = bound(name, own)
+    if conversation[0].role == "system" and template.format.system is None:
+        with pytest.raises(UserError, match="no place for a system message"):
+            template.render(conversation, "assistant")
+        return
     check_serving(template, own, conversation)
     dicts = [{"role": m.role, "content": m.content} for m in conversation]
     served = own.apply_chat_template(dicts, add_generation_prompt=True, tokenize=True, return_dict=False)
@@ -37,7 +52,7 @@ def test_a_named_template_is_served_as_it_was_trained(
 
 @pytest.mark.parametrize("name", TURN_FORMATS)
 def test_the_whole_conversation_is_rendered_alike_too(name: str, own: PreTrainedTokenizerFast) -> None:
-    template = bind_template(name, own)
+    template = bound(name, own)
     turns = [*CONVERSATIONS[2], Message("assistant", "See you")]
     dicts = [{"role": m.role, "content": m.content} for m in turns]
     trained = "".join(segment.text for segment in template.render(turns, "assistant")[0])
