@@ -1,7 +1,7 @@
 """The main job, end to end, on a tiny model: `make demo`.
 
-Tokenizer → pretraining → QLoRA → merge → questions to an untrained, the base and the merged model. Each stage is a command
-that is printed, so that it can be run by hand.
+Tokenizer → pretraining → QLoRA → merge → questions to an untrained, the base and the merged model. Each stage is a
+command that is printed, so that it can be run by hand.
 """
 
 from __future__ import annotations

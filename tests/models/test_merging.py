@@ -39,8 +39,8 @@ def test_the_merged_model_answers_like_the_adapted_one(model_dir: Path, adapter:
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter).eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
-        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-5, rtol=0)
-    assert report.max_logit_difference < 1e-5 < report.moved
+        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=0)
+    assert report.max_logit_difference < 1e-4 < report.moved
 
 
 def test_several_adapters_are_merged_in_order(
@@ -52,7 +52,7 @@ def test_several_adapters_are_merged_in_order(
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "one"), second).eval()
     both = AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
     with torch.no_grad():
-        torch.testing.assert_close(both(IDS).logits, adapted(IDS).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(both(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=0)
 
 
 def test_a_coarser_type_is_the_float32_merge_rounded_once(adapter: Path, tmp_path: Path) -> None:
