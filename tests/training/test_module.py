@@ -95,6 +95,18 @@ def test_packed_and_unpacked_epochs_have_the_same_gradient(train: Train) -> None
     assert largest_difference([*packed, *packed], [*unpacked, *unpacked]) <= 1e-6
 
 
+def test_the_packed_loss_is_the_token_weighted_loss_of_the_examples_alone(train: Train) -> None:
+    means = []
+    for packing in ("best_fit", "none"):
+        _, module = train(batch_size=1, accumulate=100, data={"packing": packing})
+        loader = module.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            sums = [module(batch) for batch in loader]
+        assert (len(sums) == 24) is (packing == "none")
+        means.append(float(sum(s.loss for s in sums) / sum(s.weight for s in sums)))
+    assert abs(means[0] - means[1]) <= 1e-6
+
+
 def test_the_gradient_is_that_of_the_mean_loss_per_supervised_token(train: Train) -> None:
     steps, module = train(batch_size=4, accumulate=1, adapter=None)
     batch = next(iter(module.trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
