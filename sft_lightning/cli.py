@@ -97,7 +97,6 @@ class SFTCommandLine(LightningCLI):
                 save_config_callback=SaveConfigCallback,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={
-                    "max_epochs": 1,
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
                     "num_sanity_val_steps": 0,
@@ -152,8 +151,12 @@ class SFTCommandLine(LightningCLI):
         config["default_root_dir"] = str(root)
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardLogger(root, name="", version="")
+        self._get(self.config, "trainer")["default_root_dir"] = str(root)  # for config.yaml, which can be run again
+        if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
+            config["max_epochs"] = 1
         resuming = self._get(self.config, "ckpt_path")
-        if self._command == "fit" and not resuming and not config["fast_dev_run"]:
+        starting = not resuming or (resuming == "last" and not list(root.glob("checkpoints/last*.ckpt")))
+        if self._command == "fit" and starting and not config["fast_dev_run"]:
             _refuse_to_overwrite(root)
         config["callbacks"] = _with_default_callbacks(config)
         if self._command != "fit":

@@ -39,6 +39,12 @@ def wrong(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model.adapter.target_modules=[q_porj]"], ["target_modules", "q_porj", "Did you mean 'q_proj'?"]),
         (["--model.lr_scheduler.warmup_ratio=0.1", "--model.lr_scheduler.warmup_steps=3"], ["not both", "0.1 and 3"]),
         (["--config=nowhere.yaml"], ["config", "nowhere.yaml"]),
+        (["--trainer.overfit_batches=2"], ["trainer.overfit_batches", "max_examples"]),
+        (["--trainer.max_epochs=-1"], ["max_steps or max_epochs"]),
+        (
+            ["--trainer.limit_train_batches=3", "--trainer.accumulate_grad_batches=2"],
+            ["trainer.limit_train_batches: 3", "multiple of accumulate_grad_batches (2)"],
+        ),
         (["--model.adapter=null", "--model.quantization.bits=4"], ["model.quantization", "model.adapter"]),
     ],
 )
@@ -129,3 +135,24 @@ def test_validate_test_and_predict_run_from_a_checkpoint(
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     assert {"prompt", "reference", "answer", "source", "location"} <= rows[0].keys()
+
+
+def test_max_steps_alone_runs_over_as_many_epochs_as_it_takes(fit_args: list[str], tmp_path: Path) -> None:
+    assert main(["fit", *fit_args, "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=4"]) == 0
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert json.loads((tmp_path / "run" / "adapter" / "run_manifest.json").read_text())["optimizer_steps"] == 20
+
+
+def test_a_runs_own_config_continues_it(fit_args: list[str], tmp_path: Path) -> None:
+    assert main(["fit", *fit_args, "--trainer.max_epochs=1"]) == 0
+    config = tmp_path / "config.yaml"
+    config.write_text((tmp_path / "run" / "config.yaml").read_text())
+    assert main(["fit", f"--config={config}", "--ckpt_path=last", "--trainer.max_epochs=2"]) == 0
+    assert json.loads((tmp_path / "run" / "adapter" / "run_manifest.json").read_text())["epoch"] == 2
+
+
+def test_ckpt_path_last_without_a_checkpoint_overwrites_nothing(
+    fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    assert "earlier run" in wrong(["fit", *fit_args, "--ckpt_path=last"], capsys)

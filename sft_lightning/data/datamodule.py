@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +28,8 @@ from sft_lightning.data.templates import DocumentTemplate, Template
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import load_tokenizer
 from sft_lightning.types import Batch, LossOn, Message, Record
+
+_PROMPT_CHARACTERS = 80
 
 Task = Literal["sft", "pretrain"]
 
@@ -191,6 +195,16 @@ class SFTDataModule(LightningDataModule):
             self.builder.build(name, split, rows, sources[name].format)
             for name, rows in self.records(split, sources).items()
         ]
+        for corpus in corpora:
+            weight = sources[corpus.name].weight if split == "train" else 1.0
+            if corpus.report.examples and not round(weight * corpus.report.examples):
+                raise UserError(
+                    f"data.sources.{corpus.name}.weight: {weight} of {corpus.report.examples} examples is none"
+                )
+            if split != "train" and not corpus.report.examples:
+                raise UserError(
+                    f"data: no example of the {split} source {corpus.name!r} is left: {corpus.report.dropped}"
+                )
         self.report.sources |= {f"{split}/{corpus.name}": corpus.report for corpus in corpora}
         return corpora
 
@@ -209,6 +223,10 @@ class SFTDataModule(LightningDataModule):
     @functools.cached_property
     def _lengths(self) -> Any:
         return np.concatenate([corpus.lengths for corpus in self._train])
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        return self._store.fingerprint(self._lengths)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (one data module a process)
     def plan(self, epoch: int) -> EpochPlan:
@@ -252,13 +270,25 @@ class SFTDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return self.plan(0).num_steps
-        limit = trainer.limit_train_batches
-        per_epoch = self.plan(0).num_micro_batches(self._topology)
-        per_epoch = min(per_epoch, limit) if isinstance(limit, int) else int(per_epoch * limit)
-        steps = math.ceil(per_epoch / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
         if trainer.max_epochs == -1:
+            if trainer.max_steps == -1:
+                raise UserError("trainer: set max_steps or max_epochs; the learning-rate schedule needs an end")
             return trainer.max_steps
+        steps = math.ceil(self._micro_batches_per_epoch / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+
+    @property
+    def _micro_batches_per_epoch(self) -> int:
+        """Micro-batches of an epoch within `trainer.limit_train_batches`, which must not cut a step in two."""
+        whole = self.plan(0).num_micro_batches(self._topology)
+        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
+        limited = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+        if limited < whole and limited % self._topology.accumulate:
+            raise UserError(
+                f"trainer.limit_train_batches: {limit} stops in the middle of an optimizer step; "
+                f"use a multiple of accumulate_grad_batches ({self._topology.accumulate})"
+            )
+        return limited
 
     def micro_batches_done(self, position: Mapping[str, int]) -> int:
         """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
@@ -272,7 +302,7 @@ class SFTDataModule(LightningDataModule):
             "max_length": self.max_length,
             "global batch (rows)": self._topology.rows_per_step,
             "weights": [self.sources[corpus.name].weight for corpus in self._train],
-            "tokens": self._store.fingerprint() if self._train else None,
+            "tokens": self._fingerprint if self._train else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -292,7 +322,19 @@ class SFTDataModule(LightningDataModule):
     # --- loaders ---------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> TrainLoader:
-        """Return this rank's micro-batches."""
+        """Return this rank's micro-batches.
+
+        Raises:
+            UserError: If the trainer is to change, while it runs, what the plan was made for.
+        """
+        trainer = self.trainer
+        callbacks = getattr(trainer, "callbacks", [])
+        if getattr(trainer, "overfit_batches", 0):
+            raise UserError("trainer.overfit_batches: not with planned epochs; use a source with max_examples instead")
+        if any(isinstance(cb, GradientAccumulationScheduler) for cb in callbacks):
+            raise UserError(
+                "trainer.callbacks: GradientAccumulationScheduler would change the plan; use a fixed number"
+            )
         return TrainLoader(self.plan, self._topology, self._collate(self._store))
 
     def val_dataloader(self) -> list[EvaluationLoader]:
@@ -334,13 +376,17 @@ class SFTDataModule(LightningDataModule):
     def _prompts_of(self, split: str, sources: Sources, name: str, limit: int | None = None) -> PromptBatch:
         records = self.records(split, sources)[name][:limit]
         format_name = self.builder.format_of(records[0], sources[name].format)
-        return [self._prompt_of(record, to_messages(record, format_name)) for record in records]
+        return [self._prompt_of(record, to_messages(record, format_name, answered=False)) for record in records]
 
     def _prompt_of(self, record: Record, messages: Sequence[Message]) -> dict[str, str]:
         prompt = {"source": record.source, "location": record.location}
         if messages[-1].role == "assistant" or (messages[-1].role == "text" and len(messages) > 1):
             prompt["reference"] = messages[-1].content
             messages = messages[:-1]
+        elif messages[-1].role == "text":
+            # A document is continued from its beginning, as far as a reader takes in at a glance.
+            beginning = messages[0].content[:_PROMPT_CHARACTERS].rpartition(" ")[0]
+            messages = [replace(messages[0], content=beginning or messages[0].content[:_PROMPT_CHARACTERS])]
         return {**prompt, "prompt": self.builder.template_for(messages).generation_prompt(messages)}
 
     def _evaluation_loader(self, corpus: Corpus) -> EvaluationLoader:

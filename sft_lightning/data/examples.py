@@ -80,9 +80,11 @@ class ExampleBuilder:
         report = SourceReport(split, self.format_of(records[0], format_name), records=len(records))
         segments: list[list[Segment]] = []
         owners: list[Record] = []
+        served = False
         for record in records:
             messages = to_messages(record, report.format)
-            if not owners:
+            if not served and all(message.context is None for message in messages):
+                served = True
                 check_serving(self.template_for(messages), self.tokenizer, messages[:-1] or messages)
             rendered = self.render(record, messages)
             segments += rendered

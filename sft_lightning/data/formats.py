@@ -5,7 +5,9 @@ Every function checks what it reads and raises with the record's location; nothi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sft_lightning.errors import UserError, one_of
@@ -113,15 +115,26 @@ def find_format(name: str | None, record: Record) -> str:
     )
 
 
-def to_messages(record: Record, format_name: str) -> list[Message]:
+_ANSWER_KEY = {"alpaca": "output", "prompt_completion": "completion"}
+
+
+def to_messages(record: Record, format_name: str, *, answered: bool = True) -> list[Message]:
     """Apply a format and check what every template relies on.
+
+    Args:
+        record: The row.
+        format_name: A key of `FORMATS`.
+        answered: Whether the record must hold an answer to learn from; a question to predict on need not.
 
     Raises:
         UserError: If the record does not fit the format, has no turn to learn from, or its turns do not alternate.
     """
+    key = _ANSWER_KEY.get(format_name)
+    if not answered and key is not None and record.fields.get(key) is None:
+        return FORMATS[format_name](replace(record, fields={**record.fields, key: ""}))[:-1]
     turns = FORMATS[format_name](record)
     _check_order(record, turns)
-    if not any(turn.role in ("assistant", "text") for turn in turns):
+    if answered and not any(turn.role in ("assistant", "text") for turn in turns):
         raise UserError(f"{record.location}: no assistant turn, so nothing to learn; remove the record")
     return turns
 
@@ -153,10 +166,11 @@ def _turn(record: Record, where: str, turn: Any, role_key: str | None, content_k
             f"{record.location}: {where} must be an object with `{role_key or 'train'}` and `{content_key}`"
         )
     role = _role(record, where, turn, role_key)
-    train, weight = turn.get("train"), turn.get("weight", 1.0)
+    train, weight = turn.get("train"), turn.get("weight")
+    weight = 1.0 if weight is None else weight  # columns of Parquet hold null where another message has a weight
     if train is not None and not isinstance(train, bool):
         raise UserError(f"{record.location}: {where}.train must be true or false, not {train!r}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or weight < 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise UserError(f"{record.location}: {where}.weight must be a number of at least 0, not {weight!r}")
     return Message(role, _text(record, turn, content_key, where), train=train, weight=float(weight))
 

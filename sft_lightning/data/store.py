@@ -60,10 +60,10 @@ class TokenStore:
         part = slice(self.starts[index] + start, self.starts[index] + stop)
         return TokenizedExample(self.input_ids[part], self.loss_weights[part])
 
-    def fingerprint(self) -> str:
-        """Return a hash of all examples."""
+    def fingerprint(self, lengths: npt.NDArray[np.int64]) -> str:
+        """Return a hash of all examples, and of how much of each is kept."""
         digest = hashlib.sha256()
-        for array in (self.input_ids, self.loss_weights, self.starts):
+        for array in (self.input_ids, self.loss_weights, self.starts, lengths):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 

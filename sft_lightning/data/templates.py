@@ -79,7 +79,9 @@ class NamedTemplate:
         supervised = supervision(messages, loss_on)[len(messages) - len(turns) :]
         segments = [Segment(self._bos, False)] if self._bos else []
         if system and not self.format.system_in_user:
-            segments.append(Segment(system, loss_on == "all"))
+            own = messages[0].role == "system"
+            train = supervision(messages, loss_on)[0] if own else loss_on == "all"
+            segments.append(Segment(system, train, messages[0].weight if own else 1.0))
         for i, (message, train) in enumerate(zip(turns, supervised, strict=True)):
             if message.role == "assistant":
                 text, trailer = self._answer(message), self.format.trailer
@@ -180,6 +182,10 @@ class JinjaTemplate:
         dicts = _as_dicts(messages)
         whole = self.apply(dicts, False)
         if loss_on == "all":
+            if any(message.train is not None or message.weight != 1.0 for message in messages):
+                raise UserError(
+                    f"`train` and `weight` of a message do not go with loss_on: all and template {self.name}"
+                )
             return [[Segment(whole, True)]]
         supervised = supervision(messages, loss_on)
         segments: list[Segment] = []

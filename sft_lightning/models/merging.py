@@ -62,7 +62,7 @@ def merge_adapters(
     manifest = {"base": base, "adapters": list(adapters), "dtype": str(target).removeprefix("torch.")}
     model.to(dtype=target)  # type: ignore[call-arg]  # transformers wraps `to`, and loses its type
     export_model(model, tokenizer, Path(output_dir), manifest)
-    merged = _logits(_load(output_dir, target), probe)
+    merged = _logits(_load(output_dir, torch.float32), probe)  # what was written, not what a coarse type computes
     report = MergeReport(
         output_dir=Path(output_dir),
         dtype=str(target).removeprefix("torch."),

@@ -209,6 +209,13 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
         optimizer = self.optimizer(parameter_groups(self.named_parameters()))
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            # A fused optimizer unscales inside its step: clipping and the logged norm would see scaled gradients.
+            raise UserError(
+                "model.optimizer: a fused optimizer does not go with trainer.precision: 16-mixed; "
+                "set init_args.fused: false, or trainer.precision: bf16-mixed"
+            )
         num_steps = self._data.num_optimizer_steps
         schedule = LambdaLR(optimizer, lambda step: lr_factor(self.lr_scheduler, step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

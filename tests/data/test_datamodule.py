@@ -181,3 +181,45 @@ def test_template_free_records_mix_with_conversations(
     assert data.prompts()[0] == {
         "source": "pairs", "location": f"{pairs}, record 0", "prompt": "<s>2+2=", "reference": "4",
     }  # fmt: skip
+
+
+def test_questions_without_answers_can_be_predicted_on(module: Make, write_json: Callable[..., Path]) -> None:
+    plain = write_json("plain.json", [{"instruction": "Who?"}])
+    chat = write_json("chat.json", [{"messages": [{"role": "user", "content": "Who?"}]}])
+    data = module(predict_sources={"a": SourceConfig(path=str(plain)), "b": SourceConfig(path=str(chat))})
+    first, second = data.prompts()
+    assert first["prompt"] == second["prompt"]
+    assert "reference" not in first
+    assert "reference" not in second
+
+
+def test_a_document_is_sampled_from_its_beginning_not_from_all_of_it(
+    module: Make, write_json: Callable[..., Path]
+) -> None:
+    long = write_json("long.txt", "word " * 10_000)
+    data = module(sources={"long": SourceConfig(path=str(long))}, packing="concat", task="pretrain")
+    assert len(data.sample_prompts(1)[0]["prompt"]) <= 80 + len("<s>")
+
+
+def test_a_weight_that_leaves_nothing_is_refused(module: Make, alpaca_file: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.sources\.toy\.weight: 0\.01 of 24 examples is none"):
+        module(sources={"toy": SourceConfig(path=str(alpaca_file), weight=0.01)}).setup("fit")
+
+
+def test_a_validation_source_of_which_nothing_is_left_is_named(module: Make, write_json: Callable[..., Path]) -> None:
+    long = write_json("long.json", [{"text": "word " * 3000}])
+    with pytest.raises(UserError, match="no example of the val source 'long' is left"):
+        module(val_sources={"long": SourceConfig(path=str(long))}, overlong="drop").setup("fit")
+
+
+def test_another_cut_is_other_data(module: Make, alpaca_file: Path) -> None:
+    first = module(overlong="truncate")
+    second = module(overlong="drop", max_length=256)
+    for each in (first, second):
+        each.setup("fit")
+    assert first.state_dict() == second.state_dict()
+    second._train[0].lengths[0] -= 1
+    second.__dict__.pop("_lengths", None)
+    second.__dict__.pop("_fingerprint", None)
+    with pytest.raises(UserError, match="tokens"):
+        second.load_state_dict(first.state_dict())

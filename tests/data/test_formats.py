@@ -37,6 +37,11 @@ def test_messages_keep_train_and_weight() -> None:
     assert to_messages(record(messages=turns), "messages")[1] == Message("assistant", "a", train=False, weight=2.0)
 
 
+def test_a_null_weight_is_no_weight() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": None, "weight": None}]
+    assert to_messages(record(messages=turns), "messages")[1] == Message("assistant", "a")
+
+
 def test_sharegpt_maps_roles_and_leaves_out_a_leading_answer() -> None:
     turns = [{"from": "gpt", "value": "?"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     assert to_messages(record(conversations=turns), "sharegpt") == [Message("user", "q"), Message("assistant", "a")]
@@ -116,6 +121,7 @@ def turns(*roles: str) -> dict[str, Any]:
         (turns("user"), "messages", "no assistant turn"),
         ({"messages": [{"role": "user", "content": "x", "train": 1}]}, "messages", "train must be true or false"),
         ({"messages": [{"role": "user", "content": "x", "weight": -1}]}, "messages", "weight must be a number"),
+        ({"messages": [{"role": "user", "content": "x", "weight": float("nan")}]}, "messages", "weight must be"),
         ({"conversation": [{"human": "q"}]}, "firefly", "`conversation[0].assistant` is missing"),
         ({"conversation": "q"}, "firefly", "`conversation` must be a list"),
         ({"prompt": "q"}, "prompt_completion", "`completion` is missing"),

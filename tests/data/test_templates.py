@@ -167,3 +167,15 @@ def test_supervised_text_is_the_difference_that_the_weights_say() -> None:
     turns = [Message("user", "q"), Message("assistant", "a", weight=0.5)]
     [segments] = jinja_template("chatml", chatml, CHATML_TOKENS).render(turns, "assistant")
     assert [segment.weight for segment in segments if segment.supervised] == [0.5]
+
+
+def test_a_system_messages_own_train_flag_wins() -> None:
+    turns = [Message("system", "S", train=True, weight=0.5), *TURNS]
+    [segments] = named_template("vicuna_v1.1", TOKENS).render(turns, "assistant")
+    assert segments[1] == Segment("S ", True, 0.5)
+
+
+def test_flags_that_a_jinja_template_cannot_keep_are_refused() -> None:
+    turns = [Message("user", "q"), Message("assistant", "a", train=False)]
+    with pytest.raises(UserError, match="do not go with loss_on: all"):
+        jinja_template("chatml", chatml, CHATML_TOKENS).render(turns, "all")

@@ -19,6 +19,7 @@ IDS = torch.arange(20)[None]
 
 
 def make_adapter(base: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
     model = add_adapter(AutoModelForCausalLM.from_pretrained(base), AdapterConfig(r=2))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
