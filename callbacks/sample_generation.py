@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from callbacks.run_folder import datamodule_of, run_folder
 from callbacks.terminal import console
-from sft_lightning.data.datamodule import PromptBatch
+from sft_lightning.data.prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import GenerationConfig, generate
 from sft_lightning.training.module import CausalLMModule

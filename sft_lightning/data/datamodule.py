@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -18,23 +17,19 @@ from sft_lightning.data.binding import bind_template, special_tokens, stop_token
 from sft_lightning.data.blending import blend
 from sft_lightning.data.collate import collate
 from sft_lightning.data.examples import Corpus, ExampleBuilder, Overlong
-from sft_lightning.data.formats import to_messages
 from sft_lightning.data.loader import Collate, EvaluationLoader, TrainLoader
 from sft_lightning.data.plan import EpochPlan, Packing, Topology, plan_epoch
+from sft_lightning.data.prompts import PromptBatch, make_prompts
 from sft_lightning.data.report import DataReport
 from sft_lightning.data.sources import SourceConfig, read_records
+from sft_lightning.data.splits import divide
 from sft_lightning.data.store import TokenStore
 from sft_lightning.data.templates import DocumentTemplate, Template
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import load_tokenizer
-from sft_lightning.types import Batch, LossOn, Message, Record
-
-_PROMPT_CHARACTERS = 80
+from sft_lightning.types import Batch, LossOn, Record
 
 Task = Literal["sft", "pretrain"]
-
-PromptBatch = list[dict[str, str]]
-"""Prompts to answer: `prompt`, `source`, `location` and, where the data has one, `reference`."""
 
 Sources = Mapping[str, SourceConfig]
 
@@ -178,17 +173,12 @@ class SFTDataModule(LightningDataModule):
         if split not in self._records:
             read = {name: read_records(name, config) for name, config in sources.items()}
             if self.val_fraction and sources is self.sources:
-                read = {name: self._side(split, number, rows) for number, (name, rows) in enumerate(read.items())}
+                read = {
+                    name: divide(rows, self.val_fraction, seed=(self.seed, number))[split == "val"]
+                    for number, (name, rows) in enumerate(read.items())
+                }
             self._records[split] = read
         return self._records[split]
-
-    def _side(self, split: str, number: int, records: list[Record]) -> list[Record]:
-        """Return a split's share of a source: a seeded draw, in file order."""
-        held_out = max(1, round(self.val_fraction * len(records)))
-        if held_out >= len(records):
-            raise UserError(f"data.val_fraction: {self.val_fraction} of {len(records)} records leaves none to train on")
-        drawn = set(np.random.default_rng((self.seed, number)).permutation(len(records))[:held_out].tolist())
-        return [record for i, record in enumerate(records) if (i in drawn) == (split == "val")]
 
     def _build(self, split: str, sources: Sources) -> list[Corpus]:
         corpora = [
@@ -374,20 +364,7 @@ class SFTDataModule(LightningDataModule):
         return [prompt for name in sources for prompt in self._prompts_of(split, sources, name, limit)][:limit]
 
     def _prompts_of(self, split: str, sources: Sources, name: str, limit: int | None = None) -> PromptBatch:
-        records = self.records(split, sources)[name][:limit]
-        format_name = self.builder.format_of(records[0], sources[name].format)
-        return [self._prompt_of(record, to_messages(record, format_name, answered=False)) for record in records]
-
-    def _prompt_of(self, record: Record, messages: Sequence[Message]) -> dict[str, str]:
-        prompt = {"source": record.source, "location": record.location}
-        if messages[-1].role == "assistant" or (messages[-1].role == "text" and len(messages) > 1):
-            prompt["reference"] = messages[-1].content
-            messages = messages[:-1]
-        elif messages[-1].role == "text":
-            # A document is continued from its beginning, as far as a reader takes in at a glance.
-            beginning = messages[0].content[:_PROMPT_CHARACTERS].rpartition(" ")[0]
-            messages = [replace(messages[0], content=beginning or messages[0].content[:_PROMPT_CHARACTERS])]
-        return {**prompt, "prompt": self.builder.template_for(messages).generation_prompt(messages)}
+        return make_prompts(self.builder, self.records(split, sources)[name][:limit], sources[name].format)
 
     def _evaluation_loader(self, corpus: Corpus) -> EvaluationLoader:
         topology = Topology(batch_size=self.batch_size, world_size=self._topology.world_size, rank=self._topology.rank)

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from sft_lightning.data.datamodule import PromptBatch, SFTDataModule
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.attention import prove_isolation
