@@ -26,7 +26,7 @@ from sft_lightning.training.checkpoint import check_trainable_state, random_stat
 from sft_lightning.training.losses import LossSums, predicting_columns, weighted_cross_entropy
 from sft_lightning.training.metrics import TokenMeans
 from sft_lightning.training.optim import LRScheduleConfig, lr_factor, parameter_groups
-from sft_lightning.training.resume import align_progress
+from sft_lightning.training.resume import align_progress, reopen_epoch
 from sft_lightning.types import Batch
 
 
@@ -278,6 +278,8 @@ class CausalLMModule(LightningModule):
         for position in fit_loop["state_dict"].get("combined_loader", []):
             if self.trainer.state.fn == "fit":
                 align_progress(fit_loop, self._data.micro_batches_done(position))
+                if position["rows"] < self._data.plan(position["epoch"]).num_rows:
+                    reopen_epoch(fit_loop, position["epoch"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what trains; the base is loaded from where it came from."""

@@ -20,3 +20,16 @@ def align_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
     for counter, current in progress["current"].items():
         progress["total"][counter] += micro_batches - current
         progress["current"][counter] = micro_batches
+
+
+def reopen_epoch(fit_loop: dict[str, Any], epoch: int) -> None:
+    """Count an epoch as unfinished, in a checkpoint's `loops["fit_loop"]`.
+
+    A run that reaches `max_steps` within an epoch ends the epoch, as far as Lightning is concerned; continued with more
+    steps, it would skip the epoch's other rows.
+    """
+    progress = fit_loop["epoch_progress"]
+    for counter in ("processed", "completed"):
+        ahead = max(0, progress["current"][counter] - epoch)
+        progress["total"][counter] -= ahead
+        progress["current"][counter] -= ahead

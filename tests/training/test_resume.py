@@ -191,3 +191,19 @@ def test_a_position_in_other_data_is_refused_with_what_changed(
     resumed = [*options(fit_args, tmp_path / "again"), change]
     assert main(["fit", *resumed, f"--ckpt_path={tmp_path / 'whole' / 'checkpoints' / 'last.ckpt'}"]) == 2
     assert "position is one in other data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", [3, 11])
+def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_with_its_other_rows(
+    first: int, fit_args: list[str], tmp_path: Path
+) -> None:
+    def run(name: str, steps: int, *more: str) -> None:
+        args = [arg for arg in options(fit_args, tmp_path / name) if "max_epochs" not in arg]
+        constant = ["--model.lr_scheduler.name=constant", f"--trainer.max_steps={steps}"]
+        assert main(["fit", *args, *constant, *more]) == 0
+
+    run("whole", 14)
+    run("part", first)
+    run("part", 14, "--ckpt_path=last")
+    assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "part"))
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
