@@ -59,7 +59,6 @@ def quiet_libraries() -> None:
     for message in (
         r".*does not have many workers.*",  # tokens are already in memory: workers would only copy them
         r".*smaller than the logging interval.*",
-        r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
         r".*LeafSpec.*",
         r".*`is_gradient_checkpointing` is deprecated.*",
         r".*Total length of `list` across ranks is zero.*",  # no validation data
@@ -200,8 +199,7 @@ def _refuse_to_overwrite(root: Path) -> None:
     if results:
         raise UserError(
             f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; "
-            "continue it with --ckpt_path last, "
-            "choose another folder, or remove it"
+            "continue it with --ckpt_path last, choose another folder, or remove it"
         )
 
 

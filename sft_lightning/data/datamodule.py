@@ -127,7 +127,7 @@ class SFTDataModule(LightningDataModule):
         """The token that ends an answer."""
         return stop_token_id(self.template, self.tokenizer)
 
-    @property
+    @functools.cached_property
     def builder(self) -> ExampleBuilder:
         """What makes examples of records."""
         return ExampleBuilder(
@@ -173,11 +173,14 @@ class SFTDataModule(LightningDataModule):
         if split not in self._records:
             read = {name: read_records(name, config) for name, config in sources.items()}
             if self.val_fraction and sources is self.sources:
-                read = {
-                    name: divide(rows, self.val_fraction, seed=(self.seed, number))[split == "val"]
+                sides = {
+                    name: divide(rows, self.val_fraction, seed=(self.seed, number))
                     for number, (name, rows) in enumerate(read.items())
                 }
-            self._records[split] = read
+                for i, side in enumerate(("train", "val")):  # both at once: the files are read a single time
+                    self._records[side] = {name: both[i] for name, both in sides.items()}
+            else:
+                self._records[split] = read
         return self._records[split]
 
     def _build(self, split: str, sources: Sources) -> list[Corpus]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -48,6 +49,11 @@ class ExampleBuilder:
     overlong: Overlong
     packing: Packing
 
+    @functools.cached_property
+    def _documents(self) -> DocumentTemplate:
+        # Made once: asking the tokenizer for its BOS means tokenizing, and there is a question for every record.
+        return DocumentTemplate(special_tokens(self.tokenizer))
+
     def format_of(self, record: Record, configured: str | None) -> str:
         """Return the format of a source: as configured, else as its first record tells; documents in pretraining.
 
@@ -62,7 +68,7 @@ class ExampleBuilder:
 
     def template_for(self, messages: Sequence[Message]) -> Template:
         """Return the run's template, or the one for documents, which use none."""
-        return DocumentTemplate(special_tokens(self.tokenizer)) if messages[0].role == "text" else self.template
+        return self._documents if messages[0].role == "text" else self.template
 
     def render(self, record: Record, messages: Sequence[Message]) -> list[list[Segment]]:
         """Return the segments of each example that a conversation makes."""

@@ -76,12 +76,12 @@ class NamedTemplate:
             UserError: If it has a system message and the template has no place for one.
         """
         system, turns = self._system(messages)
-        supervised = supervision(messages, loss_on)[len(messages) - len(turns) :]
+        flags = supervision(messages, loss_on)
+        own_system, supervised = flags[: len(messages) - len(turns)], flags[len(messages) - len(turns) :]
         segments = [Segment(self._bos, False)] if self._bos else []
         if system and not self.format.system_in_user:
-            own = messages[0].role == "system"
-            train = supervision(messages, loss_on)[0] if own else loss_on == "all"
-            segments.append(Segment(system, train, messages[0].weight if own else 1.0))
+            train, weight = (own_system[0], messages[0].weight) if own_system else (loss_on == "all", 1.0)
+            segments.append(Segment(system, train, weight))
         for i, (message, train) in enumerate(zip(turns, supervised, strict=True)):
             if message.role == "assistant":
                 text, trailer = self._answer(message), self.format.trailer

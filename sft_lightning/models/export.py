@@ -41,11 +41,9 @@ def export_adapter(
     def write(target: Path) -> None:
         # Embeddings are saved when they train (`modules_to_save`); PEFT's "auto" would ask the Hub about the base.
         model.save_pretrained(str(target), save_embedding_layers=False)
-        tokenizer.save_pretrained(target)
-        (target / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
         zeros.extend(_verify(target / "adapter_model.safetensors", get_peft_model_state_dict(model)))
 
-    _replace_folder(folder, write)
+    _replace_folder(folder, tokenizer, manifest, write)
     return zeros
 
 
@@ -56,14 +54,12 @@ def export_model(
 
     def write(target: Path) -> None:
         model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        (target / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
         live = model.state_dict()
         for file in sorted(target.glob("*.safetensors")):
             names = load_file(file).keys()
             _verify(file, {name: live[name] for name in names})
 
-    _replace_folder(folder, write)
+    _replace_folder(folder, tokenizer, manifest, write)
 
 
 def _verify(file: Path, live: Mapping[str, torch.Tensor]) -> list[str]:
@@ -80,12 +76,16 @@ def _verify(file: Path, live: Mapping[str, torch.Tensor]) -> list[str]:
     return sorted(name for name, tensor in written.items() if not tensor.any())
 
 
-def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all."""
+def _replace_folder(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, manifest: Mapping[str, Any], write: Callable[[Path], None]
+) -> None:
+    """Write a folder whole or not at all: what `write` puts there, the tokenizer, and the manifest."""
     temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
+    tokenizer.save_pretrained(temporary)
+    (temporary / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n")
     write(temporary)
     if folder.exists():
         folder.rename(old)
