@@ -5,8 +5,8 @@ Record → list[Message] → Segments → TokenizedExample → rows of the plan 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 IGNORE_INDEX = -100
 """Label of a token without a loss, as in `torch.nn.functional.cross_entropy`."""
 
-Role = Literal["system", "user", "assistant", "text"]
-"""Who speaks. `text` is a plain document: no template, every token supervised."""
+Role = Literal["system", "user", "assistant", "tool", "text"]
+"""Who speaks. `tool` is what a tool that the assistant called answers; `text` is a plain document: no template, every
+token supervised."""
 
 LossOn = Literal["assistant", "last_turn", "all"]
 """Which messages are supervised unless they say so themselves (`Message.train`)."""
@@ -52,6 +53,12 @@ class Message:
 
     weight: float = 1.0
     """Loss weight of each of the turn's supervised tokens."""
+
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """What else a chat template may read: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    """On the first message only: the tools that the conversation offers, as JSON schemas."""
 
 
 class Segment(NamedTuple):
