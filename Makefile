@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-all test-gpu check bench wheel clean
+.PHONY: help setup demo test test-all test-gpu test-browser check bench bench-data wheel clean
 
 help:  ## Show this list (the default)
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(STAMP)  ## Make .venv and install, pinned by constraints.txt; nothing when up to date
 
@@ -36,6 +36,12 @@ check: setup  ## Lint, check the formatting, check the types
 
 bench: setup  ## Run the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/train.py
+
+bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (makes their environments; an hour)
+	$(BIN)/python benchmarks/data.py
+
+test-browser: setup  ## Run the tests that need headless Chromium
+	$(BIN)/python -m pytest -m browser
 
 wheel: setup  ## Build the wheel, install it in a clean environment, run it there
 	sh .ci/wheel

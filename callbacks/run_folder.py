@@ -15,8 +15,12 @@ from sft_lightning.training.module import CausalLMModule
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the logger's folder, or the trainer's root without a logger that has one."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    """Return the logger's folder, or the trainer's root without a logger that has one.
+
+    Not `trainer.log_dir`: that broadcasts, and hangs where one rank asks alone.
+    """
+    folder = getattr(trainer.logger, "log_dir", None) or getattr(trainer.logger, "save_dir", None)
+    return Path(folder or trainer.default_root_dir)
 
 
 def datamodule_of(trainer: Trainer) -> SFTDataModule:

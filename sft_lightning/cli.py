@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import callbacks as observers
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.plan import Topology
 from sft_lightning.errors import UserError
 from sft_lightning.parsing import CommandParser, clear_message, known_keys
 from sft_lightning.training.checkpoint import AtomicCheckpointIO
@@ -63,6 +64,7 @@ def quiet_libraries() -> None:
         r".*`is_gradient_checkpointing` is deprecated.*",
         r".*Total length of `list` across ranks is zero.*",  # no validation data
         r".*exists and is not empty.*",  # we refuse to overwrite a run ourselves
+        r".*LightningCLI's args parameter is intended.*",  # `sys.argv` must stay whole: other ranks are started with it
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -81,29 +83,25 @@ class SFTCommandLine(LightningCLI):
     ) -> None:
         self._command = command
         self._add_options = add_options
-        run = command in self.subcommands()
-        argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments that are not its own
-        try:
-            super().__init__(
-                CausalLMModule,
-                SFTDataModule,
-                args=[command, *args] if run else args,
-                run=run,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                parser_class=CommandParser,
-                load_from_checkpoint_support=False,
-                save_config_callback=SaveConfigCallback,
-                save_config_kwargs={"overwrite": True},
-                trainer_defaults={
-                    "gradient_clip_val": 1.0,
-                    "log_every_n_steps": 10,
-                    "num_sanity_val_steps": 0,
-                    "use_distributed_sampler": False,
-                },
-            )
-        finally:
-            sys.argv = argv
+        run = self._runs = command in self.subcommands()
+        super().__init__(
+            CausalLMModule,
+            SFTDataModule,
+            args=[command, *args] if run else args,
+            run=run,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=CommandParser,
+            load_from_checkpoint_support=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "gradient_clip_val": 1.0,
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,
+            },
+        )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         # Only the command that was asked for: building the other three parsers would triple the time to start.
@@ -124,7 +122,8 @@ class SFTCommandLine(LightningCLI):
         parser.set_defaults({"model.optimizer": DEFAULT_OPTIMIZER})
         parser.link_arguments("task", "data.task")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        for key in ("trust_remote_code", "add_tokens", "add_special_tokens"):
+            parser.link_arguments(f"model.{key}", f"data.{key}")
         parser.link_arguments(
             ("model.tokenizer_name_or_path", "model.model_name_or_path"),
             "data.tokenizer_name_or_path",
@@ -137,11 +136,28 @@ class SFTCommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a value that a config class refuses is the user's, not ours."""
         try:
-            super().instantiate_classes()
+            if self._runs:
+                super().instantiate_classes()
+            else:
+                self.config_init = self.parser.instantiate(self.config)
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError) or not re.search("Parser key|Does not validate", str(error)):
                 raise
             raise UserError(clear_message(str(error), known_keys(self.parser))) from error
+
+    @property
+    def data(self) -> SFTDataModule:
+        """The data of a command that runs no trainer, planned for the devices that the configuration speaks of."""
+        data = self._get(self.config_init, "data")
+        if not isinstance(data, SFTDataModule):
+            raise TypeError(f"expected an SFTDataModule, found a {type(data).__name__}")
+        trainer = self._get(self.config_init, "trainer")
+        data.topology = Topology(
+            batch_size=data.batch_size,
+            accumulate=trainer["accumulate_grad_batches"],
+            world_size=_num_devices(trainer["devices"]) * trainer["num_nodes"],
+        )
+        return data
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with our defaults where the user has set nothing."""
@@ -201,6 +217,16 @@ def _refuse_to_overwrite(root: Path) -> None:
             f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; "
             "continue it with --ckpt_path last, choose another folder, or remove it"
         )
+
+
+def _num_devices(devices: Any) -> int:
+    """Return how many devices `trainer.devices` speaks of; 1 where only the machine could say (`auto`, -1)."""
+    if isinstance(devices, str) and "," in devices:
+        devices = [each for each in devices.split(",") if each.strip()]
+    if isinstance(devices, list):
+        return len(devices)
+    known = isinstance(devices, int) or (isinstance(devices, str) and devices.strip().isdecimal())
+    return max(int(devices), 1) if known else 1
 
 
 def _first_given(*values: str | None) -> str | None:

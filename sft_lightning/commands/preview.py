@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import io
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.cli import SFTCommandLine, quiet_libraries
-from sft_lightning.data.binding import encoder
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.formats import to_messages
-from sft_lightning.data.sources import read_records
+from sft_lightning.data.encoder import TextEncoder
+from sft_lightning.data.examples import ALWAYS_DROPPED
+from sft_lightning.data.formats import Malformed, to_messages
+from sft_lightning.data.highlight import ShownExample, ShownSource, ShownToken, show_tokens, visible
+from sft_lightning.data.preview_page import PreviewPage, render_page
+from sft_lightning.data.sources import SourceConfig, read_records
 from sft_lightning.data.tokenization import tokenize
 from sft_lightning.data.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
-from sft_lightning.types import Record, TokenizedExample
+from sft_lightning.types import Record
 
-_PAGE_WIDTH = 120
+_FRAME = ("⟦", "⟧")
+"""Around supervised text where there are no colours."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -31,74 +36,134 @@ def main(args: Sequence[str]) -> None:
         print("\n".join([*sorted(TURN_FORMATS), "chat_template (the tokenizer's own)", "<file>.jinja"]))
         return
     line = SFTCommandLine("preview", list(args), _add_options)
-    if not isinstance(line.datamodule, SFTDataModule):
-        raise TypeError(f"expected an SFTDataModule, found a {type(line.datamodule).__name__}")
-    preview(line.datamodule, num=line.config["num"], html=line.config["html"])
+    preview(line.data, num=line.config["num"], html=line.config["html"])
 
 
 def _add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--num", type=int, default=5, help="Examples to show of each source.")
+    parser.add_argument("--num", type=int, default=5, help="Records to show of each source.")
     parser.add_argument("--html", type=str | None, default=None, help="Write a self-contained page to this file too.")
     parser.add_argument("--list_templates", action="store_true", help="List the named templates and stop.")
 
 
 def preview(data: SFTDataModule, *, num: int, html: str | None = None) -> None:
-    """Print examples token by token: supervised ones green, special tokens boxed.
+    """Print examples: supervised tokens green, special tokens reversed, line feeds and weights other than 1 marked.
 
     Args:
         data: The data of a run.
-        num: Examples of each source.
-        html: Also write them as one self-contained page.
+        num: Records of each training and validation source.
+        html: Also write them as one self-contained page to this file.
 
     Raises:
-        UserError: If there is no source, or a record is wrong.
+        UserError: If there is no source, a record is wrong, or the page cannot be written.
     """
+    if num < 1:
+        raise UserError(f"--num: must be at least 1 (got {num})")
     if not data.sources:
         raise UserError("data.sources: no source given, so there is nothing to show")
-    page = Console(record=True, width=_PAGE_WIDTH, file=io.StringIO()) if html else None
-    for out in filter(None, (Console(), page)):
-        out.print(f"template {data.template.name}; an answer ends with {data.template.stop!r}", highlight=False)
-        for name, config in data.sources.items():
-            records = read_records(name, config)
-            for record, example in _examples(data, records[:num], config.format):
-                out.print(_heading(record, example), highlight=False)
-                out.print(_coloured(data.tokenizer, example))
-    if html and page:
-        Path(html).write_text(page.export_html(inline_styles=True), encoding="utf-8")
-        print(f"page: {html}")
+    page = PreviewPage(
+        template=data.template.name,
+        stop=data.template.stop,
+        loss_on=data.loss_on,
+        max_length=data.max_length,
+        overlong=None if data.limits.packing == "concat" else data.limits.overlong,
+        sources=[
+            _show_source(data, split, name, config, num)
+            for split, sources in (("train", data.sources), ("val", data.val_sources))
+            for name, config in sources.items()
+        ],
+    )
+    _print(page, Console())
+    if html is not None:
+        _write(page, Path(html))
 
 
-def _examples(
-    data: SFTDataModule, records: Sequence[Record], format_name: str | None
-) -> list[tuple[Record, TokenizedExample]]:
-    found = []
+def _show_source(data: SFTDataModule, split: str, name: str, config: SourceConfig, num: int) -> ShownSource:
+    limit = num if config.max_examples is None else min(num, config.max_examples)
+    records = list(read_records(name, replace(config, max_examples=limit)))
+    if not records:
+        raise UserError(f"data.sources.{name}.path: {config.path!r} holds no records, so there is nothing to show")
+    found = data.builder.format_of(records[0], config.format, config.path)
+    examples: list[ShownExample] = []
+    left_out: list[str] = []
     for record in records:
-        messages = to_messages(record, data.builder.format_of(record, format_name))
-        rendered = data.builder.render(record, messages)
-        found += [(record, example) for example in tokenize(rendered, encoder(data.tokenizer))]
-    return found
+        try:
+            examples += _show_record(data, record, found)
+        except Malformed as error:
+            if data.builder.malformed == "error" and error.reason not in ALWAYS_DROPPED:
+                raise
+            left_out.append(f"{error.reason}: {error}")
+    return ShownSource(f"{split}/{name}", config.path, found, len(records), examples, left_out)
 
 
-def _heading(record: Record, example: TokenizedExample) -> str:
-    supervised = int((example.loss_weights > 0).sum())
+def _show_record(data: SFTDataModule, record: Record, format_name: str) -> list[ShownExample]:
+    repairs: Counter[str] = Counter()
+    messages = to_messages(record, format_name, repairs=repairs)
+    rendered = data.builder.render(record, messages)
+    return [
+        ShownExample(
+            location=record.location,
+            number=number,
+            num_of_record=len(rendered),
+            repairs=list(repairs),
+            messages=messages,
+            segments=segments,
+            tokens=show_tokens(example, data.tokenizer),
+        )
+        for number, (segments, example) in enumerate(
+            zip(rendered, tokenize(rendered, TextEncoder(data.tokenizer)), strict=True), start=1
+        )
+    ]
+
+
+def _write(page: PreviewPage, file: Path) -> None:
+    try:
+        file.write_text(render_page(page), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"--html: cannot write {str(file)!r}: {error.strerror}; name a file in a folder that exists"
+        ) from error
+    print(f"page: {file}")
+
+
+def _print(page: PreviewPage, console: Console) -> None:
+    coloured = console.is_terminal and not console.no_color
+    legend = "green" if coloured else "between " + " and ".join(_FRAME)
+    _line(console, Text(f"template {page.template}; an answer ends with {page.stop!r}; supervised text is {legend}"))
+    for source in page.sources:
+        share = source.num_supervised / max(1, source.num_tokens)
+        counts = f"{source.num_records} records, {source.num_tokens:,} tokens, {share:.0%} of them supervised"
+        _line(console, Text.assemble("\n", (source.name, "bold"), f"  {source.format}; {counts}"))
+        for example in source.examples:
+            _line(console, Text(f"\n{_heading(example)}", "bold"))
+            _line(console, _coloured(example.tokens, ("", "") if coloured else _FRAME))
+        for reason in source.left_out:
+            _line(console, Text(f"\nleft out: {reason}", "yellow"))
+
+
+def _line(console: Console, text: Text) -> None:
+    console.print(text, soft_wrap=True)  # the terminal wraps, so that a copied line is the line that was printed
+
+
+def _heading(example: ShownExample) -> str:
+    part = f" (example {example.number} of {example.num_of_record})" if example.num_of_record > 1 else ""
+    repairs = "; repaired: " + ", ".join(example.repairs) if example.repairs else ""
+    roles = ", ".join(message.role for message in example.messages)
     return (
-        f"\n[bold]{record.source}[/bold]  {record.location}: {len(example.input_ids)} tokens, {supervised} supervised"
+        f"{example.location}{part}: {len(example.tokens):,} tokens, {example.num_supervised:,} supervised; "
+        f"messages: {roles}{repairs}"
     )
 
 
-def _coloured(tokenizer: PreTrainedTokenizerFast, example: TokenizedExample) -> Text:
-    """Return the example's text, each run of tokens in the colour of what happens to it."""
-    ids = example.input_ids.tolist()
-    special = set(tokenizer.get_added_vocab().values())
-    styles = [
-        ("bold green" if weight > 0 else "dim") + (" reverse" if token in special else "")
-        for token, weight in zip(ids, example.loss_weights.tolist(), strict=True)
-    ]
-    borders = [i for i in range(1, len(ids)) if styles[i] != styles[i - 1]]
-    text, shown = Text(), 0
-    for start, end in zip([0, *borders], [*borders, len(ids)], strict=True):
-        # Decoded from the beginning: some tokenizers drop the leading space of what is decoded alone.
-        before = str(tokenizer.decode(ids[:end]))
-        text.append(before[shown:], styles[start])
-        shown = len(before)
+def _coloured(tokens: Sequence[ShownToken], frame: tuple[str, str]) -> Text:
+    """Return the text, each run of tokens in the colour of what happens to it; supervised runs between the frames."""
+    text = Text()
+    for weight, run in groupby(tokens, key=lambda token: token.weight):
+        supervised = weight > 0
+        if weight not in (0, 1):
+            text.append(f"×{weight:g} ", "yellow")
+        text.append(frame[0] if supervised else "")
+        for token in run:
+            style = ("bold green" if supervised else "dim") + (" reverse" if token.special else "")
+            text.append("".join(piece.text for piece in visible(token.text, spaces=False)), style)
+        text.append(frame[1] if supervised else "")
     return text

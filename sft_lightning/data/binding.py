@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from sft_lightning.data.templates import (
-    NamedTemplate,
-    SpecialTokens,
-    Template,
-    jinja_template,
-    named_template,
-)
-from sft_lightning.data.tokenization import Encode, Encoding
+from sft_lightning.data.encoder import TextEncoder
+from sft_lightning.data.jinja import Apply, Chat, JinjaTemplate, jinja_template
+from sft_lightning.data.named import NamedTemplate, SpecialTokens, named_template
+from sft_lightning.data.templates import Template
+from sft_lightning.data.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import adds_bos
 from sft_lightning.types import Message
 
+logger = logging.getLogger(__name__)
+
+_QUESTION = [Message("user", "question")]
+
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
     """Return the tokenizer's BOS, if it puts one before a text by itself, and its EOS."""
-    return SpecialTokens(bos=str(tokenizer.bos_token) if adds_bos(tokenizer) else "", eos=str(tokenizer.eos_token))
+    return SpecialTokens(str(tokenizer.bos_token) if adds_bos(tokenizer) else "", str(tokenizer.eos_token or ""))
 
 
 def bind_template(setting: str, tokenizer: PreTrainedTokenizerFast) -> Template:
@@ -43,11 +47,24 @@ def bind_template(setting: str, tokenizer: PreTrainedTokenizerFast) -> Template:
             tokenizer.chat_template = _read_template(setting)
         if not tokenizer.chat_template:
             raise UserError("data.template: the tokenizer has no chat_template; name a template, such as vicuna_v1.1")
-        template = jinja_template(setting, _applier(setting, tokenizer), tokenizer.get_added_vocab())
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        template = jinja_template(setting, _applier(setting, tokenizer), tokenizer.get_added_vocab(), special)
+        if "strftime_now" in str(tokenizer.chat_template):
+            logger.warning(
+                "data.template: %s writes the date into every conversation; all are prepared with the date of now",
+                setting,
+            )
     else:
         template = named_template(setting, special_tokens(tokenizer))
         tokenizer.chat_template = template.chat_template()
     stop_token_id(template, tokenizer)
+    if adds_bos(tokenizer) and not template.generation_prompt(_QUESTION).startswith(str(tokenizer.bos_token)):
+        logger.warning(
+            "data.template: %s writes no %s, which this tokenizer puts before other texts; training and serving go "
+            "without it",
+            setting,
+            tokenizer.bos_token,
+        )
     return template
 
 
@@ -57,58 +74,94 @@ def stop_token_id(template: Template, tokenizer: PreTrainedTokenizerFast) -> int
     Raises:
         UserError: If it is not exactly one token.
     """
+    if not template.stop:
+        raise UserError(
+            f"data.template: {template.name} ends answers with the tokenizer's EOS, but it has none; set "
+            "`eos_token` in its tokenizer_config.json"
+        )
     ids: list[int] = tokenizer(template.stop, add_special_tokens=False).input_ids
     if len(ids) != 1 or tokenizer.decode(ids) != template.stop:
+        own = ", ".join(name for name, form in TURN_FORMATS.items() if form.stop == "{eos}")
         raise UserError(
             f"data.template: {template.name} ends answers with {template.stop!r}, which this tokenizer splits into "
-            f"{len(ids)} tokens ({tokenizer.convert_ids_to_tokens(ids)}), so the model could not learn to stop; "
-            "choose a template that ends with one of the tokenizer's special tokens, such as alpaca or chat_template"
+            f"{len(ids)} tokens ({tokenizer.convert_ids_to_tokens(ids)}), so the model could not learn to stop; use "
+            f"chat_template, or a template that ends answers with the tokenizer's EOS {tokenizer.eos_token!r}: {own}"
         )
     return ids[0]
 
 
 def check_serving(template: Template, tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> None:
-    """Prove on a conversation that the exported chat template makes the prompt that training taught, token for token.
+    """Prove on a conversation that what is served is the prompt that training taught.
+
+    Args:
+        template: The run's template.
+        tokenizer: With that template as its own.
+        messages: A conversation up to the turn to answer.
 
     Raises:
-        RuntimeError: If it does not; a named template and its Jinja export have drifted apart.
+        RuntimeError: If `apply_chat_template` makes another prompt; a named template and its Jinja export, or our way
+            of rendering Jinja and transformers' own, have drifted apart.
     """
-    if not isinstance(template, NamedTemplate) or any(message.context is not None for message in messages):
-        return  # a Jinja template is the chat template; Alpaca's `input` has no place in chat messages
-    dicts = [{"role": message.role, "content": message.content} for message in messages]
-    served = tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=True)
     trained = template.generation_prompt(messages)
-    if served != trained:
+    tools: list[Any] = []
+    if isinstance(template, JinjaTemplate):
+        chat, tools = template.chat(messages), [dict(tool) for tool in messages[0].tools]
+    elif isinstance(template, NamedTemplate) and all(message.context is None for message in messages):
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+    else:
+        return  # documents are not served as chats, and Alpaca's `input` has no place in chat messages
+    served = tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, add_generation_prompt=True)
+    if served != trained and "strftime_now" not in str(tokenizer.chat_template):
         raise RuntimeError(f"template {template.name}: trained on {trained!r}, but its chat template serves {served!r}")
 
 
-def encoder(tokenizer: PreTrainedTokenizerFast) -> Encode:
-    """Return the tokenizer as a plain function on texts."""
-
-    def encode(texts: list[str]) -> list[Encoding]:
-        out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [
-            Encoding(np.array(ids, np.int32), np.array(offsets, np.int64).reshape(-1, 2))
-            for ids, offsets in zip(out["input_ids"], out["offset_mapping"], strict=True)
-        ]
-
-    return encode
+def encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    """Return the tokenizer as a function on texts."""
+    return TextEncoder(tokenizer)
 
 
 def _read_template(path: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"data.template: cannot read {path!r}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"data.template: cannot read {path!r}: {reason}") from error
 
 
-def _applier(name: str, tokenizer: PreTrainedTokenizerFast):  # type: ignore[no-untyped-def]
-    def apply(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> Apply:
+    """Return the tokenizer's chat template as a function.
+
+    It is what `apply_chat_template` renders with (transformers' own `ImmutableSandboxedEnvironment`, compiled once),
+    without the copying around it, which takes longer than the rendering; `check_serving` compares the two. The clock
+    stands still, so that a prompt and its conversation cannot come out with two dates.
+    """
+    now = datetime.now()
+    names: dict[str, Any] = {**tokenizer.special_tokens_map, "documents": None}
+    names["strftime_now"] = lambda form: now.strftime(form)
+    compiled: dict[bool, Any] = {}
+
+    def apply(chat: Chat, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]]) -> str:
+        has_tools = bool(tools)
+        if has_tools not in compiled:
+            compiled[has_tools] = _compile(name, tokenizer, tools)
+        given = list(tools) if has_tools else None
         try:
             return str(
-                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+                compiled[has_tools].render(
+                    messages=chat, tools=given, add_generation_prompt=add_generation_prompt, **names
+                )
             )
-        except TemplateError as error:
-            raise UserError(f"data.template: {name} refuses a conversation: {error.message}") from error
+        except (TemplateError, TypeError) as error:
+            raise UserError(f"data.template: {name} refuses a conversation: {error}") from error
 
     return apply
+
+
+def _compile(name: str, tokenizer: PreTrainedTokenizerFast, tools: Sequence[Mapping[str, Any]]) -> Any:
+    """Compile the chat template; a tokenizer may have another one for conversations with tools."""
+    try:
+        return _compile_jinja_template(tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
+    except TemplateSyntaxError as error:
+        raise UserError(f"data.template: {name}, line {error.lineno} of the template: {error.message}") from error
+    except ValueError as error:
+        raise UserError(f"data.template: {name}: {error}") from error

@@ -2,56 +2,74 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.binding import bind_template, special_tokens, stop_token_id
-from sft_lightning.data.blending import blend
+from sft_lightning.data.blending import BlendConfig
 from sft_lightning.data.collate import collate
-from sft_lightning.data.examples import Corpus, ExampleBuilder, Overlong
+from sft_lightning.data.corpus import Corpora, Corpus, LengthLimits, Overlong
+from sft_lightning.data.examples import ExampleBuilder, MalformedPolicy
 from sft_lightning.data.loader import Collate, EvaluationLoader, TrainLoader
-from sft_lightning.data.plan import EpochPlan, Packing, Topology, plan_epoch
+from sft_lightning.data.plan import Choice, EpochPlan, Packing, Topology, plan_epoch
+from sft_lightning.data.planner import EpochPlanner
+from sft_lightning.data.preparation import Prepared, default_store_dir
 from sft_lightning.data.prompts import PromptBatch, make_prompts
+from sft_lightning.data.reading import Sources, Split, SplitOptions, SplitReader
 from sft_lightning.data.report import DataReport
-from sft_lightning.data.sources import SourceConfig, read_records
-from sft_lightning.data.splits import divide
-from sft_lightning.data.store import TokenStore
+from sft_lightning.data.sources import SourceConfig
+from sft_lightning.data.splits import Compat
+from sft_lightning.data.stream_source import SourceStream, check_streamed, describe_streamed, share_unit
+from sft_lightning.data.streaming import StreamLoader, StreamWindows
 from sft_lightning.data.templates import DocumentTemplate, Template
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import load_tokenizer
-from sft_lightning.types import Batch, LossOn, Record
+from sft_lightning.types import Batch, LossOn, TokenizedExample
 
 Task = Literal["sft", "pretrain"]
-
-Sources = Mapping[str, SourceConfig]
 
 
 class SFTDataModule(LightningDataModule):
     """The data of a run.
 
     Args:
-        sources: Training sources by name.
+        sources: Training sources by name; if one is `streaming`, all are read while training and `weight` is a share.
         val_sources: Validation sources by name; each has a loss of its own.
         val_fraction: Instead: the share of each training source to hold out.
         test_sources: Sources of the `test` command.
         predict_sources: Sources of the `predict` command; default: the validation data.
+        blend: What the sources' weights mean.
+        data_split: Proportions of the stages of training that share the data, such as `2,4,4`; a source with
+            `sft_only` is exempt.
+        data_split_part: The stage that this run is, from 0.
+        compat: `deepspeed_chat`: divide as DeepSpeed-Chat does, validation sources too.
         template: A named template, `chat_template` (the tokenizer's own), or a `.jinja` file.
         loss_on: What is supervised: every answer, the last answer, or all tokens.
         max_length: Tokens per packed row.
+        min_length: Tokens below which an example is dropped, and counted.
         overlong: What to do with an example longer than `max_length`; always counted.
+        malformed: What to do with a record that does not fit its format; always counted.
         packing: `best_fit` packs whole examples; `concat` writes everything one after the other and cuts; `none` gives
             each example a row. Documents of a row never see each other.
         batch_size: Rows per micro-batch and device.
+        store_dir: Where tokenized sources are kept, for this run and the next; default: in the user's cache folder.
         task: Set by the top-level `task`.
         tokenizer_name_or_path: Set by the model's.
+        add_tokens: Set by the model's.
+        add_special_tokens: Set by the model's.
         trust_remote_code: Set by the model's.
         seed: Set by `seed_everything`.
 
@@ -66,14 +84,23 @@ class SFTDataModule(LightningDataModule):
         val_fraction: float = 0.0,
         test_sources: dict[str, SourceConfig] | None = None,
         predict_sources: dict[str, SourceConfig] | None = None,
+        blend: BlendConfig = BlendConfig(),  # noqa: B008 (frozen)
+        data_split: str | None = None,
+        data_split_part: int = 0,
+        compat: Compat | None = None,
         template: str = "chat_template",
         loss_on: LossOn = "assistant",
         max_length: int = 2048,
+        min_length: int = 0,
         overlong: Overlong = "error",
+        malformed: MalformedPolicy = "error",
         packing: Packing = "best_fit",
         batch_size: int = 1,
+        store_dir: str | None = None,
         task: Task = "sft",
         tokenizer_name_or_path: str | None = None,
+        add_tokens: list[str] | None = None,
+        add_special_tokens: list[str] | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
     ) -> None:
@@ -81,39 +108,56 @@ class SFTDataModule(LightningDataModule):
         for key, value in {"max_length": max_length, "batch_size": batch_size}.items():
             if value < 1:
                 raise UserError(f"data.{key}: must be at least 1 (got {value})")
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"data.val_fraction: must be in [0, 1) (got {val_fraction})")
         if val_sources and val_fraction:
             raise UserError(
                 f"data: set val_sources or val_fraction, not both (got {sorted(val_sources)}, {val_fraction})"
             )
         self.sources: Sources = sources or {}
         self.val_sources: Sources = val_sources or {}
-        self.val_fraction = val_fraction
-        self.test_sources: Sources = test_sources or {}
-        self.predict_sources: Sources = predict_sources or {}
+        self._other: dict[Split, Sources] = {
+            "val": self.val_sources,
+            "test": test_sources or {},
+            "predict": predict_sources or {},
+        }
+        self._split_options = SplitOptions(
+            val_fraction=val_fraction,
+            data_split=data_split,
+            data_split_part=data_split_part,
+            compat=compat,
+            seed=seed,
+        )
+        self.streams = check_streamed(self.sources, self._other, val_fraction=val_fraction, data_split=data_split)
+        """Whether the training data is read while training."""
         self.template_setting = template
         self.loss_on = loss_on
+        self.limits = LengthLimits(max_length=max_length, min_length=min_length, overlong=overlong, packing=packing)
         self.max_length = max_length
-        self.overlong = overlong
-        self.packing = packing
+        self.blend = blend
+        self.malformed: MalformedPolicy = malformed
         self.batch_size = batch_size
+        self.store_dir = Path(store_dir).expanduser() if store_dir else default_store_dir()
         self.task = task
         self.tokenizer_name_or_path = tokenizer_name_or_path
+        self.add_tokens = add_tokens or []
+        self.add_special_tokens = add_special_tokens or []
         self.trust_remote_code = trust_remote_code
         self.seed = seed
         self.report = DataReport(max_length=max_length)
-        self._train: list[Corpus] = []
-        self._val: list[Corpus] = []
-        self._test: list[Corpus] = []
-        self._records: dict[str, dict[str, list[Record]]] = {}
+        self.topology = Topology(batch_size=batch_size)
+        """How rows are dealt out where there is no trainer to say so."""
+        self._corpora: dict[Split, list[Corpus]] = {}
 
     # --- tokenizer and template ------------------------------------------------------------------------------------
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The model's tokenizer; `template` makes itself its chat template."""
-        return load_tokenizer(self.tokenizer_name_or_path, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(
+            self.tokenizer_name_or_path,
+            trust_remote_code=self.trust_remote_code,
+            tokens=self.add_tokens,
+            special_tokens=self.add_special_tokens,
+        )
 
     @functools.cached_property
     def template(self) -> Template:
@@ -134,114 +178,119 @@ class SFTDataModule(LightningDataModule):
             tokenizer=self.tokenizer,
             template=self.template,
             loss_on=self.loss_on,
-            max_length=self.max_length,
-            overlong=self.overlong,
-            packing=self.packing,
+            malformed=self.malformed,
         )
+
+    @functools.cached_property
+    def reader(self) -> SplitReader:
+        """What reads and tokenizes the splits."""
+        return SplitReader(self.sources, self._other, self._split_options, self.builder, self.limits, self.store_dir)
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Read and tokenize what the stage needs; a second call does nothing."""
-        if stage == "fit" and not self._train:
-            if not self.sources:
-                raise UserError("data.sources: no source given, so there is nothing to train on")
-            self._train = self._build("train", self.sources)
-            if not sum(corpus.report.examples for corpus in self._train):
+        if stage == "fit" and self.streams:
+            self._open_streams()
+        elif stage == "fit" and self._first_time("train"):
+            if not sum(corpus.report.examples for corpus in self._corpora["train"]):
                 raise UserError("data.sources: no example is left to train on; see the drops in data_report.json")
-            self._report_plan()
-        if stage in ("fit", "validate") and not self._val:
-            self._val = self._build("val", self._held_out)
-            if stage == "validate" and not self._val:
-                raise UserError("data: set val_sources or val_fraction; there is nothing to validate on")
-        if stage == "test" and not self._test:
-            if not self.test_sources:
-                raise UserError("data.test_sources: no source given, so there is nothing to test on")
-            self._test = self._build("test", self.test_sources)
+            self.planner.report(self.report)
+        if stage in ("fit", "validate"):
+            self._first_time("val", required=stage == "validate")
+        if stage == "test":
+            self._first_time("test")
 
-    @property
-    def _held_out(self) -> Sources:
-        return self.sources if self.val_fraction else self.val_sources
-
-    def records(self, split: str, sources: Sources) -> dict[str, list[Record]]:
-        """Return the records of each source of a split; train and val never share a record.
+    def prepare(self, *, rebuild: bool = False) -> dict[str, Prepared]:
+        """Tokenize every split that has sources and plan the first epoch, without a trainer.
 
         Args:
-            split: train, val, test or predict.
-            sources: The split's sources.
+            rebuild: Tokenize again what is stored already.
+
+        Returns:
+            The store of each source, by split and name: `train/alpaca`.
         """
-        if split not in self._records:
-            read = {name: read_records(name, config) for name, config in sources.items()}
-            if self.val_fraction and sources is self.sources:
-                sides = {
-                    name: divide(rows, self.val_fraction, seed=(self.seed, number))
-                    for number, (name, rows) in enumerate(read.items())
-                }
-                for i, side in enumerate(("train", "val")):  # both at once: the files are read a single time
-                    self._records[side] = {name: both[i] for name, both in sides.items()}
-            else:
-                self._records[split] = read
-        return self._records[split]
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        stores = {
+            f"{split}/{name}": self.reader.prepare(split, name, rebuild=rebuild)
+            for split in splits
+            for name in self.reader.sources(split)
+            if not (split == "train" and self.streams)
+            if not (split == "val" and self.reader.sources(split) is self.sources)  # held out of the training sources
+        }
+        self.setup("fit")
+        if self.reader.sources("test"):
+            self.setup("test")
+        return stores
 
-    def _build(self, split: str, sources: Sources) -> list[Corpus]:
-        corpora = [
-            self.builder.build(name, split, rows, sources[name].format)
-            for name, rows in self.records(split, sources).items()
-        ]
-        for corpus in corpora:
-            weight = sources[corpus.name].weight if split == "train" else 1.0
-            if corpus.report.examples and not round(weight * corpus.report.examples):
-                raise UserError(
-                    f"data.sources.{corpus.name}.weight: {weight} of {corpus.report.examples} examples is none"
-                )
-            if split != "train" and not corpus.report.examples:
-                raise UserError(
-                    f"data: no example of the {split} source {corpus.name!r} is left: {corpus.report.dropped}"
-                )
-        self.report.sources |= {f"{split}/{corpus.name}": corpus.report for corpus in corpora}
-        return corpora
+    def _first_time(self, split: Split, *, required: bool = True) -> bool:
+        """Tokenize a split, unless that was done before."""
+        if split in self._corpora:
+            return False
+        if required and not self.reader.sources(split):
+            raise UserError(_NO_SOURCES[split])
+        self._corpora[split] = self.reader.corpora(split)
+        self.report.sources |= {f"{split}/{corpus.name}": corpus.report for corpus in self._corpora[split]}
+        return True
 
-    def _report_plan(self) -> None:
-        plan = self.plan(0)
-        self.report.rows, self.report.optimizer_steps = plan.num_rows, plan.num_steps
-        tokens = int((plan.documents[:, 2] - plan.documents[:, 1]).sum())
-        self.report.fill = tokens / (plan.num_rows * self.max_length)
+    def _open_streams(self) -> None:
+        """Find the format of every streamed source; their records are read when they are trained on."""
+        if self.trainer is not None and self.trainer.max_steps == -1:
+            raise UserError(
+                "trainer.max_steps: not set, but data.sources are streamed and have no end; set the number of "
+                "optimizer steps, or leave out `streaming`"
+            )
+        if not any(name.startswith("train/") for name in self.report.sources):
+            rank_zero_info(describe_streamed(self.sources, self.blend))
+            # Tokenizing runs beside training, where samples are tokenized: each needs a tokenizer of its own.
+            builder = replace(self.builder, tokenizer=copy.deepcopy(self.tokenizer))
+            self._streams = [SourceStream(name, config, builder, self.limits) for name, config in self.sources.items()]
+            self.report.blend_unit = share_unit(self.blend)
+            self.report.sources |= {f"train/{stream.name}": stream.report for stream in self._streams}
+
+    def _stream_loader(self) -> StreamLoader:
+        windows = StreamWindows(
+            self._streams,
+            self.blend,
+            self.limits,
+            rows_per_step=self._topology.rows_per_step,
+            seed=self.seed,
+        )
+        loader = StreamLoader(
+            windows, self._topology, lambda window: self._collate(window.store.example), self.num_optimizer_steps
+        )
+        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
+        if limit != 1.0 and not (isinstance(limit, int) and limit >= len(loader)):
+            raise UserError(f"trainer.limit_train_batches: {limit} with streamed sources; use trainer.max_steps alone")
+        return loader
 
     # --- the plan --------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _store(self) -> TokenStore:
-        return TokenStore.concatenate([corpus.store for corpus in self._train])
+    def planner(self) -> EpochPlanner:
+        """What plans the training epochs."""
+        if self.streams:
+            raise UserError("data.sources: streamed sources are planned while training, not ahead; nothing to plan on")
+        corpora = self._corpora["train"]
+        return EpochPlanner(
+            corpora,
+            [self.sources[corpus.name] for corpus in corpora],
+            blend=self.blend,
+            packing=self.limits.packing,
+            max_length=self.limits.max_length,
+            rows_per_step=self._topology.rows_per_step,
+            seed=self.seed,
+        )
 
-    @functools.cached_property
-    def _lengths(self) -> Any:
-        return np.concatenate([corpus.lengths for corpus in self._train])
-
-    @functools.cached_property
-    def _fingerprint(self) -> str:
-        return self._store.fingerprint(self._lengths)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (one data module a process)
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of a training epoch."""
-        usable = [np.flatnonzero(corpus.lengths) for corpus in self._train]
-        firsts = np.cumsum([0, *(len(corpus.lengths) for corpus in self._train)])
-        candidates = np.concatenate([indices + first for indices, first in zip(usable, firsts, strict=False)])
-        weights = [self.sources[corpus.name].weight for corpus in self._train]
-        chosen = candidates[blend([len(indices) for indices in usable], weights, seed=self.seed, epoch=epoch)]
-        return plan_epoch(
-            chosen,
-            self._lengths,
-            self._store.weigh,
-            packing=self.packing,
-            max_length=self.max_length,
-            rows_per_step=self._topology.rows_per_step,
-            shuffle=(self.seed, epoch),
-        )
+        return self.planner.plan(epoch)
 
     @property
     def packs(self) -> bool:
-        """Whether any row of the first epoch holds more than one document."""
+        """Whether any row of the first epoch holds more than one document; of a stream, whether one may."""
+        if self.streams:
+            return self.limits.packing != "none"
         plan = self.plan(0)
         return len(plan.documents) > plan.num_rows
 
@@ -249,7 +298,7 @@ class SFTDataModule(LightningDataModule):
     def _topology(self) -> Topology:
         trainer = self.trainer
         if trainer is None:
-            return Topology(batch_size=self.batch_size)
+            return self.topology
         return Topology(
             batch_size=self.batch_size,
             accumulate=trainer.accumulate_grad_batches,
@@ -263,17 +312,25 @@ class SFTDataModule(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return self.plan(0).num_steps
+        if self.streams:
+            return trainer.max_steps
         if trainer.max_epochs == -1:
             if trainer.max_steps == -1:
                 raise UserError("trainer: set max_steps or max_epochs; the learning-rate schedule needs an end")
             return trainer.max_steps
-        steps = math.ceil(self._micro_batches_per_epoch / trainer.accumulate_grad_batches) * (trainer.max_epochs or 1)
+        epochs = range(trainer.max_epochs or 1)
+        if self.planner.repeats:
+            steps = len(epochs) * self._steps_of(0)
+        else:  # a part of a source that is another in every epoch does not always fill as many rows
+            steps = sum(self._steps_of(epoch) for epoch in epochs)
         return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
 
-    @property
-    def _micro_batches_per_epoch(self) -> int:
+    def _steps_of(self, epoch: int) -> int:
+        return math.ceil(self._micro_batches_of(epoch) / self._topology.accumulate)
+
+    def _micro_batches_of(self, epoch: int) -> int:
         """Micro-batches of an epoch within `trainer.limit_train_batches`, which must not cut a step in two."""
-        whole = self.plan(0).num_micro_batches(self._topology)
+        whole = self.plan(epoch).num_micro_batches(self._topology)
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         limited = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
         if limited < whole and limited % self._topology.accumulate:
@@ -285,17 +342,26 @@ class SFTDataModule(LightningDataModule):
 
     def micro_batches_done(self, position: Mapping[str, int]) -> int:
         """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
+        if self.streams:
+            return position["rows"] // self._topology.rows_per_step * self._topology.accumulate
         return self.plan(position["epoch"]).micro_batches_done(position["rows"], self._topology)
+
+    def is_within_epoch(self, position: Mapping[str, int]) -> bool:
+        """Whether rows of its epoch come after a loader's position; a stream is one epoch as long as the run."""
+        if self.streams:
+            return position["rows"] < self.num_optimizer_steps * self._topology.rows_per_step
+        return position["rows"] < self.plan(position["epoch"]).num_rows
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order of the rows depends on, for a checkpoint."""
         return {
             "seed": self.seed,
-            "packing": self.packing,
-            "max_length": self.max_length,
+            "packing": self.limits.packing,
+            "max_length": self.limits.max_length,
             "global batch (rows)": self._topology.rows_per_step,
-            "weights": [self.sources[corpus.name].weight for corpus in self._train],
-            "tokens": self._fingerprint if self._train else None,
+            "blend": f"{self.blend.by}, temperature {self.blend.temperature}",
+            "weights": [(source.weight, source.max_epochs) for source in self.sources.values()],
+            "tokens": self._content,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -306,15 +372,23 @@ class SFTDataModule(LightningDataModule):
         """
         now = self.state_dict()
         changed = [f"{key}: {old} → {now[key]}" for key, old in state_dict.items() if now[key] != old]
-        if changed and self._train:
+        if changed and (self.streams or "train" in self._corpora):
             raise UserError(
                 f"--ckpt_path: the checkpoint's position is one in other data ({'; '.join(changed)}); restore the old "
                 "values, or start a new run from its weights with model.adapter.path (or model.model_name_or_path)"
             )
 
+    @property
+    def _content(self) -> str | None:
+        """What the tokens are; of a stream, what decides which are seen (the loader knows those of its window)."""
+        if self.streams:
+            taken = [(name, config.max_examples) for name, config in self.sources.items()]
+            return f"streamed: {taken}, min_length {self.limits.min_length}, overlong {self.limits.overlong}"
+        return self.planner.fingerprint if "train" in self._corpora else None
+
     # --- loaders ---------------------------------------------------------------------------------------------------
 
-    def train_dataloader(self) -> TrainLoader:
+    def train_dataloader(self) -> TrainLoader | StreamLoader:
         """Return this rank's micro-batches.
 
         Raises:
@@ -328,15 +402,21 @@ class SFTDataModule(LightningDataModule):
             raise UserError(
                 "trainer.callbacks: GradientAccumulationScheduler would change the plan; use a fixed number"
             )
-        return TrainLoader(self.plan, self._topology, self._collate(self._store))
+        if self.streams:
+            return self._stream_loader()
+        loader = TrainLoader(self.plan, self._topology, self._collate(self.planner.corpora.example))
+        if trainer is not None and not self.planner.repeats:
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # Lightning takes every epoch to be as long as the first
+            loader.set_epoch(trainer.current_epoch)
+        return loader
 
     def val_dataloader(self) -> list[EvaluationLoader]:
         """Return a loader for each validation source."""
-        return [self._evaluation_loader(corpus) for corpus in self._val]
+        return [self._evaluation_loader(corpus) for corpus in self._corpora["val"]]
 
     def test_dataloader(self) -> list[EvaluationLoader]:
         """Return a loader for each test source."""
-        return [self._evaluation_loader(corpus) for corpus in self._test]
+        return [self._evaluation_loader(corpus) for corpus in self._corpora["test"]]
 
     def predict_dataloader(self) -> DataLoader[dict[str, str]]:
         """Return prompts in batches."""
@@ -349,45 +429,56 @@ class SFTDataModule(LightningDataModule):
     @property
     def val_names(self) -> list[str]:
         """Names of the validation sources, in the order of the loaders."""
-        return [corpus.name for corpus in self._val]
+        return [corpus.name for corpus in self._corpora["val"]]
 
     @property
     def test_names(self) -> list[str]:
         """Names of the test sources, in the order of the loaders."""
-        return [corpus.name for corpus in self._test]
+        return [corpus.name for corpus in self._corpora["test"]]
 
     def prompts(self) -> PromptBatch:
         """Return a prompt for each record that `predict` answers, with the record's last answer as its reference."""
-        split, sources = ("predict", self.predict_sources) if self.predict_sources else ("val", self._held_out)
-        return [prompt for name in sources for prompt in self._prompts_of(split, sources, name)]
+        return self._prompts_of("predict" if self.reader.sources("predict") else "val")
 
     def sample_prompts(self, limit: int) -> PromptBatch:
         """Return the first prompts of the validation data, or of the training data where there is none."""
-        split, sources = ("val", self._held_out) if self._held_out else ("train", self.sources)
-        return [prompt for name in sources for prompt in self._prompts_of(split, sources, name, limit)][:limit]
+        return self._prompts_of("val" if self.reader.sources("val") else "train", limit)
 
-    def _prompts_of(self, split: str, sources: Sources, name: str, limit: int | None = None) -> PromptBatch:
-        return make_prompts(self.builder, self.records(split, sources)[name][:limit], sources[name].format)
+    def _prompts_of(self, split: Split, limit: int | None = None) -> PromptBatch:
+        prompts = (
+            prompt
+            for name, config in self.reader.sources(split).items()
+            for prompt in make_prompts(self.builder, self.reader.records(split, name), config)
+        )
+        return list(islice(prompts, limit))
 
     def _evaluation_loader(self, corpus: Corpus) -> EvaluationLoader:
         topology = Topology(batch_size=self.batch_size, world_size=self._topology.world_size, rank=self._topology.rank)
+        corpora, examples = Corpora([corpus]), corpus.examples
+        lengths = corpus.kept[examples]
         plan = plan_epoch(
-            np.flatnonzero(corpus.lengths),
-            corpus.lengths,
-            corpus.store.weigh,
-            packing=self.packing,
-            max_length=self.max_length,
+            Choice(examples, np.zeros_like(examples), lengths, lengths.astype(np.float64)),
+            corpora.weigh,
+            packing=self.limits.packing,
+            max_length=self.limits.max_length,
             rows_per_step=topology.rows_per_step,
             shuffle=None,
         )
-        return EvaluationLoader(plan, topology, self._collate(corpus.store))
+        return EvaluationLoader(plan, topology, self._collate(corpora.example))
 
-    def _collate(self, store: TokenStore) -> Collate:
+    def _collate(self, example: Callable[[int, int, int], TokenizedExample]) -> Collate:
         pad = self.tokenizer.pad_token_id
         pad_token_id = self.stop_token_id if pad is None else pad
 
         def make(plan: EpochPlan, rows: Sequence[int], denominator: float) -> Batch:
-            documents = [[store.example(*document) for document in plan.row(row).tolist()] for row in rows]
+            documents = [[example(*document) for document in plan.row(row).tolist()] for row in rows]
             return collate(documents, pad_token_id=pad_token_id, denominator=denominator)
 
         return make
+
+
+_NO_SOURCES: Mapping[Split, str] = {
+    "train": "data.sources: no source given, so there is nothing to train on",
+    "val": "data: set val_sources or val_fraction; there is nothing to validate on",
+    "test": "data.test_sources: no source given, so there is nothing to test on",
+}

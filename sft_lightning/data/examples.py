@@ -1,41 +1,91 @@
-"""Records of one source → its tokenized examples, and how much of each is kept; everything counted."""
+"""Records of a source → tokenized examples, batch by batch; what becomes of every record is written down."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.binding import check_serving, encoder, special_tokens
-from sft_lightning.data.formats import find_format, to_messages
-from sft_lightning.data.plan import Packing
-from sft_lightning.data.report import SourceReport
-from sft_lightning.data.store import TokenStore
+from sft_lightning.data.binding import special_tokens
+from sft_lightning.data.encoder import TextEncoder
+from sft_lightning.data.example_checks import check_examples
+from sft_lightning.data.formats import Malformed, find_format, to_messages
 from sft_lightning.data.templates import DocumentTemplate, Template
-from sft_lightning.data.tokenization import tokenize
+from sft_lightning.data.tokenization import Longs, TokenizedBatch, Tokens, join, weigh
 from sft_lightning.errors import UserError
-from sft_lightning.types import LossOn, Message, Record, Segment, TokenizedExample
+from sft_lightning.types import LossOn, Message, Record, Segment
 
-Overlong = Literal["error", "drop", "truncate"]
+MalformedPolicy = Literal["error", "drop"]
 
-_TOKENIZE_AT_ONCE = 1000
+REWRITTEN = "rewritten"
+"""Mark of a record that makes several examples, because the template rewrites earlier turns once others follow."""
+
+_EXAMPLES_AT_ONCE = 4096
+_CHARACTERS_AT_ONCE = 1 << 22
+_CONVERSATIONS_CHECKED = 32
+"""Conversations of each source to prove the template and the tokenizer on."""
+
+_LOCATIONS_KEPT = 20
+"""Places of dropped records to remember, for each reason."""
+
+ALWAYS_DROPPED = ("no_answer", "no_question")
+"""Reasons for which a record is left out whatever `data.malformed` says: it is well formed, but teaches nothing."""
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """One source, tokenized."""
+@dataclass
+class RecordLog:
+    """What became of the records of a source while examples were made of them."""
 
-    name: str
-    store: TokenStore
-    lengths: npt.NDArray[np.int64]
-    """Tokens kept of each example, (N,); 0 for an example that was dropped."""
+    format: str = ""
+    """The format that was given or found."""
 
-    report: SourceReport
+    codes: list[str] = field(default_factory=list)
+    """What may happen to a record, each a bit of `marks`: reasons for a drop, repairs, and `rewritten`."""
+
+    marks: array[int] = field(default_factory=lambda: array("I"))
+    """For each record read, the bits of what happened to it."""
+
+    dropped: list[str] = field(default_factory=list)
+    """The codes that mean that the record was left out."""
+
+    dropped_at: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    """Index and place of the first records that were left out, by reason."""
+
+    def mark(self, code: str) -> None:
+        """Note that something happened to the last record."""
+        if code not in self.codes:
+            self.codes.append(code)
+        self.marks[-1] |= 1 << self.codes.index(code)
+
+    def drop(self, reason: str, location: str) -> None:
+        """Note that the last record is left out."""
+        self.mark(reason)
+        if reason not in self.dropped:
+            self.dropped.append(reason)
+        places = self.dropped_at.setdefault(reason, [])
+        if len(places) < _LOCATIONS_KEPT:
+            places.append((len(self.marks) - 1, location))
+
+    def facts(self) -> dict[str, Any]:
+        """Return everything but the marks, for a store's manifest."""
+        return {
+            "format": self.format,
+            "codes": self.codes,
+            "dropped": self.dropped,
+            "dropped_at": self.dropped_at,
+        }
+
+
+Rendered = tuple[int, list[Segment]]
+"""Index of a record, and the segments of an example made of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,94 +95,127 @@ class ExampleBuilder:
     tokenizer: PreTrainedTokenizerFast
     template: Template
     loss_on: LossOn
-    max_length: int
-    overlong: Overlong
-    packing: Packing
+    malformed: MalformedPolicy = "error"
 
     @functools.cached_property
     def _documents(self) -> DocumentTemplate:
         # Made once: asking the tokenizer for its BOS means tokenizing, and there is a question for every record.
         return DocumentTemplate(special_tokens(self.tokenizer))
 
-    def format_of(self, record: Record, configured: str | None) -> str:
-        """Return the format of a source: as configured, else as its first record tells; documents in pretraining.
+    @functools.cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
+    def format_of(self, record: Record, configured: str | None, path: str = "") -> str:
+        """Return the format of a source: as configured, else as its path or first record tells.
 
         Raises:
-            UserError: If it cannot be told, or is not for this task.
+            UserError: If that cannot be told, or conversations are to be pretrained on.
         """
-        pretraining = isinstance(self.template, DocumentTemplate)
-        found = find_format(configured or ("text" if pretraining else None), record)
-        if pretraining and found != "text":
-            raise UserError(f"data.sources.{record.source}.format: {found} is for task: sft; pretraining takes text")
-        return found
+        if configured is None and isinstance(self.template, DocumentTemplate) and "text" in record.fields:
+            return "text"
+        name = find_format(configured, record, path)
+        if isinstance(self.template, DocumentTemplate) and name != "text":
+            raise UserError(
+                f"data.sources.{record.source}: the format is {name}, but pretraining takes text; use task: sft, or "
+                "data with a `text` key"
+            )
+        return name
 
     def template_for(self, messages: Sequence[Message]) -> Template:
-        """Return the run's template, or the one for documents, which use none."""
+        """Return the run's template; plain documents have none."""
         return self._documents if messages[0].role == "text" else self.template
 
     def render(self, record: Record, messages: Sequence[Message]) -> list[list[Segment]]:
-        """Return the segments of each example that a conversation makes."""
+        """Render a record's messages; the error of a template that refuses them names the record."""
         try:
             return self.template_for(messages).render(messages, self.loss_on)
         except UserError as error:
             raise UserError(f"{record.location}: {error}") from error
 
-    def build(self, name: str, split: str, records: Sequence[Record], format_name: str | None) -> Corpus:
-        """Tokenize a source.
+    def build(
+        self, records: Iterable[Record], configured_format: str | None, path: str, log: RecordLog
+    ) -> Iterator[tuple[TokenizedBatch, Longs]]:
+        """Tokenize a source, batch by batch; the next batch is read and rendered while one is tokenized.
+
+        Args:
+            records: The source.
+            configured_format: The source's `format`.
+            path: The source's `path`.
+            log: Filled with what becomes of the records.
+
+        Yields:
+            Examples, and the index of the record that each was made of.
 
         Raises:
-            UserError: If a record is wrong, or an example is too long and `overlong` is `error`.
+            UserError: If a record is wrong, and `malformed` is `error`.
         """
-        report = SourceReport(split, self.format_of(records[0], format_name), records=len(records))
-        segments: list[list[Segment]] = []
-        owners: list[Record] = []
-        served = False
-        for record in records:
-            messages = to_messages(record, report.format)
-            if not served and all(message.context is None for message in messages):
-                served = True
-                check_serving(self.template_for(messages), self.tokenizer, messages[:-1] or messages)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pending: tuple[Future[Tokens], Sequence[Rendered]] | None = None
+            for batch in _batches(self._render_all(records, configured_format, path, log)):
+                future = pool.submit(self._encoder.encode, join([segments for _, segments in batch]))
+                if pending is not None:
+                    yield self._finish(*pending)
+                pending = future, batch
+            if pending is not None:
+                yield self._finish(*pending)
+
+    def _finish(self, tokens: Future[Tokens], batch: Sequence[Rendered]) -> tuple[TokenizedBatch, Longs]:
+        examples = weigh([segments for _, segments in batch], tokens.result(), self._encoder)
+        return examples, np.array([record for record, _ in batch], np.int64)
+
+    def _render_all(
+        self, records: Iterable[Record], configured_format: str | None, path: str, log: RecordLog
+    ) -> Iterator[Rendered]:
+        first: list[tuple[str, Sequence[Message]]] = []
+        repairs: Counter[str] = Counter()
+        for index, record in enumerate(records):
+            if not log.format:
+                log.format = self.format_of(record, configured_format, path)
+            log.marks.append(0)
+            try:
+                messages = to_messages(record, log.format, repairs=repairs)
+            except Malformed as error:
+                if self.malformed == "error" and error.reason not in ALWAYS_DROPPED:
+                    raise
+                log.drop(error.reason, record.location)
+                continue
+            if repairs:
+                for repair in repairs:
+                    log.mark(repair)
+                repairs.clear()
             rendered = self.render(record, messages)
-            segments += rendered
-            owners += [record] * len(rendered)
-        encode = encoder(self.tokenizer)
-        examples: list[TokenizedExample] = []
-        for start in range(0, len(segments), _TOKENIZE_AT_ONCE):
-            examples += tokenize(segments[start : start + _TOKENIZE_AT_ONCE], encode)
-        store = TokenStore.from_examples(examples)
-        return Corpus(name, store, self._keep(store, owners, report), report)
+            if len(first) < _CONVERSATIONS_CHECKED:
+                first.append((record.location, messages))
+                if len(first) == _CONVERSATIONS_CHECKED:
+                    self._check(first)
+            if len(rendered) > 1:
+                log.mark(REWRITTEN)
+            for segments in rendered:
+                yield index, segments
+        if 0 < len(first) < _CONVERSATIONS_CHECKED:
+            self._check(first)
 
-    def _keep(self, store: TokenStore, owners: Sequence[Record], report: SourceReport) -> npt.NDArray[np.int64]:
-        """Apply `overlong`, drop what teaches nothing, and count."""
-        lengths = store.lengths
-        overlong = (lengths > self.max_length) & (self.packing != "concat")
-        kept = self._shorten(lengths, owners)
-        supervised = store.supervised_tokens(kept)
-        report.longest = int(lengths.max(initial=0))
-        report.truncated = int(overlong.sum()) if self.overlong == "truncate" else 0
-        if self.overlong == "drop" and overlong.any():
-            report.dropped["overlong"] = int(overlong.sum())
-        nothing_to_learn = (kept > 0) & (supervised == 0)
-        if nothing_to_learn.any():
-            report.dropped["no_supervised_tokens"] = int(nothing_to_learn.sum())
-        kept = np.where(nothing_to_learn, 0, kept)
-        report.examples = int((kept > 0).sum())
-        report.tokens = int(kept.sum())
-        report.supervised_tokens = int(supervised.sum())
-        report.supervised_tokens_lost = int(store.supervised_tokens(lengths).sum() - supervised.sum())
-        return kept
+    def _check(self, conversations: Sequence[tuple[str, Sequence[Message]]]) -> None:
+        """Prove on the first conversations of a source that template and tokenizer do what they promise."""
+        template = self.template_for(conversations[0][1])
+        check_examples(template, self.tokenizer, self._encoder, conversations, self.loss_on)
 
-    def _shorten(self, lengths: npt.NDArray[np.int64], owners: Sequence[Record]) -> npt.NDArray[np.int64]:
-        overlong = lengths > self.max_length
-        if self.packing == "concat":
-            return lengths  # cut by the plan, and nothing is lost
-        if self.overlong == "drop":
-            return np.where(overlong, 0, lengths)
-        if self.overlong == "error" and overlong.any():
-            longest = int(lengths.argmax())
-            raise UserError(
-                f"{owners[longest].location}: {lengths[longest]} tokens, but data.max_length is {self.max_length}; "
-                f"{int(overlong.sum())} of {len(lengths)} examples are longer. Set data.max_length to at least "
-                f"{lengths[longest]}, or data.overlong to drop or truncate"
-            )
-        return np.minimum(lengths, self.max_length)
+
+def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
+    """Group examples, as many as are worth tokenizing at once and no more than memory should hold."""
+    batch: list[Rendered] = []
+    characters = 0
+    for each in rendered:
+        batch.append(each)
+        characters += sum([len(segment.text) for segment in each[1]])
+        if len(batch) == _EXAMPLES_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def marks_of(log: RecordLog) -> npt.NDArray[np.uint32]:
+    """Return a log's marks as an array, (records,)."""
+    return np.array(log.marks, np.uint32)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
-import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,7 @@ def read_file(path: Path) -> Rows:
     reader = reader_of(path)
     if reader is None:
         raise one_of(f"{path}: the file type", path.suffix, READERS)
+    _refuse_pointer(path)
     empty = True
     for location_and_row in reader(path):
         empty = False
@@ -43,7 +44,7 @@ def _read_json(path: Path) -> Rows:
         document = json.loads(text)
     except json.JSONDecodeError as error:
         if _is_json_lines(text):
-            yield from _lines(path, text)
+            yield from _lines(path, text.split("\n"))
             return
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from error
     for index, row in enumerate(document if isinstance(document, list) else [document]):
@@ -51,30 +52,33 @@ def _read_json(path: Path) -> Rows:
 
 
 def _read_json_lines(path: Path) -> Rows:
-    yield from _lines(path, _text(path))
+    with _open(path) as file:
+        yield from _lines(path, file)
 
 
-def _lines(path: Path, text: str) -> Rows:
-    # Split at "\n" alone: JSON strings may hold U+2028 and other characters that `splitlines` takes for line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(path: Path, lines: Iterable[str]) -> Rows:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            yield f"{path}, line {number}", json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {number}, column {error.colno}: broken JSON: {error.msg}") from error
+        yield f"{path}, line {number}", row
 
 
 def _read_csv(path: Path) -> Rows:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
-    for row in reader:
-        if None in row or None in row.values():
-            found = len([cell for cell in row.values() if cell is not None])
-            raise UserError(
-                f"{path}, line {reader.line_num}: the row does not have the {len(reader.fieldnames or [])} cells of "
-                f"the heading (found {found}{' and more' if None in row else ''}); quote cells with commas or line ends"
-            )
-        yield f"{path}, line {reader.line_num}", row
+    with _open(path) as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                found = len([cell for cell in row.values() if cell is not None])
+                raise UserError(
+                    f"{path}, line {reader.line_num}: the row has not the {len(reader.fieldnames or [])} cells of "
+                    f"the heading (found {found}{' and more' if None in row else ''}); "
+                    "quote cells with commas or line ends"
+                )
+            yield f"{path}, line {reader.line_num}", row
 
 
 def _read_text(path: Path) -> Rows:
@@ -83,55 +87,77 @@ def _read_text(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
-    yield from _read_table(path, lambda: pq.read_table(path))
+    yield from _rows_of(path, lambda: pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE))
 
 
 def _read_arrow(path: Path) -> Rows:
     """Arrow's file format, or its stream format, which `datasets` writes."""
 
-    def read() -> pa.Table:
+    def batches() -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(path)) as source:
             try:
-                return pa.ipc.open_file(source).read_all()
+                reader = pa.ipc.open_file(source)
             except pa.ArrowInvalid:
                 source.seek(0)
-                return pa.ipc.open_stream(source).read_all()
+                yield from pa.ipc.open_stream(source)
+                return
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
 
-    yield from _read_table(path, read)
+    yield from _rows_of(path, batches)
 
 
-def _read_table(path: Path, read: Callable[[], pa.Table]) -> Rows:
+_ROWS_AT_ONCE = 1024
+
+
+def _rows_of(path: Path, batches: Callable[[], Iterator[pa.RecordBatch]]) -> Rows:
+    index = 0
     try:
-        table = read()
+        for batch in batches():
+            for row in batch.to_pylist():
+                yield f"{path}, record {index}", row
+                index += 1
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a {path.suffix} file that Arrow can read: {error}") from error
-    for index, row in enumerate(table.to_pylist()):
-        yield f"{path}, record {index}", row
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(f"{path}: the file is a git-LFS pointer, not the data; run `git lfs pull`")
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[TextIO]:
+    """Open a text file, perhaps compressed, for reading from its first character on.
+
+    Lines end at "\\n" alone: JSON strings may hold U+2028 and other characters that `splitlines` takes for line ends.
+
+    Raises:
+        UserError: If it is empty, or not UTF-8 text; while it is read, too.
+    """
+    if not path.stat().st_size:
+        raise UserError(f"{path}: the file is empty; remove it or point data.sources at another")
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            yield cast("TextIO", file)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#04x}); convert it to UTF-8"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a gzip file that can be read: {error}") from error
 
 
 def _text(path: Path) -> str:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        hint = "it is a git-LFS pointer; run `git lfs pull`" if _is_lfs_pointer(path) else str(error)
-        raise UserError(f"{path}: not a gzip file that can be read: {hint}") from error
+    with _open(path) as file:
+        text = file.read()
     if not text.strip():
         raise UserError(f"{path}: the file is empty; remove it or point data.sources at another")
-    if text.startswith(_LFS_POINTER):
-        raise UserError(f"{path}: the file is a git-LFS pointer, not the data; run `git lfs pull`")
     return text
 
 
-_LFS_POINTER = "version https://git-lfs.github.com/spec/"
-
-
-def _is_lfs_pointer(path: Path) -> bool:
-    return path.read_bytes().startswith(_LFS_POINTER.encode())
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 READERS: Mapping[str, Callable[[Path], Rows]] = {

@@ -1,91 +1,114 @@
-"""Record → list[Message], one function a format.
+"""Record → list[Message], one function a format; the longer ones have modules of their own.
 
-Every function checks what it reads and raises with the record's location; nothing is skipped or repaired in silence.
+Every function checks what it reads and raises `Malformed` with the record's location and a reason. What is repaired
+instead, and what the order of turns must be, says the table of `turn_order`; nothing is left out uncounted.
+
+A record's own `weight` (a number of at least 0) multiplies the weights of its messages, in every format.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sft_lightning.data.deepspeed_chat import DATASETS, dataset_format
+from sft_lightning.data.fields import Malformed, found, malformed, read_text, read_train, read_weight
+from sft_lightning.data.preference import preference, preference_pair
+from sft_lightning.data.turn_order import settle
+from sft_lightning.data.turns import read_conversation, read_instruction
+from sft_lightning.data.user_format import is_dotted_path, read_with, user_function
 from sft_lightning.errors import UserError, one_of
-from sft_lightning.types import Message, Record, Role
+from sft_lightning.types import Message, Record
 
-_ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+__all__ = ["FORMATS", "Malformed", "find_format", "preference_pair", "to_messages"]
 
 
 def alpaca(record: Record) -> list[Message]:
-    """Stanford Alpaca: `instruction`, optional `input`, `output`; optional `system` and `history` of pairs."""
-    messages: list[Message] = []
-    if record.fields.get("system"):
-        messages.append(Message("system", _text(record, record.fields, "system")))
-    for pair in record.fields.get("history") or []:
-        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)):
-            raise UserError(f"{record.location}: `history` must be a list of [question, answer] pairs of strings")
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    context = record.fields.get("input")
-    if context is not None and not isinstance(context, str):
-        raise UserError(f"{record.location}: `input` must be a string, not {type(context).__name__}")
-    messages.append(Message("user", _text(record, record.fields, "instruction"), context=context or None))
-    messages.append(Message("assistant", _text(record, record.fields, "output")))
-    return messages
+    """Stanford Alpaca: `instruction`, optional `input`, `output`; optional `system` and `history` of pairs.
+
+    `response` is another word for `output`, and `context` for an absent `input` (Dolly).
+    """
+    output, response = record.fields.get("output"), record.fields.get("response")
+    if output is not None and response is not None and output != response:
+        raise malformed(record, "`output` and `response` are two words for the answer, but hold two different ones")
+    key = "response" if output is None and response is not None else "output"
+    return [*read_instruction(record), Message("assistant", read_text(record, record.fields, key))]
 
 
 def messages(record: Record) -> list[Message]:
-    """OpenAI chat: `messages` of `role` and `content`; optional `train` and `weight` for each message."""
-    return _turns(record, "messages", role_key="role", content_key="content")
+    """OpenAI chat: `messages` of `role` and `content`, with tool calls; optional `system` and `tools` of the record.
+
+    A message may have `train`, `weight`, `tool_calls`, `tool_call_id`, `name` and `reasoning_content`; its content is a
+    string or a list of text parts.
+    """
+    return read_conversation(record, ("messages", "conversations", "conversation"))
 
 
 def sharegpt(record: Record) -> list[Message]:
-    """ShareGPT: `conversations` of `from` (human, gpt, system) and `value`; a leading answer is left out."""
-    turns = _turns(record, "conversations", role_key="from", content_key="value")
-    first_question = next((i for i, turn in enumerate(turns) if turn.role != "assistant"), len(turns))
-    return turns[first_question:]
+    """ShareGPT: `conversations` of `from` (human, gpt, system, function_call, observation) and `value`.
+
+    Optional `system` and `tools` of the record, `train` and `weight` of a turn.
+    """
+    return read_conversation(record, ("conversations", "messages", "conversation"))
 
 
 def text(record: Record) -> list[Message]:
     """A plain document: `text`; no template, every token supervised."""
-    return [Message("text", _text(record, record.fields, "text"))]
+    return [Message("text", read_text(record, record.fields, "text"))]
 
 
 def prompt_completion(record: Record) -> list[Message]:
     """A `prompt` and its `completion`, one after the other as they stand: no template, the completion supervised."""
-    prompt = Message("text", _text(record, record.fields, "prompt"), train=False)
-    return [prompt, Message("text", _text(record, record.fields, "completion"), train=True)]
+    prompt = Message("text", read_text(record, record.fields, "prompt"), train=False)
+    completion = read_text(record, record.fields, "completion")
+    if not completion.strip():
+        raise malformed(record, "`completion` is empty, so there is nothing to learn", "no_answer")
+    return [prompt, Message("text", completion, train=True)]
 
 
 def segments(record: Record) -> list[Message]:
     """Pieces of one text: `segments` of `text`, `train` (bool) and optional `weight`; no template."""
-    return _turns(record, "segments", role_key=None, content_key="text")
+    pieces = record.fields.get("segments")
+    if not isinstance(pieces, list) or not pieces:
+        raise malformed(record, f"`segments` must be a list of pieces{found(record.fields, 'segments')}")
+    return [_segment(record, f"segments[{i}]", piece) for i, piece in enumerate(pieces)]
+
+
+def _segment(record: Record, where: str, piece: Any) -> Message:
+    if not isinstance(piece, dict):
+        raise malformed(record, f"{where} must be an object with `text` and `train`, not {type(piece).__name__}")
+    train, weight = read_train(record, piece, where), read_weight(record, piece, where)
+    return Message("text", read_text(record, piece, "text", where), train=train, weight=weight)
 
 
 def firefly(record: Record) -> list[Message]:
     """Firefly: `conversation` of `human` and `assistant` pairs, optional `system`; other keys are not looked at."""
     pairs = record.fields.get("conversation")
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
-        raise UserError(f"{record.location}: `conversation` must be a list of human and assistant pairs")
-    turns = [Message("system", _text(record, record.fields, "system"))] if record.fields.get("system") else []
+        raise malformed(record, "`conversation` must be a list of human and assistant pairs")
+    has_system = record.fields.get("system") is not None
+    turns = [Message("system", read_text(record, record.fields, "system"))] if has_system else []
     for i, pair in enumerate(pairs):
-        turns.append(Message("user", _text(record, pair, "human", f"conversation[{i}]")))
-        turns.append(Message("assistant", _text(record, pair, "assistant", f"conversation[{i}]")))
+        turns.append(Message("user", read_text(record, pair, "human", f"conversation[{i}]")))
+        turns.append(Message("assistant", read_text(record, pair, "assistant", f"conversation[{i}]")))
     return turns
 
 
 Format = Callable[[Record], list[Message]]
 
+_GENERAL = (alpaca, firefly, messages, preference, prompt_completion, segments, sharegpt, text)
+
 FORMATS: Mapping[str, Format] = {
-    function.__name__: function for function in (alpaca, firefly, messages, prompt_completion, segments, sharegpt, text)
+    **{function.__name__: function for function in _GENERAL},
+    **{name: dataset.messages for name, dataset in DATASETS.items()},
 }
+"""By name; besides these, a format may be the dotted path of a user's own function."""
 
 _TELLING_KEY = {
+    "chosen": "preference",
+    "response_j": "preference",
     "messages": "messages",
     "conversations": "sharegpt",
     "conversation": "firefly",
@@ -96,106 +119,98 @@ _TELLING_KEY = {
 }
 
 
-def find_format(name: str | None, record: Record) -> str:
-    """Return the format's name: `name` if given, else the one that the record's keys tell.
+def find_format(name: str | None, record: Record, path: str = "") -> str:
+    """Return the format's name: `name` if given, else a DeepSpeed-Chat dataset's, else the one that the keys tell.
+
+    Args:
+        name: As configured: a key of `FORMATS`, or the dotted path of a function.
+        record: The source's first row.
+        path: The source's path or Hub id; the Hub name of a DeepSpeed-Chat dataset within it tells the format.
 
     Raises:
-        UserError: If the name is unknown, or no key tells the format.
+        UserError: If the name is unknown, or nothing tells the format.
     """
     if name is not None:
-        if name not in FORMATS:
+        if name not in FORMATS and not is_dotted_path(name):
             raise one_of(f"data.sources.{record.source}.format", name, FORMATS)
+        if name not in FORMATS:
+            user_function(name, record.source)
         return name
-    for key, found in _TELLING_KEY.items():
-        if key in record.fields:
-            return found
+    return dataset_format(path) or _told_by_keys(record)
+
+
+def _told_by_keys(record: Record) -> str:
+    for key, told in _TELLING_KEY.items():
+        value = record.fields.get(key)
+        if value is None:
+            continue
+        if told == "firefly" and _has_roles(value):
+            return "messages"
+        if told == "alpaca" and isinstance(record.fields.get("output"), list):
+            return "preference"
+        if told == "text" and "role" in record.fields:
+            continue  # one message of a conversation that is spread over rows (OpenAssistant), not a document
+        return told
     raise UserError(
-        f"{record.location}: cannot tell the format from the keys {sorted(record.fields)}; "
-        f"set data.sources.{record.source}.format to one of {', '.join(sorted(FORMATS))}"
+        f"{record.location}: cannot tell the format from the keys {sorted(record.fields)}; set "
+        f"data.sources.{record.source}.format to one of {', '.join(sorted(FORMATS))}, or to the dotted path of your "
+        "own function"
     )
 
 
-_ANSWER_KEY = {"alpaca": "output", "prompt_completion": "completion"}
+def _has_roles(turns: Any) -> bool:
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns
+    )
 
 
-def to_messages(record: Record, format_name: str, *, answered: bool = True) -> list[Message]:
-    """Apply a format and check what every template relies on.
+_ANSWER_KEYS = {
+    "alpaca": ("output", "response"),
+    "preference": ("chosen", "response_j", "output"),
+    "prompt_completion": ("completion",),
+}
+"""Where a format's answer stands; a question to predict on may lack it."""
+
+
+def to_messages(
+    record: Record, format_name: str, *, answered: bool = True, repairs: Counter[str] | None = None
+) -> list[Message]:
+    """Apply a format, and see to it that what every template relies on is so.
 
     Args:
         record: The row.
-        format_name: A key of `FORMATS`.
+        format_name: A key of `FORMATS`, or the dotted path of a user's own function.
         answered: Whether the record must hold an answer to learn from; a question to predict on need not.
+        repairs: Counts what was repaired, by code: `leading_answer`, `trailing_user`, `empty_turn` (see `turn_order`).
 
     Raises:
-        UserError: If the record does not fit the format, has no turn to learn from, or its turns do not alternate.
+        Malformed: If the record does not fit the format, has nothing to learn from, or its turns are out of order.
+        UserError: If a user's own function does not exist, fails, or returns something else.
     """
-    key = _ANSWER_KEY.get(format_name)
-    if not answered and key is not None and record.fields.get(key) is None:
-        return FORMATS[format_name](replace(record, fields={**record.fields, key: ""}))[:-1]
-    turns = FORMATS[format_name](record)
-    _check_order(record, turns)
-    if answered and not any(turn.role in ("assistant", "text") for turn in turns):
-        raise UserError(f"{record.location}: no assistant turn, so nothing to learn; remove the record")
-    return turns
+    turns = _read(record, format_name, answered)
+    weight = read_weight(record, record.fields)
+    if weight != 1:
+        turns = [replace(turn, weight=weight * turn.weight) for turn in turns]
+    return settle(record, turns, answered=answered, repairs=repairs)
 
 
-def _check_order(record: Record, turns: list[Message]) -> None:
-    """System first if at all, then user and assistant in turn; a document stands alone."""
-    previous: Role | None = None
-    for number, turn in enumerate(turns):
-        starts = previous in (None, "system")
-        if turn.role == "system" and number > 0:
-            raise UserError(f"{record.location}: turn {number} is a system turn; it must be the first")
-        if turn.role == "user" and previous == "user":
-            raise UserError(f"{record.location}: turns {number - 1} and {number} are both the user's; join them")
-        if turn.role == "assistant" and (starts or previous == "assistant"):
-            raise UserError(f"{record.location}: turn {number} is an answer without a question before it")
-        previous = turn.role
+def _read(record: Record, name: str, answered: bool) -> list[Message]:
+    if name not in FORMATS:
+        return read_with(name, record)
+    if answered or not _lacks_answer(record, name):
+        return FORMATS[name](record)
+    if name in DATASETS:
+        return DATASETS[name].question(record)
+    stand_in = {**record.fields, _ANSWER_KEYS[name][0]: "?"}
+    return FORMATS[name](replace(record, fields=stand_in))[:-1]
 
 
-def _turns(record: Record, key: str, *, role_key: str | None, content_key: str) -> list[Message]:
-    turns = record.fields.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{record.location}: `{key}` must be a list of turns{_found(record, key)}")
-    return [_turn(record, f"{key}[{i}]", turn, role_key, content_key) for i, turn in enumerate(turns)]
-
-
-def _turn(record: Record, where: str, turn: Any, role_key: str | None, content_key: str) -> Message:
-    if not isinstance(turn, dict):
-        raise UserError(
-            f"{record.location}: {where} must be an object with `{role_key or 'train'}` and `{content_key}`"
-        )
-    role = _role(record, where, turn, role_key)
-    train, weight = turn.get("train"), turn.get("weight")
-    weight = 1.0 if weight is None else weight  # columns of Parquet hold null where another message has a weight
-    if train is not None and not isinstance(train, bool):
-        raise UserError(f"{record.location}: {where}.train must be true or false, not {train!r}")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise UserError(f"{record.location}: {where}.weight must be a number of at least 0, not {weight!r}")
-    return Message(role, _text(record, turn, content_key, where), train=train, weight=float(weight))
-
-
-def _role(record: Record, where: str, turn: Mapping[str, Any], role_key: str | None) -> Role:
-    if role_key is None:
-        return "text"
-    role = turn.get(role_key)
-    known = _ROLES.get(role.lower()) if isinstance(role, str) else None
-    if known is None:
-        raise one_of(f"{record.location}: {where}.{role_key}", role, _ROLES)
-    return known
-
-
-def _text(record: Record, fields: Mapping[str, Any], key: str, where: str = "") -> str:
-    value = fields.get(key)
-    if isinstance(value, str):
-        return value
-    name = f"{where}.{key}" if where else key
-    if key not in fields:
-        raise UserError(f"{record.location}: `{name}` is missing; the keys there are: {', '.join(sorted(fields))}")
-    raise UserError(f"{record.location}: `{name}` must be a string, not {type(value).__name__}")
-
-
-def _found(record: Record, key: str) -> str:
-    if key in record.fields:
-        return f", not {type(record.fields[key]).__name__}"
-    return f"; the record's keys are: {', '.join(sorted(record.fields))}"
+def _lacks_answer(record: Record, name: str) -> bool:
+    if name in DATASETS:
+        try:
+            DATASETS[name].messages(record)
+        except Malformed:
+            return True
+        return False
+    keys = _ANSWER_KEYS.get(name, ())
+    return bool(keys) and not any(record.fields.get(key) for key in keys)

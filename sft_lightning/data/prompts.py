@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from sft_lightning.data.examples import ExampleBuilder
-from sft_lightning.data.formats import to_messages
+from sft_lightning.data.formats import Malformed, to_messages
+from sft_lightning.data.sources import SourceConfig
 from sft_lightning.types import Message, Record
 
 PromptBatch = list[dict[str, str]]
@@ -16,14 +17,22 @@ _BEGINNING = 80
 """Characters of a document that it is continued from: what a reader takes in at a glance."""
 
 
-def make_prompts(builder: ExampleBuilder, records: Sequence[Record], format_name: str | None) -> PromptBatch:
-    """Return a prompt for each record, ending where its last answer begins; that answer is its reference.
+def make_prompts(builder: ExampleBuilder, records: Iterable[Record], source: SourceConfig) -> Iterator[dict[str, str]]:
+    """Yield a prompt for each record, ending where its last answer begins; that answer is its reference.
 
     Raises:
         UserError: If a record does not fit its format.
     """
-    found = builder.format_of(records[0], format_name)
-    return [_prompt(builder, record, to_messages(record, found, answered=False)) for record in records]
+    found = ""
+    for record in records:
+        found = found or builder.format_of(record, source.format, source.path)
+        try:
+            messages = to_messages(record, found, answered=False)
+        except Malformed:
+            if builder.malformed == "error":
+                raise
+            continue  # counted and reported where examples are made
+        yield _prompt(builder, record, messages)
 
 
 def _prompt(builder: ExampleBuilder, record: Record, messages: Sequence[Message]) -> dict[str, str]:

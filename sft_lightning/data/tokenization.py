@@ -1,102 +1,240 @@
-"""Segments → TokenizedExample: exact loss masks by construction.
+"""Segments → tokens with loss weights: exact loss masks by construction.
 
-The segments are joined and the whole text is tokenized once, so the ids are those that serving makes of the same text.
-The tokenizer's offsets say which characters each token covers, and so which segment it belongs to; nothing is searched
-for. One thing is added: no token may straddle the border between a prompt and its answer, because at serving the prompt
-is tokenized alone. Where the tokenizer would merge across it, the text is cut at that border.
+The segments of an example are joined and the whole text is tokenized once, so the ids are those that serving makes of
+the same text. Where each token ends in the text says which segment it belongs to; nothing is searched for. One thing is
+added: no token may straddle the border between a prompt and its answer, because at serving the prompt is tokenized
+alone. Where the tokenizer would merge across it, the text is cut at that border.
+
+Everything is done for many examples at once, on flat arrays: a Python loop over tokens would cost more than tokenizing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from sft_lightning.errors import UserError
 from sft_lightning.types import Segment, TokenizedExample
 
+Longs = npt.NDArray[np.int64]
 
-class Encoding(NamedTuple):
-    """Tokens of a text."""
+
+class Tokens(NamedTuple):
+    """Tokens of several texts, one text after the other."""
 
     ids: npt.NDArray[np.int32]
-    """Token ids, (L,)."""
+    """Token ids of all texts, (T,)."""
 
-    offsets: npt.NDArray[np.int64]
-    """First character and end of each token in the text, (L, 2)."""
+    counts: Longs
+    """Tokens of each text, (N,)."""
+
+    ends: Longs
+    """Where each token ends in its own text, in UTF-8 bytes, (T,); never falling within a text."""
+
+    last: Longs
+    """The last byte that each token covers; of a token that covers none, the byte after it, (T,)."""
 
 
-Encode = Callable[[list[str]], list[Encoding]]
-"""Texts → encodings, adding no special tokens; special tokens written in the text are recognised."""
+class Encoder(Protocol):
+    """A tokenizer as functions on texts. No special tokens are added; those written in a text are recognised."""
 
-_ANCHORS = ("\n", "a", ".", "0")
-"""Characters to stand before a text that continues another, so that the tokenizer adds no prefix space to it."""
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Tokenize texts."""
+
+    def encode_continuations(self, texts: Sequence[str]) -> Tokens:
+        """Tokenize texts that continue others: without the space that some tokenizers put before a text."""
 
 
-def tokenize(examples: Sequence[Sequence[Segment]], encode: Encode) -> list[TokenizedExample]:
+@dataclass(frozen=True)
+class TokenizedBatch:
+    """Tokenized examples, one after the other; iterating takes them apart."""
+
+    input_ids: npt.NDArray[np.int32]
+    """Token ids, (T,)."""
+
+    loss_weights: npt.NDArray[np.float32]
+    """Loss weight of each token, (T,)."""
+
+    counts: Longs
+    """Tokens of each example, (N,)."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __iter__(self) -> Iterator[TokenizedExample]:
+        ends = np.cumsum(self.counts)
+        for start, end in zip((ends - self.counts).tolist(), ends.tolist(), strict=True):
+            yield TokenizedExample(self.input_ids[start:end], self.loss_weights[start:end])
+
+
+def tokenize(examples: Sequence[Sequence[Segment]], encoder: Encoder) -> TokenizedBatch:
     """Tokenize examples, each a list of segments.
 
     Args:
         examples: Segments whose texts, joined, are the example.
-        encode: The tokenizer.
+        encoder: The tokenizer.
 
     Raises:
         UserError: If a text cannot be cut at the border of an answer.
     """
-    encodings = encode(["".join(segment.text for segment in segments) for segments in examples])
-    return [_weigh(segments, encoding, encode) for segments, encoding in zip(examples, encodings, strict=True)]
+    return weigh(examples, encoder.encode(join(examples)), encoder)
 
 
-def _weigh(segments: Sequence[Segment], encoding: Encoding, encode: Encode) -> TokenizedExample:
-    ends = np.cumsum([len(segment.text) for segment in segments])
-    weights = np.array([segment.weight if segment.supervised else 0.0 for segment in segments], np.float32)
-    borders = ends[:-1][np.diff(weights) != 0]
-    cuts: set[int] = set()
-    while straddled := _straddled(encoding, borders) - cuts:
-        cuts |= straddled
-        encoding = _encode_in_pieces("".join(segment.text for segment in segments), sorted(cuts), encode)
-    owner = np.searchsorted(ends, _characters(encoding), side="right")
-    return TokenizedExample(encoding.ids, weights[np.minimum(owner, len(segments) - 1)])
+def join(examples: Sequence[Sequence[Segment]]) -> list[str]:
+    """Return the text of each example."""
+    return ["".join([segment.text for segment in segments]) for segments in examples]
 
 
-def _token_ends(encoding: Encoding) -> npt.NDArray[np.int64]:
-    """End of each token; the tokens tile the text, so a token starts where the one before it ends.
+def weigh(examples: Sequence[Sequence[Segment]], tokens: Tokens, encoder: Encoder) -> TokenizedBatch:
+    """Give each token of tokenized examples the weight of its segment.
 
-    The offsets' own starts would not do: byte-level tokenizers leave leading spaces out of them.
+    Args:
+        examples: Segments of each example.
+        tokens: The tokens of the joined texts.
+        encoder: What made them; asked again for the examples that must be cut.
     """
-    return np.maximum.accumulate(encoding.offsets[:, 1]) if len(encoding.ids) else encoding.offsets[:, 1]
+    pieces = _Pieces(examples)
+    tokens = _cut(examples, tokens, pieces, encoder)
+    tokens_before = np.searchsorted(tokens.last + np.repeat(pieces.text_starts, tokens.counts), pieces.ends)
+    tokens_before[pieces.last_of_text] = np.cumsum(tokens.counts)  # a token at a text's end that covers nothing, too
+    weights = np.repeat(pieces.weights, np.diff(tokens_before, prepend=0))
+    return TokenizedBatch(tokens.ids, weights, tokens.counts)
 
 
-def _characters(encoding: Encoding) -> npt.NDArray[np.int64]:
-    """For each token, the index of the last character it covers; of the next one, if it covers none."""
-    ends = _token_ends(encoding)
-    starts = np.concatenate([[0], ends[:-1]])
-    covers_none = (encoding.offsets[:, 0] >= encoding.offsets[:, 1]) & (starts == ends)
-    return np.where(covers_none, ends, ends - 1)
+class _Pieces:
+    """The segments of many examples as flat arrays; positions are bytes in all texts joined together."""
+
+    def __init__(self, examples: Sequence[Sequence[Segment]]) -> None:
+        self.segments = flat = [segment for segments in examples for segment in segments]
+        self.counts = np.array([len(segments) for segments in examples], np.int64)
+        self.weights = np.array([weight if supervised else 0.0 for _, supervised, weight in flat], np.float32)
+        self.ends = np.cumsum([byte_length(text) for text, _, _ in flat], dtype=np.int64)
+        """Where each segment ends."""
+        self.last_of_text = np.cumsum(self.counts) - 1
+        """The last segment of each text."""
+        starts = np.concatenate([[0], self.ends[self.last_of_text[:-1]]])[: len(self.counts)]
+        self.text_starts = starts.astype(np.int64)
+        """Where each text starts."""
+        self.text_of_segment = np.repeat(np.arange(len(self.counts)), self.counts)
+
+    def borders(self) -> tuple[Longs, Longs]:
+        """Return after which segments the weight changes within a text, and in which text, both (borders,)."""
+        same_text = self.text_of_segment[1:] == self.text_of_segment[:-1]
+        changes = np.flatnonzero(same_text & (self.weights[1:] != self.weights[:-1]))
+        texts = self.text_of_segment[changes]
+        inside = self.ends[changes] > self.text_starts[texts]  # nothing stands before a border at 0 to straddle it
+        return changes[inside], texts[inside]
 
 
-def _straddled(encoding: Encoding, borders: npt.NDArray[np.int64]) -> set[int]:
-    """Return the borders at which no token ends."""
-    return set(borders.tolist()) - set(_token_ends(encoding).tolist()) - {0}
+def _cut(examples: Sequence[Sequence[Segment]], tokens: Tokens, pieces: _Pieces, encoder: Encoder) -> Tokens:
+    """Tokenize again, in pieces, the texts in which a token straddles a border."""
+    changes, texts = pieces.borders()
+    if not len(changes):
+        return tokens
+    positions = pieces.ends[changes]
+    ends = tokens.ends + np.repeat(pieces.text_starts, tokens.counts)
+    found = np.searchsorted(ends, positions)
+    straddled = ends[np.minimum(found, len(ends) - 1)] != positions if len(ends) else np.ones(len(positions), bool)
+    straddled |= _split_elsewhere(pieces.segments, changes, encoder)
+    if not straddled.any():
+        return tokens
+    local = positions - pieces.text_starts[texts]
+    cuts = {int(text): set[int]() for text in texts[straddled]}
+    for text, position in zip(texts[straddled].tolist(), local[straddled].tolist(), strict=True):
+        cuts[text].add(position)
+    whole = {text: "".join([segment.text for segment in examples[text]]).encode() for text in cuts}
+    borders = {text: set(local[texts == text].tolist()) for text in cuts}
+    mended: dict[int, Tokens] = {}
+    waiting = sorted(cuts)
+    while waiting:
+        # A cut can move tokens so that another border is straddled; each round cuts at least one border more.
+        pieces_of = _encode_cut([whole[t] for t in waiting], [sorted(cuts[t]) for t in waiting], encoder)
+        mended |= dict(zip(waiting, pieces_of, strict=True))
+        still = {t: borders[t] - cuts[t] - set(mended[t].ends.tolist()) for t in waiting}
+        waiting = [t for t in waiting if still[t]]
+        for text in waiting:
+            cuts[text] |= still[text]
+    return replace_texts(tokens, mended)
 
 
-def _encode_in_pieces(text: str, cuts: list[int], encode: Encode) -> Encoding:
-    starts, ends = [0, *cuts], [*cuts, len(text)]
-    pieces = [encode([text[: ends[0]]])[0]]
-    pieces += [_encode_continuation(text[start:end], encode) for start, end in zip(starts[1:], ends[1:], strict=True)]
-    return Encoding(
-        np.concatenate([piece.ids for piece in pieces]),
-        np.concatenate([piece.offsets + start for piece, start in zip(pieces, starts, strict=True)]),
+def _split_elsewhere(segments: Sequence[Segment], changes: Longs, encoder: Encoder) -> npt.NDArray[np.bool_]:
+    """Return the borders before which white space is split another way when the text ends there, (borders,).
+
+    GPT-2's rule makes one token of "\\n\\n" at the end of a text, but two of it before a "0"; no token straddles the
+    border, and yet the prompt of training is not that of serving. What stands on both sides of a border is tried out.
+    """
+    sides = []
+    for change in changes.tolist():
+        before, after = segments[change].text, segments[change + 1].text
+        space = before[len(before.rstrip()) :] if before[-2:].isspace() else ""
+        sides.append((space, after[:1]) if len(space) > 1 and after else None)
+    kinds = sorted({side for side in sides if side is not None})
+    if not kinds:
+        return np.zeros(len(changes), bool)
+    alone = split(encoder.encode([space for space, _ in kinds]))
+    joined = split(encoder.encode([space + after for space, after in kinds]))
+    moved = {
+        kind
+        for kind, some, more in zip(kinds, alone, joined, strict=True)
+        if not np.array_equal(more.ids[: len(some.ids)], some.ids)
+    }
+    return np.array([side in moved for side in sides], bool)
+
+
+def _encode_cut(texts: Sequence[bytes], cuts: Sequence[Sequence[int]], encoder: Encoder) -> list[Tokens]:
+    """Tokenize each text in the pieces that its cuts make of it."""
+    first = encoder.encode([text[: at[0]].decode() for text, at in zip(texts, cuts, strict=True)])
+    spans = [list(zip(at, [*at[1:], len(text)], strict=True)) for text, at in zip(texts, cuts, strict=True)]
+    rest = encoder.encode_continuations(
+        [text[start:end].decode() for text, at in zip(texts, spans, strict=True) for start, end in at]
+    )
+    firsts, rests = iter(split(first)), iter(split(rest))
+    return [_joined([(0, next(firsts)), *((start, next(rests)) for start, _ in at)]) for at in spans]
+
+
+def split(tokens: Tokens) -> list[Tokens]:
+    """Take tokens of several texts apart into those of each."""
+    bounds = np.concatenate([[0], np.cumsum(tokens.counts)]).tolist()
+    return [_slice(tokens, i, i + 1, bounds) for i in range(len(tokens.counts))]
+
+
+def _joined(parts: Sequence[tuple[int, Tokens]]) -> Tokens:
+    """Join the pieces of one text, each with the byte at which it starts."""
+    return Tokens(
+        np.concatenate([part.ids for _, part in parts]),
+        np.array([sum(len(part.ids) for _, part in parts)]),
+        np.concatenate([part.ends + start for start, part in parts]),
+        np.concatenate([part.last + start for start, part in parts]),
     )
 
 
-def _encode_continuation(text: str, encode: Encode) -> Encoding:
-    """Tokenize a text that continues another one: without the space that some tokenizers put before a text."""
-    for anchor in _ANCHORS:
-        alone, joined = encode([anchor, anchor + text])
-        skip = len(alone.ids)
-        if np.array_equal(joined.ids[:skip], alone.ids) and _token_ends(joined)[skip - 1] == len(anchor):
-            return Encoding(joined.ids[skip:], joined.offsets[skip:] - len(anchor))
-    raise UserError(f"the tokenizer cannot tokenize {text[:40]!r} as the continuation of another text")
+def replace_texts(tokens: Tokens, mended: Mapping[int, Tokens]) -> Tokens:
+    """Put other tokens of some texts, by their index, where the old ones stood."""
+    bounds = np.concatenate([[0], np.cumsum(tokens.counts)]).tolist()
+    parts, done = [], 0
+    for text in sorted(mended):
+        parts += [_slice(tokens, done, text, bounds), mended[text]]
+        done = text + 1
+    return concatenate([*parts, _slice(tokens, done, len(tokens.counts), bounds)])
+
+
+def _slice(tokens: Tokens, first: int, end: int, bounds: Sequence[int]) -> Tokens:
+    """Return the texts from `first` up to `end`; text i has the tokens from `bounds[i]` up to `bounds[i + 1]`."""
+    part = slice(bounds[first], bounds[end])
+    return Tokens(tokens.ids[part], tokens.counts[first:end], tokens.ends[part], tokens.last[part])
+
+
+def concatenate(parts: Sequence[Tokens]) -> Tokens:
+    """Put the texts of several `Tokens` one after the other."""
+    if not parts:
+        return Tokens(np.zeros(0, np.int32), *(np.zeros(0, np.int64),) * 3)
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Tokens(*columns)
+
+
+def byte_length(text: str) -> int:
+    """Return the length of a text in UTF-8 bytes."""
+    return len(text) if text.isascii() else len(text.encode())

@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class TurnFormat:
-    """A named template. `{content}` stands for the message, `{context}` for Alpaca's `input`."""
+    """A named template. `{content}` stands for the message, `{context}` for Alpaca's `input`.
+
+    In `user`, `{round}` before the content stands for the number of the user's turn, from 1.
+    """
 
     user: str
     assistant: str
@@ -48,7 +51,7 @@ class TurnFormat:
     """After every stop token; never supervised."""
 
     strip: bool = False
-    """Whether contents lose their surrounding white space."""
+    """Whether contents lose their surrounding white space; a system text within the user's turn keeps it."""
 
 
 _VIGOGNE_SYSTEM = (
@@ -187,8 +190,8 @@ TURN_FORMATS: Mapping[str, TurnFormat] = {
         assistant=" {content}",
         stop="{eos}",
     ),
-    # Firefly and its CS5340 derivative (component/template.py). `chatglm2` and `chatglm3` are not here: they number the
-    # rounds, and build ids by a tokenizer's own methods.
+    # Firefly and its CS5340 derivative (component/template.py). Where its `system_format` is no more than the BOS, that
+    # is `bos` here, and there is no place for a system message.
     "firefly/default": TurnFormat(
         bos="",
         system="System: {content}\n\n",
@@ -250,6 +253,25 @@ TURN_FORMATS: Mapping[str, TurnFormat] = {
         user="User: {content}\n\nAssistant: ",
         assistant="{content}",
         stop="<｜end▁of▁sentence｜>",
+        strip=True,
+    ),
+    # component/dataset.py puts what the ChatGLM tokenizers build by methods of their own into ids: their prefix
+    # (`get_prefix_tokens`), roles (`get_command`) and EOS; here they are text. It strips contents and counts from 1.
+    "firefly/chatglm2": TurnFormat(
+        bos="[gMASK]sop",
+        system=None,
+        user="[Round {round}]\n\n问：{content}\n\n答：",
+        assistant="{content}",
+        stop="{eos}",
+        strip=True,
+    ),
+    "firefly/chatglm3": TurnFormat(
+        bos="[gMASK]sop",
+        system="<|system|>{content}",
+        default_system="You are ChatGLM3, a large language model trained by Zhipu.AI. Follow the user's instructions carefully. Respond using markdown.",
+        user="<|user|>{content}<|assistant|>",
+        assistant="{content}",
+        stop="{eos}",
         strip=True,
     ),
     "firefly/ziya2": TurnFormat(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +13,31 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import PACKED
+from sft_lightning.models.overrides import ConfigOverrides
 from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
+from sft_lightning.models.vocabulary import add_tokens
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
-def load_tokenizer(name_or_path: str | None, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """Load a tokenizer.
+def load_tokenizer(
+    name_or_path: str | None,
+    *,
+    trust_remote_code: bool = False,
+    tokens: Sequence[str] = (),
+    special_tokens: Sequence[str] = (),
+) -> PreTrainedTokenizerFast:
+    """Load a tokenizer. One without a pad token stays without: padding has no loss and is not attended to.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        trust_remote_code: Run code that comes with it.
+        tokens: Added, where it does not have them.
+        special_tokens: Added as special: left out of decoded answers.
 
     Raises:
-        UserError: If nothing is named, nothing can be loaded, or the tokenizer gives no offsets or has no end token.
+        UserError: If nothing is named, nothing can be loaded, the tokenizer gives no offsets or has no end token, or a
+            token to add is empty.
     """
     if name_or_path is None:
         raise UserError(
@@ -40,6 +55,7 @@ def load_tokenizer(name_or_path: str | None, *, trust_remote_code: bool = False)
             f"model.tokenizer_name_or_path: the tokenizer of {name_or_path!r} has no eos_token; set one in its "
             "tokenizer_config.json"
         )
+    add_tokens(tokenizer, tokens, special_tokens)
     return tokenizer
 
 
@@ -51,6 +67,7 @@ def load_model(
     attn_implementation: str,
     quantization: QuantizationConfig | None,
     vocab_size: int,
+    overrides: ConfigOverrides = ConfigOverrides(),  # noqa: B008 (frozen)
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a base model, or build one from scratch.
@@ -62,6 +79,7 @@ def load_model(
         attn_implementation: `auto` for our packed attention, or a name that transformers knows.
         quantization: How the base weights are stored; `None` as they are.
         vocab_size: The tokenizer's, used by `from_config` where it names none.
+        overrides: What to change in the model's configuration.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -75,18 +93,25 @@ def load_model(
         "trust_remote_code": trust_remote_code,
     }
     if from_config is not None:
-        return _build(from_config, vocab_size, quantization, options)
+        return _build(from_config, vocab_size, quantization, overrides, options)
     if quantization is not None:
         options["quantization_config"] = quantization.to_transformers(options["dtype"])
     with _loading("model", str(name_or_path)):
-        model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), **options))
+        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    overrides.apply(config)
+    with _loading("model", str(name_or_path)):
+        model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
     keep_weight_layout(model)
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there
     return model
 
 
 def _build(
-    from_config: dict[str, Any], vocab_size: int, quantization: QuantizationConfig | None, options: dict[str, Any]
+    from_config: dict[str, Any],
+    vocab_size: int,
+    quantization: QuantizationConfig | None,
+    overrides: ConfigOverrides,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
     if quantization is not None:
         raise UserError(
@@ -102,6 +127,7 @@ def _build(
         raise UserError(
             f"model.from_config.vocab_size: {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
         )
+    overrides.apply(config)
     return _checked(AutoModelForCausalLM.from_config(config, **options))
 
 

@@ -3,122 +3,304 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.export import export_model
-from sft_lightning.models.loading import load_tokenizer
+from sft_lightning.models.export import MANIFEST
+from sft_lightning.models.folders import replaced_folder
+from sft_lightning.models.merge_base import MergePlan, QuantizedBase, plan_merge, read_manifest
+from sft_lightning.models.merge_stream import Merged, merge_weights
+from sft_lightning.models.merge_whole import load_float32, reference_logits
+from sft_lightning.models.model_card import model_card
+from sft_lightning.models.probes import answers, cut_rows, logits_of, mean_divergence, text_rows
+from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.shards import parse_size, tensor_names
+
+BaseName = Literal["original", "dequantized"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
-class MergeReport:
-    """What merging did, measured on the folder that was written."""
+class Difference:
+    """What was measured on the folder that was written, loaded again, on a probe."""
 
-    output_dir: Path
-    dtype: str
-    max_logit_difference: float
-    """Largest difference between the merged and the adapted model's logits on a probe."""
+    largest: float
+    """Largest difference between the merged and the adapted model's logits."""
 
-    logit_scale: float
-    """Largest absolute logit of the adapted model on the probe."""
+    scale: float
+    """Largest absolute logit of the adapted model."""
 
     moved: float
     """Largest difference between the merged and the base model's logits: what the adapters changed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What merging did."""
+
+    output_dir: Path
+    base: BaseName
+    """What the adapters were merged into: the base as it is stored, or the values that quantization left of it."""
+
+    dtype: str
+    """Types of the written weights."""
+
+    difference: Difference | None
+    """`None` if it was not measured."""
+
+    divergences: Mapping[BaseName, float]
+    """For a quantized base, KL(trained model ‖ merged model) in nats per token, for each base that was tried."""
+
+    whole: str | None
+    """Why the whole model had to be in memory; `None`: the base was read shard by shard."""
+
+    left_out: Sequence[str]
+    """Tensors of the base's files that the model does not have."""
+
+    untied: bool
+    """Whether the head became a matrix of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How to merge.
+
+    Raises:
+        UserError: If the size is none.
+    """
+
+    model_name_or_path: str | None = None
+    """Base model; default: the one that the adapters name."""
+
+    base: BaseName | None = None
+    """For an adapter that was trained on a quantized base: merge into the `original` weights, or into the
+    `dequantized` ones that it was trained on; default: what diverges less from the trained model, measured."""
+
+    quantization: QuantizationConfig | None = None
+    """How the base was quantized in training; default: as the adapter's `run_manifest.json` says."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the written weights; default: as the base stores each."""
+
+    max_shard_size: str = "5GB"
+    """Largest file of weights."""
+
+    verify: bool = True
+    """Load the result again and compare it with the base under its adapters. This takes memory for the whole model in
+    float32, which merging itself does not."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+
+
+@dataclass
+class _Candidate:
+    folder: Path
+    merged: Merged
+    difference: Difference | None = None
+    divergence: float | None = None
+
+
+@dataclass
+class _Trained:
+    """The trained model's answers, where it was quantized."""
+
+    quantized: QuantizedBase | None = None
+    rows: list[list[int]] = field(default_factory=list)
+    answers: list[torch.Tensor] = field(default_factory=list)
+
+
 def merge_adapters(
-    adapters: Sequence[str], output_dir: str, *, base: str | None = None, dtype: str | None = None
+    adapters: Sequence[str],
+    output_dir: str,
+    options: MergeOptions = MergeOptions(),
+    *,
+    rows: Sequence[Sequence[int]] | None = None,
 ) -> MergeReport:
     """Merge adapters into their base, in order, and verify the result.
 
-    The update is added in float32 and rounded once, to `dtype`.
+    The update is added in float32 and rounded once. The base's files are read and written shard by shard, on the CPU.
 
     Args:
         adapters: PEFT adapter folders.
-        output_dir: Folder to write; replaced as a whole.
-        base: Base model; default: the one that the first adapter names.
-        dtype: Type of the written weights; default: the base's own.
+        output_dir: Folder to write; replaced as a whole, or not at all.
+        options: How.
+        rows: Token ids of the user's data, to measure divergence on; default: a few built-in texts.
 
     Raises:
-        UserError: If a folder is not an adapter, or the adapters have different bases.
+        UserError: If a folder is not an adapter, or does not fit its base or the options.
         RuntimeError: If the merged model, loaded again, does not answer like the adapted one.
     """
-    base = base or _common_base(adapters)
-    model = _load(base, torch.float32)
-    target = getattr(torch, dtype) if dtype else _stored_dtype(base)
-    probe = _probe(model)
-    before = _logits(model, probe)
-    for adapter in adapters:
-        adapted = PeftModel.from_pretrained(model, adapter)
-        expected = _logits(adapted, probe)
-        model = adapted.merge_and_unload()
-    tokenizer = load_tokenizer(adapters[-1])
-    manifest = {"base": base, "adapters": list(adapters), "dtype": str(target).removeprefix("torch.")}
-    model.to(dtype=target)  # type: ignore[call-arg]  # transformers wraps `to`, and loses its type
-    export_model(model, tokenizer, Path(output_dir), manifest)
-    merged = _logits(_load(output_dir, torch.float32), probe)  # what was written, not what a coarse type computes
-    report = MergeReport(
-        output_dir=Path(output_dir),
-        dtype=str(target).removeprefix("torch."),
-        max_logit_difference=float((merged - expected).abs().max()),
-        logit_scale=float(expected.abs().max()),
-        moved=float((merged - before).abs().max()),
+    plan = plan_merge(
+        adapters,
+        model_name_or_path=options.model_name_or_path,
+        quantization=options.quantization,
+        dtype=options.dtype,
+        max_shard_size=parse_size(options.max_shard_size),
+        trust_remote_code=options.trust_remote_code,
     )
-    # A dozen roundings of a weight in the written type, and what float32 itself loses on the way through the layers.
-    tolerance = max(report.logit_scale, report.moved) * (16 * torch.finfo(target).eps + 1e-4)
-    if report.max_logit_difference > tolerance:
-        raise RuntimeError(
-            f"{output_dir}: the merged model's logits differ from the adapted model's by "
-            f"{report.max_logit_difference:.2e}, more than rounding to {report.dtype} explains ({tolerance:.2e})"
-        )
+    choices = _choices(plan, options)
+    tokenizer = _tokenizer(plan)
+    with replaced_folder(Path(output_dir)) as target:
+        trained = _ask_trained(plan, choices, tokenizer, rows if options.verify else [])
+        tried = {
+            choice: _try(plan, target / choice, trained, choice, tokenizer, verify=options.verify) for choice in choices
+        }
+        best = options.base if options.base is not None else min(tried, key=lambda choice: tried[choice].divergence or 0)
+        report = _report(Path(output_dir), best, tried)
+        _keep(target, tried[best].folder)
+        _describe(target, plan, report)
     return report
 
 
-def _common_base(adapters: Sequence[str]) -> str:
-    bases = {_base_of(adapter) for adapter in adapters}
-    if len(bases) > 1:
-        raise UserError(f"merge --adapter: the adapters have different bases: {', '.join(sorted(bases))}")
-    return bases.pop()
+def _choices(plan: MergePlan, options: MergeOptions) -> list[BaseName]:
+    """Return the bases to merge into: both, to be compared, where training saw another than the stored one."""
+    if plan.quantization is None:
+        if options.base == "dequantized":
+            raise UserError(
+                "merge --base: 'dequantized' is for an adapter of a quantized base, and nothing says that "
+                f"{str(plan.adapters[-1])!r} is one; say how it was quantized, with --quantization.bits 4"
+            )
+        return ["original"]
+    measured = options.verify and len(plan.adapters) == 1
+    if options.base is None and not measured:
+        why = "several adapters have no one trained model" if options.verify else "--verify is false"
+        raise UserError(f"merge --base: original or dequantized cannot be decided by measuring, because {why}; set it")
+    return ["original", "dequantized"] if measured else [options.base or "original"]
 
 
-def _base_of(adapter: str) -> str:
-    config = Path(adapter) / "adapter_config.json"
-    if not config.is_file():
-        raise UserError(f"merge --adapter: {adapter!r} is not an adapter folder: it has no adapter_config.json")
-    base: str | None = json.loads(config.read_text()).get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"merge --base: needed, because {config} names no base model")
-    return base
+def _ask_trained(
+    plan: MergePlan,
+    choices: Sequence[BaseName],
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: Sequence[Sequence[int]] | None,
+) -> _Trained:
+    """Load the quantized base where a choice needs it, and note the trained model's answers where they are compared."""
+    if "dequantized" not in choices:
+        return _Trained()
+    quantized = QuantizedBase(plan)
+    if len(choices) == 1:
+        return _Trained(quantized)
+    if not rows and tokenizer is None:
+        raise UserError(f"merge --base: no tokenizer in {plan.adapters[-1]} or {plan.folder} to measure with; set it")
+    used = cut_rows(rows or text_rows(tokenizer))  # type: ignore[arg-type]
+    return _Trained(quantized, used, answers(quantized.trained(plan), used))
 
 
-def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"merge --base: cannot load a model from {path!r}: {str(error).splitlines()[0]}") from error
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"transformers returned a {type(model).__name__}")
-    model.eval()
-    return model
+def _try(
+    plan: MergePlan,
+    folder: Path,
+    trained: _Trained,
+    choice: BaseName,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    verify: bool,
+) -> _Candidate:
+    """Write one merged model, and measure it."""
+    folder.mkdir()
+    quantized = trained.quantized if choice == "dequantized" else None
+    candidate = _Candidate(folder, merge_weights(plan, folder, quantized))
+    _write_companions(plan, folder, tokenizer)
+    if verify:
+        probe = torch.randint(plan.vocab_sizes[1], (2, 32), generator=torch.Generator().manual_seed(0))
+        before, expected = reference_logits(plan, quantized, probe)
+        model = load_float32(folder, plan)  # what was written, not what a coarse type computes
+        candidate.difference = _difference(before, expected, logits_of(model, probe))
+        _check(candidate)
+        if trained.answers:
+            candidate.divergence = mean_divergence(trained.answers, answers(model, trained.rows))
+    return candidate
 
 
-def _stored_dtype(path: str) -> torch.dtype:
-    dtype = AutoConfig.from_pretrained(path).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+def _difference(before: torch.Tensor, expected: torch.Tensor, merged: torch.Tensor) -> Difference:
+    shared = before.shape[-1]
+    return Difference(
+        largest=float((merged - expected).abs().max()),
+        scale=float(expected.abs().max()),
+        moved=float((merged[..., :shared] - before).abs().max()),
+    )
 
 
-def _probe(model: PreTrainedModel) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.get_text_config().vocab_size, (2, 32), generator=generator)
+def _check(candidate: _Candidate) -> None:
+    found, dtypes = candidate.difference, candidate.merged.dtypes
+    if found is None:
+        return
+    # A dozen roundings of a weight in the written type, and what float32 itself loses on the way through the layers.
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    tolerance = max(found.scale, found.moved) * (16 * eps + 1e-4)
+    if not found.largest <= tolerance:  # not-a-number included
+        raise RuntimeError(
+            f"the merged model's logits differ from the adapted model's by {found.largest:.2e}, more than rounding "
+            f"to {_names(dtypes)} explains ({tolerance:.2e}); nothing was written"
+        )
 
 
-@torch.no_grad()
-def _logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
-    return logits.float()
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _report(output_dir: Path, best: BaseName, tried: Mapping[BaseName, _Candidate]) -> MergeReport:
+    chosen = tried[best]
+    return MergeReport(
+        output_dir=output_dir,
+        base=best,
+        dtype=_names(chosen.merged.dtypes),
+        difference=chosen.difference,
+        divergences={name: c.divergence for name, c in tried.items() if c.divergence is not None},
+        whole=chosen.merged.whole,
+        left_out=chosen.merged.left_out,
+        untied=chosen.merged.untied,
+    )
+
+
+def _tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
+    """Return the last adapter's tokenizer, chat template included, or the base's; `None` if neither has one."""
+    for folder in (plan.adapters[-1], plan.folder):
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=plan.trust_remote_code
+            )
+            return tokenizer
+    return None
+
+
+def _write_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    names = ["generation_config.json", *(path.name for path in plan.folder.glob("*.py"))]
+    for name in names:
+        if (plan.folder / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(plan.folder / name, folder / name)
+
+
+def _keep(target: Path, chosen: Path) -> None:
+    """Leave the chosen folder's files in `target`, and nothing else."""
+    for path in list(target.iterdir()):
+        if path != chosen:
+            shutil.rmtree(path)
+    for path in list(chosen.iterdir()):
+        path.rename(target / path.name)
+    chosen.rmdir()
+
+
+def _describe(folder: Path, plan: MergePlan, report: MergeReport) -> None:
+    manifest = {
+        "base": plan.name,
+        "merged_into": report.base,
+        "adapters": [str(adapter) for adapter in plan.adapters],
+        "dtype": report.dtype,
+        "num_tensors": len(tensor_names(folder)),
+        "runs": [read_manifest(adapter) for adapter in plan.adapters],
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")

@@ -28,21 +28,31 @@ class QuantizationConfig:
     double_quant: bool = True
     """Quantize the 4-bit quantization constants too: 0.4 bits per parameter less."""
 
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type that 4-bit weights compute in; default: `model.dtype`."""
+
+    storage_dtype: Literal["float32", "bfloat16", "float16", "uint8"] | None = None
+    """Type that 4-bit weights are stored as, which strategies that shard by one uniform type look at; default: the
+    type that they compute in."""
+
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise UserError(f"model.quantization.bits: must be 4 or 8 (got {self.bits}); null for none")
+        only_of_4_bits = [key for key in ("compute_dtype", "storage_dtype") if getattr(self, key) is not None]
+        if self.bits == 8 and only_of_4_bits:
+            raise UserError(f"model.quantization.{only_of_4_bits[0]}: is of 4-bit weights, and bits is 8; remove it")
 
-    def to_transformers(self, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-        """Return the configuration that `from_pretrained` takes; 4-bit weights compute in `compute_dtype`."""
+    def to_transformers(self, dtype: torch.dtype) -> BitsAndBytesConfig:
+        """Return the configuration that `from_pretrained` takes, for a model in `dtype`."""
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True)
+        compute_dtype = getattr(torch, self.compute_dtype) if self.compute_dtype else dtype
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
-            # Stored as compute_dtype, so that strategies that shard by one uniform dtype can take the weights.
-            bnb_4bit_quant_storage=compute_dtype,
+            bnb_4bit_quant_storage=getattr(torch, self.storage_dtype) if self.storage_dtype else compute_dtype,
         )
 
 

@@ -1,17 +1,25 @@
 """Token-weighted cross entropy over supervised tokens; the only place that shifts labels.
 
-A token's loss is predicted at the position before it. Logits are asked of the model at those positions alone, so masked
-positions cost nothing in the head, and everything after the decoder runs in float32.
+A token's loss is predicted at the position before it. Logits are made only for those positions, some hundred at a time,
+and turned into gradients at once: the (tokens × vocabulary) table never exists, so the head's memory does not grow with
+the length of the rows (as in Wijmans et al., 2024, arXiv:2411.09009, and Liger-Kernel, Hsu et al., 2024,
+arXiv:2410.10989). Everything after the head runs in float32.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from sft_lightning.types import IGNORE_INDEX
+
+CHUNK_LOGITS = 1 << 25
+"""Logits made at once: 128 MiB in float32."""
 
 
 class LossSums(NamedTuple):
@@ -24,35 +32,170 @@ class LossSums(NamedTuple):
     """Σ weight."""
 
     correct: torch.Tensor
-    """Σ weight over the tokens that the model ranks first."""
+    """Σ weight over the tokens that the model ranks first; counted only without gradients."""
 
 
-def predicting_columns(labels: torch.Tensor) -> torch.Tensor:
-    """Return the columns at which some row predicts a supervised token, (C,) int64; for `logits_to_keep`.
+class Targets(NamedTuple):
+    """The supervised tokens of a micro-batch."""
+
+    positions: torch.Tensor
+    """Where each is predicted, one before it, in the flattened (B · S) micro-batch, (N,)."""
+
+    ids: torch.Tensor
+    """Token ids, (N,)."""
+
+    weights: torch.Tensor
+    """Loss weights, float32, (N,)."""
+
+
+def find_targets(labels: torch.Tensor, loss_weights: torch.Tensor) -> Targets:
+    """Return the supervised tokens, and the positions that predict them.
 
     Args:
-        labels: Aligned labels, (B, S).
-    """
-    return (labels[:, 1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
-
-
-def weighted_cross_entropy(
-    logits: torch.Tensor, columns: torch.Tensor, labels: torch.Tensor, loss_weights: torch.Tensor
-) -> LossSums:
-    """Sum the weighted cross entropy of the supervised tokens.
-
-    Args:
-        logits: Logits at `columns`, (B, C, V).
-        columns: From `predicting_columns`, (C,).
         labels: Aligned labels, (B, S).
         loss_weights: Aligned weights, (B, S).
     """
-    targets = labels[:, columns + 1].flatten()
-    weights = loss_weights[:, columns + 1].flatten().float()
-    supervised = targets != IGNORE_INDEX
-    scores = logits.flatten(0, 1)[supervised].float()
-    targets, weights = targets[supervised], weights[supervised]
-    losses = F.cross_entropy(scores, targets, reduction="none")
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    positions = (shifted != IGNORE_INDEX).nonzero().squeeze(1)
+    return Targets(positions, shifted[positions], F.pad(loss_weights[:, 1:], (0, 1)).flatten()[positions].float())
+
+
+def cross_entropy_sums(logits: torch.Tensor, targets: Targets) -> LossSums:
+    """Sum the weighted cross entropy of logits.
+
+    Args:
+        logits: Logits at `targets.positions`, (N, V).
+        targets: The supervised tokens.
+    """
+    scores = logits.float()
+    losses = F.cross_entropy(scores, targets.ids, reduction="none")
     # With nothing supervised, `losses` is empty and its sum still carries a graph: every rank has a backward.
-    hits = (scores.detach().argmax(-1) == targets) if len(targets) else weights
-    return LossSums((losses * weights).sum(), weights.sum(), (hits * weights).sum())
+    return LossSums((losses * targets.weights).sum(), targets.weights.sum(), _correct(scores, targets))
+
+
+def projected_cross_entropy(
+    hidden: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor], targets: Targets, vocab_size: int
+) -> LossSums:
+    """Sum the weighted cross entropy of hidden states under any head, recomputing its logits in the backward pass.
+
+    Args:
+        hidden: Hidden states at `targets.positions`, (N, D).
+        project: The head, (n, D) → logits (n, V).
+        targets: The supervised tokens.
+        vocab_size: V.
+    """
+
+    def sums(part: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(cross_entropy_sums(project(part), Targets(ids, ids, weights)))
+
+    rows = max(1, CHUNK_LOGITS // vocab_size)
+    parts = zip(hidden.split(rows), targets.ids.split(rows), targets.weights.split(rows), strict=True)
+    chunks = [checkpoint(sums, *part, use_reentrant=False) for part in parts]
+    return LossSums(*(torch.stack(column).sum() for column in zip(*chunks, strict=True)))
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: Targets,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> LossSums:
+    """Sum the weighted cross entropy of hidden states under a linear head, without keeping or recomputing its logits.
+
+    Args:
+        hidden: Hidden states at `targets.positions`, (N, D).
+        weight: The head's weight, (V, D).
+        bias: Its bias, (V,).
+        targets: The supervised tokens.
+        scale: What the head's output is multiplied by.
+        softcap: Logits are squashed to ± this by a tanh.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+    hidden = hidden.to(weight.dtype)  # a head that trains in float32 over a base in half precision
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return LossSums(loss, targets.weights.sum(), correct)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients while the logits of a chunk are at hand; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: Targets,
+        scale: float,
+        softcap: float | None,
+        with_gradients: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        # Sums over chunks are kept in float32, or as many small terms would be lost as there are chunks.
+        of_hidden = torch.empty_like(hidden) if wanted[0] else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        correct = torch.zeros_like(loss)
+        rows = max(1, CHUNK_LOGITS // len(weight))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            some = Targets(*(column[part] for column in targets))
+            logits = F.linear(hidden[part], weight, bias).float()
+            if scale != 1.0:
+                logits *= scale
+            squashed = None
+            if softcap is not None:
+                squashed = torch.tanh(logits / softcap)
+                logits = squashed * softcap
+            log_p = F.log_softmax(logits, dim=-1)
+            index = some.ids[:, None]
+            loss -= (log_p.gather(1, index).squeeze(1) * some.weights).sum()
+            if not any(wanted):
+                correct += _correct(log_p, some)
+                continue
+            slope = log_p.exp_()
+            slope.scatter_add_(1, index, -torch.ones_like(index, dtype=slope.dtype)).mul_(some.weights[:, None])
+            if squashed is not None:
+                slope *= 1 - squashed**2
+            slope = (slope * scale if scale != 1.0 else slope).to(weight.dtype)
+            if of_hidden is not None:
+                of_hidden[part] = slope @ weight
+            if of_weight is not None and weight.dtype == torch.float32:
+                of_weight.addmm_(slope.T, hidden[part])
+            elif of_weight is not None:
+                of_weight += slope.T @ hidden[part]
+            if of_bias is not None:
+                of_bias += slope.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        return (
+            None if of_hidden is None else of_hidden * of_loss.to(of_hidden.dtype),
+            None if of_weight is None else (of_weight * of_loss).to(ctx.dtypes[0]),
+            None if of_bias is None else (of_bias * of_loss).to(ctx.dtypes[1]),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+@torch.no_grad()
+def _correct(scores: torch.Tensor, targets: Targets) -> torch.Tensor:
+    if not len(targets.ids):
+        return targets.weights.sum()
+    return ((scores.argmax(-1) == targets.ids) * targets.weights).sum()

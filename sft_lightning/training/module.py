@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,16 +17,36 @@ from transformers import PreTrainedModel
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.prompts import PromptBatch
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapter_continuation import differences
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.attention import prove_isolation
 from sft_lightning.models.generation import GenerationConfig, base_model, generate
+from sft_lightning.models.head import Head, find_head
 from sft_lightning.models.loading import DTypeName, load_model
 from sft_lightning.models.memory import decide_checkpointing, enable_gradient_checkpointing, free_memory_gib
+from sft_lightning.models.neftune import EmbeddingNoise
+from sft_lightning.models.overrides import ConfigOverrides
 from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.rope import RopeScalingConfig, check_packing
+from sft_lightning.models.trainable import base_names, train_only
+from sft_lightning.models.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
 from sft_lightning.training.checkpoint import check_trainable_state, random_state, set_random_state, trainable_state
-from sft_lightning.training.losses import LossSums, predicting_columns, weighted_cross_entropy
+from sft_lightning.training.losses import (
+    LossSums,
+    Targets,
+    cross_entropy_sums,
+    find_targets,
+    linear_cross_entropy,
+    projected_cross_entropy,
+)
 from sft_lightning.training.metrics import TokenMeans
-from sft_lightning.training.optim import LRScheduleConfig, lr_factor, parameter_groups
+from sft_lightning.training.optim import (
+    LRScheduleConfig,
+    build_optimizer,
+    check_loss_scaling,
+    lr_factor,
+    parameter_groups,
+)
 from sft_lightning.training.resume import align_progress, reopen_epoch
 from sft_lightning.types import Batch
 
@@ -40,15 +61,24 @@ class CausalLMModule(LightningModule):
         dtype: Type of the weights as loaded. Full fine-tuning wants float32 with `trainer.precision: bf16-mixed`.
         attn_implementation: `auto` for packed attention, or a name that transformers knows.
         trust_remote_code: Run code that comes with the model.
+        rope_scaling: Stretch rotary position embeddings to a longer context; `null` for the model's own.
+        dropout: Probability of every dropout that the model has; `null` for the model's own.
+        add_tokens: Tokens that the tokenizer lacks; new rows of the embeddings start at the mean of the old ones.
+        add_special_tokens: The same, left out of decoded answers.
+        resize_vocabulary: Take a tokenizer that has more tokens than the model embeds, without `add_tokens`.
+        pad_to_multiple_of: Round the number of embedded tokens up to a multiple, such as 8.
         quantization: How the frozen base is stored; `null` as it is. Needs an adapter.
         adapter: The LoRA adapter to train; `null` for full fine-tuning.
+        trainable: Without an adapter: regular expressions, found in the names of the parameters that train; all others
+            are frozen. `null` trains all.
+        neftune_alpha: Noise on the embeddings while training, within ±alpha / sqrt(document length · width).
         gradient_checkpointing: Recompute activations: `true`, `false`, or `auto`, off while they fit.
         optimizer: Class and arguments; the command line's default is fused AdamW at 2e-4.
         lr_scheduler: How the learning rate changes over the planned optimizer steps.
         generation: How `predict` generates answers.
 
     Raises:
-        UserError: If the base is quantized and nothing on top of it trains.
+        UserError: If the base is quantized and nothing on top of it trains, or keys contradict each other.
     """
 
     def __init__(
@@ -59,8 +89,16 @@ class CausalLMModule(LightningModule):
         dtype: DTypeName = "bfloat16",
         attn_implementation: str = "auto",
         trust_remote_code: bool = False,
+        rope_scaling: RopeScalingConfig | None = None,
+        dropout: float | None = None,
+        add_tokens: list[str] | None = None,
+        add_special_tokens: list[str] | None = None,
+        resize_vocabulary: bool = False,
+        pad_to_multiple_of: int | None = None,
         quantization: QuantizationConfig | None = None,
         adapter: AdapterConfig | None = None,
+        trainable: list[str] | None = None,
+        neftune_alpha: float | None = None,
         gradient_checkpointing: bool | Literal["auto"] = "auto",
         optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW,
         lr_scheduler: LRScheduleConfig = LRScheduleConfig(),  # noqa: B008 (frozen)
@@ -69,14 +107,25 @@ class CausalLMModule(LightningModule):
         super().__init__()
         if quantization is not None and adapter is None:
             raise UserError("model.quantization: quantized weights cannot be trained; set model.adapter too")
+        if trainable is not None and adapter is not None:
+            raise UserError(
+                "model.trainable: chooses what trains without an adapter; beside one, set "
+                "model.adapter.modules_to_save, or model.adapter.only_adapter: false"
+            )
         self.model_name_or_path = model_name_or_path
         self.from_config = from_config
         self.tokenizer_name_or_path = tokenizer_name_or_path
         self.model_dtype = dtype
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
+        self.overrides = ConfigOverrides(rope_scaling=rope_scaling, dropout=dropout)
+        self.added_tokens = [*(add_tokens or []), *(add_special_tokens or [])]
+        self.resize_vocabulary = resize_vocabulary
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.quantization = quantization
         self.adapter = adapter
+        self.trainable = trainable
+        self.embedding_noise = EmbeddingNoise(neftune_alpha) if neftune_alpha is not None else None
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -100,15 +149,36 @@ class CausalLMModule(LightningModule):
             attn_implementation=self.attn_implementation,
             quantization=self.quantization,
             vocab_size=len(tokenizer),
+            overrides=self.overrides,
             trust_remote_code=self.trust_remote_code,
         )
-        rows = len(next(base.get_input_embeddings().parameters()))
-        if rows < len(tokenizer):
-            raise UserError(
-                f"model.tokenizer_name_or_path: the tokenizer has {len(tokenizer)} tokens, "
-                f"but the model embeds only {rows}; use the model's own tokenizer"
-            )
-        self.model = base if self.adapter is None else add_adapter(base, self.adapter)
+        if self.overrides.rope_scaling is not None and self._data.packs:
+            check_packing(base.config, self.overrides.rope_scaling, self._data.max_length)
+        rows, names = num_rows(base), embedding_names(base)
+        unknown = resize_embeddings(
+            base,
+            tokenizer,
+            self.added_tokens,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            any_size=self.resize_vocabulary,
+        )
+        if num_rows(base) != rows:
+            rank_zero_info(f"vocabulary: {rows} → {num_rows(base)} rows; the new ones are the mean of the old ones")
+        self.model = self._choose_what_trains(base, unknown)
+        check_new_tokens_train(base, unknown, names)
+        if self.embedding_noise is not None:
+            self.embedding_noise.attach(base)
+
+    def _choose_what_trains(self, base: PreTrainedModel, added_token_ids: list[int]) -> PreTrainedModel | PeftModel:
+        """Put the adapter on the base, or freeze what `trainable` does not name."""
+        if self.adapter is None:
+            if self.trainable is not None:
+                train_only(base, self.trainable)
+            return base
+        adapted = add_adapter(base, self.adapter, added_token_ids=added_token_ids)
+        for line in differences(adapted, self.adapter):
+            rank_zero_info(line)
+        return adapted
 
     @property
     def language_model(self) -> PreTrainedModel | PeftModel:
@@ -149,15 +219,42 @@ class CausalLMModule(LightningModule):
 
     def forward(self, batch: Batch) -> LossSums:
         """Return the loss sums of a micro-batch."""
-        columns = predicting_columns(batch["labels"])
-        out = self.language_model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            document_lengths=batch["document_lengths"],
-            logits_to_keep=columns,
-            use_cache=False,
+        targets = find_targets(batch["labels"], batch["loss_weights"])
+        inputs = {
+            "input_ids": batch["input_ids"],
+            "position_ids": batch["position_ids"],
+            "document_lengths": batch["document_lengths"],
+            "use_cache": False,
+        }
+        head = self._head
+        if head is None:
+            return self._loss_of_logits(inputs, targets)
+        hidden = head.decoder(**inputs).last_hidden_state.flatten(0, 1)[targets.positions]
+        if head.linear is None:
+            return projected_cross_entropy(hidden, head.project, targets, self.base_model.config.vocab_size)
+        return linear_cross_entropy(
+            hidden, head.linear.weight, head.linear.bias, targets, scale=head.scale, softcap=head.softcap
         )
-        return weighted_cross_entropy(out.logits, columns, batch["labels"], batch["loss_weights"])
+
+    @functools.cached_property
+    def _head(self) -> Head | None:
+        """The model's head, proven on the first micro-batch, when the model is where it will be."""
+        head = find_head(self.language_model, len(self._data.tokenizer), self.device)
+        if head is None:
+            rank_zero_info("loss: this model makes its logits itself, those of supervised tokens all at once")
+        return head
+
+    def _loss_of_logits(self, inputs: dict[str, Any], targets: Targets) -> LossSums:
+        """Let the model itself make the logits, of all columns at which some row predicts a supervised token."""
+        width = inputs["input_ids"].shape[1]
+        columns, index = torch.unique(targets.positions % width, return_inverse=True)
+        out = self.language_model(**inputs, logits_to_keep=columns)
+        sums = cross_entropy_sums(out.logits[targets.positions // width, index], targets)
+        routers = getattr(out, "aux_loss", None)
+        if routers is None or not self.training:
+            return sums
+        # Each token of the step carries its share of the routers' loss, as of its own.
+        return sums._replace(loss=sums.loss + self.base_model.config.router_aux_loss_coef * routers * sums.weight)
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -209,14 +306,16 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
-        optimizer = self.optimizer(parameter_groups(self.named_parameters()))
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            # A fused optimizer unscales inside its step: clipping and the logged norm would see scaled gradients.
-            raise UserError(
-                "model.optimizer: a fused optimizer does not go with trainer.precision: 16-mixed; "
-                "set init_args.fused: false, or trainer.precision: bf16-mixed"
-            )
+        adapter = self.adapter or AdapterConfig()
+        groups = parameter_groups(
+            self.language_model.named_parameters(),
+            base_names=base_names(self.language_model),
+            base_lr=adapter.base_lr,
+            lora_plus_ratio=adapter.lora_plus_ratio,
+        )
+        optimizer = build_optimizer(self.optimizer, groups)
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            check_loss_scaling(optimizer)
         num_steps = self._data.num_optimizer_steps
         schedule = LambdaLR(optimizer, lambda step: lr_factor(self.lr_scheduler, step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -278,7 +377,7 @@ class CausalLMModule(LightningModule):
         for position in fit_loop["state_dict"].get("combined_loader", []):
             if self.trainer.state.fn == "fit":
                 align_progress(fit_loop, self._data.micro_batches_done(position))
-                if position["rows"] < self._data.plan(position["epoch"]).num_rows:
+                if self._data.is_within_epoch(position):
                     reopen_epoch(fit_loop, position["epoch"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

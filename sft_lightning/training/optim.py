@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
 
@@ -17,10 +19,11 @@ class LRScheduleConfig:
     """How the learning rate changes over the planned optimizer steps.
 
     Raises:
-        UserError: If both `warmup_ratio` and `warmup_steps` are set, or a value is out of range.
+        UserError: If both `warmup_ratio` and `warmup_steps` are set, a value is out of range, or a key is of another
+            schedule.
     """
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
+    name: Literal["cosine", "linear", "constant", "polynomial", "wsd", "cosine_with_restarts"] = "cosine"
     """Shape of the decay after warm-up."""
 
     warmup_ratio: float | None = None
@@ -32,25 +35,42 @@ class LRScheduleConfig:
     min_lr_ratio: float = 0.0
     """The learning rate that the decay ends at, as a share of the peak."""
 
+    power: float | None = None
+    """Of `polynomial` alone: the exponent of the decay; default 1, which is linear."""
+
+    decay_ratio: float | None = None
+    """Of `wsd` alone: share of all optimizer steps that the decay at the end takes; default 0.1."""
+
+    num_cycles: int | None = None
+    """Of `cosine_with_restarts` alone: how often the rate falls from its peak; default 1, which is `cosine`."""
+
     def __post_init__(self) -> None:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
             raise UserError(
                 "model.lr_scheduler: set warmup_ratio or warmup_steps, not both "
                 f"(got {self.warmup_ratio} and {self.warmup_steps})"
             )
-        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"model.lr_scheduler.warmup_ratio: must be in 0..1 (got {self.warmup_ratio})")
+        for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"model.lr_scheduler.{key}: must be in 0..1 (got {value})")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise UserError(f"model.lr_scheduler.warmup_steps: must be at least 0 (got {self.warmup_steps})")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"model.lr_scheduler.min_lr_ratio: must be in 0..1 (got {self.min_lr_ratio})")
+        if self.power is not None and self.power <= 0:
+            raise UserError(f"model.lr_scheduler.power: must be above 0 (got {self.power})")
+        if self.num_cycles is not None and self.num_cycles < 1:
+            raise UserError(f"model.lr_scheduler.num_cycles: must be at least 1 (got {self.num_cycles})")
+        for key, name in {"power": "polynomial", "decay_ratio": "wsd", "num_cycles": "cosine_with_restarts"}.items():
+            if getattr(self, key) is not None and self.name != name:
+                raise UserError(f"model.lr_scheduler.{key}: is of {name!r}, but the schedule is {self.name!r}")
 
 
 def lr_factor(config: LRScheduleConfig, step: int, num_steps: int) -> float:
     """Return the factor on the peak learning rate at an optimizer step.
 
     Warm-up rises linearly from 0 at step 0 to 1 at the end of the warm-up; the decay reaches `min_lr_ratio` at
-    `num_steps` (Loshchilov & Hutter, 2016, arXiv:1608.03983, for the cosine).
+    `num_steps`. Cosine and its restarts: Loshchilov & Hutter, 2016, arXiv:1608.03983; warmup-stable-decay: Hu et al.,
+    2024, arXiv:2404.06395, here with a linear decay.
 
     Args:
         config: The schedule.
@@ -62,24 +82,107 @@ def lr_factor(config: LRScheduleConfig, step: int, num_steps: int) -> float:
     if step < warmup:
         return step / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    shape = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1.0}[config.name]
+    if config.name == "wsd":
+        decay = (0.1 if config.decay_ratio is None else config.decay_ratio) * num_steps
+        remaining = max(0, num_steps - step)
+        # A warm-up that reaches into the decay leaves less of it, never a jump.
+        shape = min(1.0, remaining / max(1.0, min(decay, num_steps - warmup)))
+    else:
+        shape = _shape(config, progress)
     return config.min_lr_ratio + (1 - config.min_lr_ratio) * shape
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
-    """Return the trainable parameters in groups: vectors (biases, norms) get no weight decay; no group is empty.
+def _shape(config: LRScheduleConfig, progress: float) -> float:
+    """Return the decay, from 1 at progress 0 to 0 at progress 1 (`constant` stays at 1)."""
+    if config.name == "constant":
+        return 1.0
+    if config.name == "linear":
+        return 1 - progress
+    if config.name == "polynomial":
+        return float((1 - progress) ** (config.power or 1.0))
+    cycles = config.num_cycles or 1
+    within = 1.0 if progress == 1 else cycles * progress % 1
+    return (1 + math.cos(math.pi * within)) / 2
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    *,
+    base_names: Collection[str] = (),
+    base_lr: float | None = None,
+    lora_plus_ratio: float | None = None,
+) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups; no group is empty, and one with the optimizer's own rate comes first.
+
+    Vectors (biases, norms) get no weight decay. With LoRA+, the B matrices' groups carry `lr_ratio`, which
+    `build_optimizer` multiplies the rate by.
+
+    Args:
+        named_parameters: All parameters.
+        base_names: Names of those that learn at `base_lr`.
+        base_lr: Learning rate of these; `None` for the optimizer's own.
+        lora_plus_ratio: LoRA+ (Hayou et al., 2024, arXiv:2402.12354); `None` for one rate.
 
     Raises:
-        UserError: If nothing trains.
+        UserError: If nothing trains, or LoRA+ finds no B matrix.
     """
-    trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    if not trainable:
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            is_base = base_lr is not None and name in base_names
+            is_b = lora_plus_ratio is not None and re.search(r"\.lora_(embedding_)?B\b", name) is not None
+            kind = 2 if is_base else 1 if is_b else 0
+            groups.setdefault((kind, _num_axes(parameter) < 2), []).append(parameter)
+    if not groups:
         raise UserError("model: nothing trains; set model.adapter, or remove it for full fine-tuning")
-    matrices = [parameter for parameter in trainable if parameter.ndim >= 2]
-    vectors = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups: list[dict[str, Any]] = []
-    if matrices:
-        groups.append({"params": matrices})
-    if vectors:
-        groups.append({"params": vectors, "weight_decay": 0.0})
-    return groups
+    if lora_plus_ratio is not None and not any(kind == 1 for kind, _ in groups):
+        raise UserError(f"model.adapter.lora_plus_ratio: {lora_plus_ratio}, but the adapter has no LoRA B matrices")
+    rates: list[dict[str, Any]] = [{}, {"lr_ratio": lora_plus_ratio}, {"lr": base_lr}]
+    return [
+        {"params": groups[kind, is_vector], **rates[kind], **({"weight_decay": 0.0} if is_vector else {})}
+        for kind, is_vector in sorted(groups)
+    ]
+
+
+def _num_axes(parameter: torch.nn.Parameter) -> int:
+    """Return the number of axes, also of what ZeRO-3 has flattened."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def build_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
+    """Make the optimizer, and scale the rates of the groups that have a `lr_ratio`.
+
+    Raises:
+        UserError: If the class refuses its arguments, or sets its rate itself, which a schedule cannot scale.
+    """
+    try:
+        optimizer = make(groups)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.optimizer.init_args: the optimizer refuses them: {error}") from error
+    for group in optimizer.param_groups:
+        if group["lr"] is None:
+            raise UserError(
+                f"model.optimizer: {type(optimizer).__name__} without lr sets its own rate, and model.lr_scheduler has "
+                "nothing to scale; set init_args: {lr: 1.0e-3, relative_step: false, scale_parameter: false}"
+            )
+        group["lr"] *= group.pop("lr_ratio", 1.0)
+    return optimizer
+
+
+def check_loss_scaling(optimizer: Optimizer) -> None:
+    """Check that `trainer.precision: 16-mixed`, which scales the loss, goes with the optimizer and the weights.
+
+    Raises:
+        UserError: If the optimizer unscales inside its step, or weights in float16 train.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        # A fused optimizer unscales inside its step: clipping and the logged norm would see scaled gradients.
+        raise UserError(
+            "model.optimizer: a fused optimizer does not go with trainer.precision: 16-mixed; "
+            "set init_args.fused: false, or trainer.precision: bf16-mixed"
+        )
+    if any(parameter.dtype == torch.float16 for group in optimizer.param_groups for parameter in group["params"]):
+        raise UserError(
+            "model.dtype: float16 weights of the base train, whose gradients trainer.precision: 16-mixed cannot "
+            "unscale; set model.dtype: float32"
+        )

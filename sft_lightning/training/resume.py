@@ -26,8 +26,9 @@ def reopen_epoch(fit_loop: dict[str, Any], epoch: int) -> None:
     """Count an epoch as unfinished, in a checkpoint's `loops["fit_loop"]`.
 
     A run that reaches `max_steps` within an epoch ends the epoch, as far as Lightning is concerned; continued with more
-    steps, it would skip the epoch's other rows.
+    steps, it would skip the epoch's other rows. So it would if the epoch has become longer, as a stream's does.
     """
+    fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
     progress = fit_loop["epoch_progress"]
     for counter in ("processed", "completed"):
         ahead = max(0, progress["current"][counter] - epoch)

@@ -8,19 +8,24 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sft_lightning.data.blending import BlendConfig
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.encoder import TextEncoder
+from sft_lightning.data.plan import Topology
+from sft_lightning.data.reading import Split
 from sft_lightning.data.sources import SourceConfig
 from sft_lightning.errors import UserError
 
 
 @pytest.fixture
-def module(model_dir: Path, alpaca_file: Path) -> Callable[..., SFTDataModule]:
+def module(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable[..., SFTDataModule]:
     def make(**changes: Any) -> SFTDataModule:
         options: dict[str, Any] = {
             "sources": {"toy": SourceConfig(path=str(alpaca_file))},
             "template": "alpaca",
             "max_length": 256,
             "tokenizer_name_or_path": str(model_dir),
+            "store_dir": str(tmp_path / "stores"),
         }
         return SFTDataModule(**{**options, **changes})
 
@@ -43,12 +48,11 @@ def test_a_fraction_is_held_out_disjoint_and_the_same_every_time(module: Make) -
     data, again = module(val_fraction=0.25), module(val_fraction=0.25)
     for each in (data, again):
         each.setup("fit")
-    locations = {
-        split: [record.location for record in data.records(split, data.sources)["toy"]] for split in ("train", "val")
-    }
+    splits: tuple[Split, ...] = ("train", "val")
+    locations = {split: [record.location for record in data.reader.records(split, "toy")] for split in splits}
     assert (len(locations["train"]), len(locations["val"])) == (18, 6)
     assert not set(locations["train"]) & set(locations["val"])
-    assert [r.location for r in again.records("val", again.sources)["toy"]] == locations["val"]
+    assert [record.location for record in again.reader.records("val", "toy")] == locations["val"]
 
 
 def test_validation_sources_have_a_loader_each(module: Make, alpaca_file: Path) -> None:
@@ -212,14 +216,162 @@ def test_a_validation_source_of_which_nothing_is_left_is_named(module: Make, wri
         module(val_sources={"long": SourceConfig(path=str(long))}, overlong="drop").setup("fit")
 
 
-def test_another_cut_is_other_data(module: Make, alpaca_file: Path) -> None:
-    first = module(overlong="truncate")
-    second = module(overlong="drop", max_length=256)
+def test_a_checkpoint_of_other_data_is_refused_with_what_changed(module: Make) -> None:
+    first, same, other = (
+        module(overlong="truncate"),
+        module(overlong="drop"),
+        module(overlong="truncate", max_length=100),
+    )
+    for each in (first, same, other):
+        each.setup("fit")
+    state = first.state_dict()
+    assert state == same.state_dict()  # nothing was long enough to be cut
+    same.load_state_dict(state)
+    with pytest.raises(UserError, match=r"--ckpt_path: .*max_length: 256 → 100; tokens: \w+ → \w+"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seed": 1}, "seed: 0 → 1"),
+        ({"packing": "none"}, "packing: best_fit → none"),
+        ({"batch_size": 2}, r"global batch \(rows\): 1 → 2"),
+        ({"blend": BlendConfig(by="tokens")}, "blend: epochs, temperature 1.0 → tokens, temperature 1.0"),
+        ({"max_length": 300}, "max_length: 256 → 300"),
+        ({"loss_on": "all"}, "tokens: "),
+        ({"val_fraction": 0.5}, "tokens: "),
+    ],
+)
+def test_a_position_means_nothing_under_another_order(changes: dict[str, Any], said: str, module: Make) -> None:
+    first, second = module(), module(**changes)
     for each in (first, second):
         each.setup("fit")
-    assert first.state_dict() == second.state_dict()
-    second._train[0].lengths[0] -= 1
-    second.__dict__.pop("_lengths", None)
-    second.__dict__.pop("_fingerprint", None)
-    with pytest.raises(UserError, match="tokens"):
+    with pytest.raises(UserError, match=said):
         second.load_state_dict(first.state_dict())
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts were tokenized, call by call."""
+    calls: list[int] = []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: calls.append(len(texts)) or encode(self, texts))
+    return calls
+
+
+def test_no_option_of_what_is_done_with_the_tokens_tokenizes_again(
+    module: Make, alpaca_file: Path, encoded: list[int]
+) -> None:
+    module().setup("fit")
+    assert encoded.count(24) == 1
+    sources = {"toy": SourceConfig(path=str(alpaca_file), weight=2.0, max_epochs=3.0)}
+    for changes in (
+        {},
+        {"max_length": 300},
+        {"max_length": 100, "overlong": "truncate"},
+        {"min_length": 5},
+        {"packing": "none"},
+        {"packing": "concat"},
+        {"batch_size": 4},
+        {"seed": 9},
+        {"val_fraction": 0.25},
+        {"data_split": "2,4,4", "data_split_part": 2},
+        {"sources": sources, "blend": BlendConfig(by="tokens", temperature=2.0)},
+        {"test_sources": sources},
+    ):
+        data = module(**changes)
+        data.setup("fit")
+        data.plan(1)
+    assert encoded.count(24) == 1
+    module(loss_on="all").setup("fit")
+    assert encoded == [24, 24]
+
+
+def test_the_plan_is_the_same_however_the_global_batch_is_split(module: Make) -> None:
+    plans = []
+    for batch_size, accumulate, world_size in ((8, 1, 1), (2, 2, 2), (1, 1, 8)):
+        data = module(batch_size=batch_size)
+        data.topology = Topology(batch_size=batch_size, accumulate=accumulate, world_size=world_size)
+        data.setup("fit")
+        plans.append((data.plan(0).documents.tolist(), data.plan(0).rows_per_step, data.num_optimizer_steps))
+    assert plans[0] == plans[1] == plans[2]
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
+def test_every_example_is_trained_on_once_and_the_steps_denominators_add_up(packing: str, module: Make) -> None:
+    data = module(packing=packing, batch_size=5, max_length=128)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert sum(batch["num_tokens"] for batch in batches) == data.report.sources["train/toy"].tokens
+    for batch in batches:
+        assert batch["denominator"] == pytest.approx(float(batch["loss_weights"].sum()))  # a step is one batch here
+
+
+def test_sources_are_blended_by_their_weights(module: Make, write_json: Callable[..., Path]) -> None:
+    paths = {
+        name: write_json(f"{name}.json", [{"instruction": f"{name} {i}", "output": f"{i}"} for i in range(count)])
+        for name, count in (("big", 60), ("small", 20))
+    }
+    sources = {name: SourceConfig(path=str(path), max_epochs=2.0) for name, path in paths.items()}
+    data = module(sources=sources, blend=BlendConfig(by="examples"))
+    data.setup("fit")
+    assert len(data.plan(0).documents) == 80  # 40 of each: the small one twice
+    for name in ("big", "small"):
+        report = data.report.sources[f"train/{name}"]
+        assert (report.wanted, report.delivered) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert data.report.largest_deviation <= 1
+
+
+def test_one_source_that_lost_everything_does_not_stop_the_others(
+    module: Make, alpaca_file: Path, write_json: Callable[..., Path]
+) -> None:
+    long = write_json("long.json", [{"text": "word " * 3000}])
+    for names in (("a_long", "toy"), ("toy", "z_long")):
+        paths = {name: long if "long" in name else alpaca_file for name in names}
+        data = module(sources={name: SourceConfig(path=str(path)) for name, path in paths.items()}, overlong="drop")
+        data.setup("fit")
+        assert len(data.plan(0).documents) == 24
+
+
+def test_prepare_builds_every_split_and_finds_it_the_next_time(module: Make, alpaca_file: Path) -> None:
+    def sources(*numbers: int) -> dict[str, SourceConfig]:
+        return {f"s{n}": SourceConfig(path=str(alpaca_file), max_examples=n) for n in numbers}
+
+    options = {"sources": sources(9), "val_sources": sources(8), "test_sources": sources(6, 7)}
+    first, second = module(**options).prepare(), module(**options).prepare()
+    assert {name: stored.built for name, stored in first.items()} == dict.fromkeys(
+        ("train/s9", "val/s8", "test/s6", "test/s7"), True
+    )
+    assert not any(stored.built for stored in second.values())
+    assert all(stored.built for stored in module(**options).prepare(rebuild=True).values())
+
+
+def test_prepare_tokenizes_a_source_that_is_held_out_of_once(module: Make, encoded: list[int]) -> None:
+    data = module(val_fraction=0.25)
+    stores = data.prepare(rebuild=True)
+    assert list(stores) == ["train/toy"]
+    assert encoded.count(24) == 1
+    assert data.report.sources["val/toy"].examples == 6
+
+
+def test_without_a_source_there_is_nothing_to_do(module: Make) -> None:
+    data = module(sources={})
+    with pytest.raises(UserError, match=r"data\.sources: no source given"):
+        data.setup("fit")
+    with pytest.raises(UserError, match=r"data\.test_sources: no source given"):
+        data.setup("test")
+    with pytest.raises(UserError, match="set val_sources or val_fraction"):
+        data.setup("validate")
+
+
+def test_the_same_shard_order_reaches_every_rank(module: Make) -> None:
+    taken = []
+    for rank in range(2):
+        data = module(packing="none", batch_size=2)
+        data.topology = Topology(batch_size=2, world_size=2, rank=rank)
+        data.setup("fit")
+        loader = data.train_dataloader()
+        taken.append([batch["input_ids"].tolist() for batch in loader])
+        assert len(taken[-1]) == len(loader) == 6
+    assert sum(len(batch) for rank in taken for batch in rank) == 24

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from sft_lightning.data.loader import EvaluationLoader, TrainLoader
-from sft_lightning.data.plan import EpochPlan, Topology, plan_epoch
+from sft_lightning.data.plan import Choice, EpochPlan, Topology, plan_epoch
 
 
 def plan(epoch: int, rows: int = 13, rows_per_step: int = 4) -> EpochPlan:
+    choice = Choice(np.arange(rows), np.zeros(rows, np.int64), np.ones(rows, np.int64), np.ones(rows))
     return plan_epoch(
-        np.arange(rows), np.ones(rows, np.int64), lambda documents: np.ones(len(documents)),
+        choice, lambda documents: np.ones(len(documents)),
         packing="none", max_length=1, rows_per_step=rows_per_step, shuffle=(0, epoch),
     )  # fmt: skip
 

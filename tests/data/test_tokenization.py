@@ -102,3 +102,68 @@ def test_real_tokenizers_supervise_exactly_the_answers(folder: str, real_data: o
         segments = [Segment("Question? ASSISTANT:", False), Segment(answer, True), Segment(f"{real.eos_token}", True)]
         example = example_of(real, segments)
         assert supervised_text(real, example).strip() == f"{answer}{real.eos_token}".strip()
+
+
+def test_a_batch_gives_each_example_what_it_gives_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    examples = [
+        [Segment("ab", False), Segment("cd", True)],
+        [Segment("### Response:", False), Segment(":)</s>", True)],
+        [Segment("", True)],
+        [Segment("é日本", True, 0.5), Segment("🙂", False)],
+    ]
+    together = tokenize(examples, encoder(tokenizer))
+    assert len(together) == len(examples)
+    for segments, example in zip(examples, together, strict=True):
+        alone = example_of(tokenizer, segments)
+        assert np.array_equal(alone.input_ids, example.input_ids)
+        assert np.array_equal(alone.loss_weights, example.loss_weights)
+
+
+def test_no_examples_make_no_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert list(tokenize([], encoder(tokenizer))) == []
+
+
+def letters(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of the letters a to f, merged as told."""
+    words = [*"abcdef.", *("".join(pair) for pair in merges)]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, list(merges)))
+    )
+
+
+def test_a_cut_that_moves_a_token_across_another_border_is_followed_by_another_cut() -> None:
+    # "abcd" is ab|cd. Cut at 1, b and c merge across the border at 2 and are cut there too.
+    cutting = letters(("a", "b"), ("b", "c"), ("c", "d"))
+    example = example_of(cutting, [Segment("a", False), Segment("b", True), Segment("cd", False), Segment("e", True)])
+    assert cutting.convert_ids_to_tokens(example.input_ids.tolist()) == ["a", "b", "cd", "e"]
+    assert example.loss_weights.tolist() == [0, 1, 0, 1]
+
+
+def test_borders_between_segments_of_one_weight_cut_nothing() -> None:
+    merging = letters(("a", "b"))
+    example = example_of(merging, [Segment("a", True), Segment("b", True)])
+    assert merging.convert_ids_to_tokens(example.input_ids.tolist()) == ["ab"]
+
+
+def test_a_border_between_two_weights_is_cut_too() -> None:
+    merging = letters(("a", "b"))
+    example = example_of(merging, [Segment("a", True, 1.0), Segment("b", True, 0.5)])
+    assert example.loss_weights.tolist() == [1.0, 0.5]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pieces=st.lists(st.tuples(st.text("abcdef", max_size=6), st.booleans()), min_size=1, max_size=8),
+    merges=st.lists(st.sampled_from([("a", "b"), ("b", "c"), ("c", "d"), ("d", "e"), ("ab", "c"), ("cd", "e")])),
+)
+def test_whatever_merges_no_token_straddles_a_border(
+    pieces: list[tuple[str, bool]], merges: list[tuple[str, str]]
+) -> None:
+    known = [pair for pair in dict.fromkeys(merges) if len(pair[0]) == 1]
+    known += [pair for pair in dict.fromkeys(merges) if (pair[0][0], pair[0][1:]) in known]
+    merging = letters(*known)
+    example = example_of(merging, [Segment(text, supervised) for text, supervised in pieces])
+    tokens = merging.convert_ids_to_tokens(example.input_ids.tolist())
+    weights = [weight for token, weight in zip(tokens, example.loss_weights.tolist(), strict=True) for _ in token]
+    assert "".join(tokens) == "".join(text for text, _ in pieces)
+    assert weights == [float(supervised) for text, supervised in pieces for _ in text]

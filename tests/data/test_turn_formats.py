@@ -60,6 +60,8 @@ GOLDEN = {
         "<bos><start_of_turn>user\nQ1<end_of_turn>\n<start_of_turn>model\nA1<eos>\n"
         "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<eos>\n",
     ),
+    "firefly/chatglm2": (TURNS, "[gMASK]sop[Round 1]\n\n问：Q1\n\n答：A1</s>[Round 2]\n\n问：Q2\n\n答：A2</s>"),
+    "firefly/chatglm3": (WITH_SYSTEM, "[gMASK]sop<|system|>S<|user|>Q1<|assistant|>A1</s><|user|>Q2<|assistant|>A2</s>"),
     "firefly/orion": (TURNS[:2], "<s>Human: Q1\n\nAssistant: </s>A1</s>"),
     "firefly/mamba": (WITH_SYSTEM, "<|system|>\nS</s><|user|>\nQ1</s>\n<|assistant|>\nA1</s>\n<|user|>\nQ2</s>\n<|assistant|>\nA2</s>\n"),
 }  # fmt: skip
@@ -87,3 +89,41 @@ def test_chinese_alpaca_joins_the_input_by_a_line_feed() -> None:
 def test_a_trailer_is_never_supervised() -> None:
     [segments] = named_template("chatml", SpecialTokens("", "</s>")).render(TURNS, "assistant")
     assert [segment.text for segment in segments if segment.supervised] == ["A1<|im_end|>", "A2<|im_end|>"]
+
+
+FIREFLY = [
+    "default", "internlm", "internlm2", "qwen", "yi", "orion", "deepseek", "chatglm2", "chatglm3", "ziya2", "xverse",
+    "minicpm", "minicpm3", "zephyr", "mistral", "mixtral", "baichuan", "baichuan2", "vicuna", "llama2", "llama3", "gemma",
+    "phi3", "mamba",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIREFLY)
+def test_fireflys_contents_are_stripped_and_nothing_else(name: str) -> None:
+    template = named_template(f"firefly/{name}", SpecialTokens("<s>", "</s>"))
+    has_system = template.format.system is not None
+    plain = [*([Message("system", "S")] if has_system else []), *TURNS]
+    spaced = [Message(turn.role, f"\n {turn.content}\t") for turn in plain]
+    assert template.render(spaced, "assistant") == template.render(plain, "assistant")
+
+
+def test_the_words_round_and_context_in_a_question_stay_as_they_are() -> None:
+    turns = [Message("user", "{round} {context}", context="{round}"), Message("assistant", "{round}")]
+    [segments] = named_template("firefly/chatglm2", SpecialTokens("", "</s>")).render(turns, "assistant")
+    assert [segment.text for segment in segments] == [
+        "[gMASK]sop",
+        "[Round 1]\n\n问：{round} {context}\n{round}\n\n答：",
+        "{round}</s>",
+    ]
+
+
+def test_llama3_trims_a_system_text_and_llama2_does_not() -> None:
+    turns = [Message("system", " S\n"), Message("user", "Q"), Message("assistant", "A")]
+    texts = {
+        name: "".join(
+            segment.text for segment in named_template(name, SpecialTokens("<s>", "</s>")).render(turns, "assistant")[0]
+        )
+        for name in ("llama2", "llama3")
+    }
+    assert "<<SYS>>\n S\n\n<</SYS>>" in texts["llama2"]
+    assert "<|end_header_id|>\n\nS<|eot_id|>" in texts["llama3"]

@@ -5,13 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import IA3Config, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapter_continuation import differences
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
+from sft_lightning.models.loading import load_model
+from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.targets import resolve_preset
+from sft_lightning.models.trainable import base_names, train_only
 
 
-def adapted(model_dir: Path, **config: Any) -> torch.nn.Module:
+def adapted(model_dir: Path, **config: Any) -> PeftModel:
     return add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), AdapterConfig(**config))
 
 
@@ -41,17 +48,18 @@ def test_adapter_weights_are_float32_on_a_bfloat16_base(model_dir: Path) -> None
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
-@pytest.mark.parametrize("config", [{"use_dora": True}, {"use_rslora": True}, {"init": "pissa"}, {"bias": "all"}])
-def test_pefts_variants_pass_through(config: dict[str, Any], model_dir: Path) -> None:
-    assert trainable(adapted(model_dir, r=2, **config))
-
-
 @pytest.mark.parametrize(
     ("config", "said"),
     [
         ({"target_modules": ["q_proj", "queries"]}, "'queries' matches no module"),
-        ({"target_modules": "nothing.*"}, "PEFT refuses"),
+        ({"target_modules": "nothing.*"}, r"matches no whole module name.*down_proj.*presets: all-linear"),
+        ({"target_modules": "all_linear"}, "Did you mean 'all-linear'"),
+        ({"target_modules": "q_proj("}, "is no regular expression"),
+        ({"target_modules": "mamba"}, "'mamba' matches no module of this llama model"),
+        ({"target_modules": ".*norm"}, "PEFT refuses LoraConfig"),
         ({"modules_to_save": ["lm_haed"]}, "Did you mean 'lm_head'"),
+        ({"peft_config": IA3Config(target_modules=["kproj"])}, r"peft_config\.init_args\.target_modules: 'kproj'"),
+        ({"init": "loftq"}, "model.quantization|CUDA device"),
         ({"path": "nowhere"}, "cannot load an adapter"),
     ],
 )
@@ -60,8 +68,221 @@ def test_what_matches_nothing_is_an_error(config: dict[str, Any], said: str, mod
         adapted(model_dir, **config)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"r": 0}, r"model\.adapter\.r:"),
+        ({"dropout": 1.0}, r"model\.adapter\.dropout"),
+        ({"lora_plus_ratio": 0.0}, r"model\.adapter\.lora_plus_ratio"),
+        ({"init": "pisa"}, "Did you mean 'pissa'"),
+        ({"init": "eva"}, "measures the model on data"),
+        ({"init": "pissa_niter_4"}, "use 'pissa'"),
+        ({"base_lr": 1e-4}, "only_adapter: false"),
+        ({"base_lr": 0.0, "only_adapter": False}, "must be above 0"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, r"model\.adapter\.layers_to_transform"),
+        ({"drop_modules_to_save": True}, r"set model\.adapter\.path"),
+        ({"r": 4, "use_dora": True, "peft_config": IA3Config()}, "no place for r, use_dora"),
+        ({"path": "x", "peft_config": IA3Config()}, "no place for path"),
+    ],
+)
+def test_keys_that_contradict_each_other_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        AdapterConfig(**config)
+
+
+def tiny(model_type: str, **changes: Any) -> PreTrainedModel:
+    values = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**values, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "model_type", "expected"),
+    [
+        ("attention", "llama", ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        ("mlp", "llama", ["down_proj", "gate_proj", "up_proj"]),
+        ("attention", "gpt2", ["attn.c_proj", "c_attn"]),
+        ("mlp", "gpt2", ["c_fc", "mlp.c_proj"]),
+        ("attention", "gpt_neox", ["dense", "query_key_value"]),
+        ("mlp", "gpt_neox", ["dense_4h_to_h", "dense_h_to_4h"]),
+        ("mlp", "opt", ["fc1", "fc2"]),
+        ("attention", "bloom", ["dense", "query_key_value"]),
+        ("attention", "falcon", ["dense", "query_key_value"]),
+        ("attention", "phi3", ["o_proj", "qkv_proj"]),
+        ("mamba", "mamba", ["in_proj"]),
+        ("all-linear", "mamba", ["in_proj"]),
+    ],
+)
+def test_a_preset_finds_its_modules_in_every_family(preset: str, model_type: str, expected: list[str]) -> None:
+    changes: dict[str, Any] = {"pad_token_id": 0}
+    if model_type != "mamba":
+        changes |= {"intermediate_size": 32, "ffn_dim": 32, "word_embed_proj_dim": 16, "n_inner": 32}
+    model = tiny(model_type, **changes)
+    assert sorted(resolve_preset(model, preset)) == sorted(expected)
+    assert trainable(add_adapter(model, AdapterConfig(r=2, target_modules=preset)))
+
+
+def test_embeddings_of_mamba_are_adapted_where_they_are_not_tied() -> None:
+    untied = tiny("mamba", tie_word_embeddings=False)
+    assert sorted(resolve_preset(untied, "mamba")) == ["embeddings", "in_proj"]
+
+
+def test_an_adapter_on_tied_embeddings_is_refused() -> None:
+    tied = tiny("llama", intermediate_size=32, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"shares its matrix with lm_head.*modules_to_save"):
+        add_adapter(tied, AdapterConfig(target_modules=["q_proj", "embed_tokens"]))
+
+
+@pytest.mark.parametrize("targets", [["out_proj"], ["x_proj", "in_proj"], r".*(in|dt)_proj"])
+def test_what_mamba_reads_past_its_module_is_refused(targets: list[str] | str) -> None:
+    with pytest.raises(UserError, match="past the module"):
+        add_adapter(tiny("mamba"), AdapterConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_mamba_answers_like_the_adapted_one(tied: bool) -> None:
+    base = tiny("mamba", tie_word_embeddings=tied)
+    model = add_adapter(base, AdapterConfig(r=2, target_modules="mamba", dropout=0.0)).eval()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+        adapted_logits = model(input_ids=ids).logits
+        merged = model.merge_and_unload()(input_ids=ids).logits
+    assert float((adapted_logits - plain).abs().max()) > 1e-4
+    assert torch.allclose(merged, adapted_logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_every_bias_mode_trains_saves_and_loads_its_biases(bias: Any, tmp_path: Path) -> None:
+    def base() -> PreTrainedModel:
+        return tiny("gpt2", n_inner=32)
+
+    model = add_adapter(base(), AdapterConfig(r=2, target_modules="attention", bias=bias))
+    biases = [name for name in trainable(model) if "bias" in name]
+    assert bool(biases) is (bias != "none")
+    assert any("ln_1" in name for name in biases) is (bias == "all")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    ids = torch.arange(12)[None]
+    expected = model.eval()(input_ids=ids).logits
+    for loaded in (PeftModel.from_pretrained(base(), tmp_path), add_adapter(base(), AdapterConfig(path=str(tmp_path)))):
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
+
+
+def test_the_base_trains_too_except_what_the_adapter_stands_for(model_dir: Path) -> None:
+    names = trainable(adapted(model_dir, r=2, target_modules=["q_proj"], only_adapter=False))
+    assert any("embed_tokens" in name for name in names)
+    assert any("k_proj.weight" in name for name in names)
+    assert not any("base_layer.weight" in name for name in names)
+
+
+def test_base_names_are_those_that_are_not_the_adapters(model_dir: Path) -> None:
+    model = adapted(model_dir, r=2, modules_to_save=["lm_head"], only_adapter=False)
+    names = base_names(model)
+    assert any(name.endswith("embed_tokens.weight") for name in names)
+    assert not any("lora_" in name or "modules_to_save" in name for name in names)
+    assert base_names(AutoModelForCausalLM.from_pretrained(model_dir)) == set()
+
+
+def test_modules_to_save_of_a_half_precision_base_have_float32_masters(model_dir: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float16)
+    model = add_adapter(base, AdapterConfig(r=2, modules_to_save=["embed_tokens", "lm_head"]))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    out = model(input_ids=torch.arange(12)[None], labels=torch.arange(12)[None])
+    assert out.logits.dtype == torch.float16
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_quantized_module_cannot_be_trained_in_full(model_dir: Path) -> None:
+    base = load_model(
+        str(model_dir), from_config=None, dtype="float32", attn_implementation="sdpa",
+        quantization=QuantizationConfig(), vocab_size=320,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"o_proj.*quantized|PEFT refuses"):
+        add_adapter(base, AdapterConfig(target_modules=["q_proj"], modules_to_save=["o_proj"]))
+
+
+@pytest.mark.parametrize("names", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tied_embeddings_stay_tied_when_they_train(names: list[str], tmp_path: Path) -> None:
+    def base() -> PreTrainedModel:
+        return tiny("llama", intermediate_size=32, tie_word_embeddings=True)
+
+    model = add_adapter(base(), AdapterConfig(r=2, modules_to_save=names))
+    embedding, head = (
+        m() for m in (model.get_base_model().get_input_embeddings, model.get_base_model().get_output_embeddings)
+    )
+    assert embedding.weight is head.weight
+    with torch.no_grad():
+        embedding.weight.add_(0.5)
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    ids = torch.arange(12)[None]
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
 def test_an_adapter_is_continued_with_its_own_configuration(model_dir: Path, tmp_path: Path) -> None:
-    adapted(model_dir, r=2).save_pretrained(str(tmp_path))  # type: ignore[operator]
-    continued = adapted(model_dir, r=16, path=str(tmp_path))
-    assert continued.peft_config["default"].r == 2  # type: ignore[index,union-attr]
+    adapted(model_dir, r=2).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    config = AdapterConfig(r=16, alpha=8, path=str(tmp_path))
+    continued = add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), config)
+    assert continued.peft_config["default"].r == 2
     assert trainable(continued)
+    lines = differences(continued, config)
+    assert [line.split(":")[0] for line in lines] == ["model.adapter.r", "model.adapter.alpha"]
+    assert "2, as in" in lines[0]
+    assert "16" in lines[0]
+
+
+def test_a_new_adapter_has_no_differences(model_dir: Path) -> None:
+    assert differences(adapted(model_dir, r=2), AdapterConfig(r=2)) == []
+
+
+def test_modules_to_save_can_be_dropped_on_continuing(model_dir: Path, tmp_path: Path) -> None:
+    first = adapted(model_dir, r=2, modules_to_save=["lm_head"])
+    first.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    continued = adapted(model_dir, path=str(tmp_path), drop_modules_to_save=True)
+    assert not any("lm_head" in name for name in trainable(continued))
+    kept = {name: p for name, p in first.named_parameters() if "lora_" in name}
+    found = dict(continued.named_parameters())
+    assert all(torch.equal(found[name], p) for name, p in kept.items())
+
+
+def test_dropping_what_is_not_there_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    adapted(model_dir, r=2).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(UserError, match="has no modules_to_save"):
+        adapted(model_dir, path=str(tmp_path), drop_modules_to_save=True)
+
+
+def edited(weights: dict[str, torch.Tensor], change: str) -> dict[str, torch.Tensor]:
+    name = sorted(weights)[0]
+    if change == "missing":
+        return {key: tensor for key, tensor in weights.items() if key != name}
+    if change == "unknown":
+        return {**weights, name.replace("layers.0", "layers.7"): weights[name].clone()}
+    return {**weights, name: torch.zeros(3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [("missing", "1 tensors are missing"), ("unknown", "1 are unknown"), ("shape", r"is \(3, 3\)")]
+)
+def test_an_adapter_that_does_not_fit_is_refused(change: str, said: str, model_dir: Path, tmp_path: Path) -> None:
+    adapted(model_dir, r=2).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(edited(load_file(file), change), file)
+    with pytest.raises(UserError, match=said):
+        adapted(model_dir, path=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [([r"lm_hed"], r"found in no parameter's name.*layers\.N\.mlp"), (["("], "is no regular expression")],
+)
+def test_naming_what_does_not_exist_lists_what_does(patterns: list[str], said: str, model_dir: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        train_only(AutoModelForCausalLM.from_pretrained(model_dir), patterns)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import PACKED
-from sft_lightning.models.generation import GenerationConfig, generate
+from sft_lightning.models.generation import GenerationConfig, generate, generate_ids
 
 PROMPTS = ["<s>What is the opposite of hot?", "<s>Hi"]
 
@@ -57,7 +57,63 @@ def test_no_prompts_give_no_answers(model: PreTrainedModel, tokenizer: PreTraine
     assert answers(model, tokenizer, []) == []
 
 
-@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"temperature": -1.0}])
-def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"repetition_penalty": 0.0},
+        {"num_beams": 0},
+        {"penalty_alpha": 1.5},
+        {"penalty_alpha": 0.5},
+        {"penalty_alpha": 0.5, "top_k": 4, "num_beams": 2},
+        {"penalty_alpha": 0.5, "top_k": 4, "temperature": 1.0},
+        {"num_beams": 4, "num_beam_groups": 3},
+        {"num_beams": 4, "num_beam_groups": 2, "repetition_penalty": 1.1},
+    ],
+)
+def test_values_out_of_range_or_that_contradict_each_other_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(UserError):
         GenerationConfig(**values)  # type: ignore[arg-type]
+
+
+MODES: dict[str, dict[str, float]] = {
+    "greedy": {},
+    "sampling": {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2},
+    "beam": {"num_beams": 3},
+    "beam_sampling": {"num_beams": 3, "temperature": 1.0},
+    "diverse_beam": {"num_beams": 4, "num_beam_groups": 2},
+    "contrastive": {"penalty_alpha": 0.6, "top_k": 4},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_values_tell_the_mode_and_the_mode_answers(model: PreTrainedModel, mode: str) -> None:
+    config = GenerationConfig(max_new_tokens=5, **MODES[mode])  # type: ignore[arg-type]
+    assert config.mode == mode
+    several = 1 if config.most_answers() == 1 else 3
+    prompts = [[1, 40, 50, 60], [1, 41]]
+    found = generate_ids(
+        model, prompts, stop_token_ids=[2], pad_token_id=0, config=config, num_return_sequences=several
+    )
+    assert [len(answers) for answers in found] == [several, several]
+    assert all(0 < len(answer.token_ids) <= 5 or answer.stopped for answers in found for answer in answers)
+
+
+def test_more_answers_than_a_mode_has_are_refused(model: PreTrainedModel) -> None:
+    with pytest.raises(UserError, match="greedy has 1 answer to a prompt"):
+        generate_ids(
+            model, [[1]], stop_token_ids=[2], pad_token_id=0, config=GenerationConfig(), num_return_sequences=2
+        )
+
+
+def test_defaults_of_the_checkpoint_have_no_part_in_it_and_stay(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = answers(model, tokenizer, PROMPTS)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert answers(model, tokenizer, PROMPTS) == before
+    assert model.generation_config.repetition_penalty == 5.0

@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import adds_bos, load_model, load_tokenizer
+from sft_lightning.models.overrides import ConfigOverrides
 from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.rope import RopeScalingConfig
 
 TINY = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -83,3 +85,17 @@ def test_4_bit_weights_do_not_change_when_the_model_is_evaluated(model_dir: Path
 def test_a_base_loaded_in_8_bit_runs(model_dir: Path) -> None:
     model = load(str(model_dir), quantization=QuantizationConfig(bits=8))
     assert model(torch.arange(12)[None]).logits.isfinite().all()
+
+
+def test_the_configuration_is_changed_before_the_weights_are_loaded(model_dir: Path) -> None:
+    overrides = ConfigOverrides(rope_scaling=RopeScalingConfig(type="dynamic", factor=2.0), dropout=0.5)
+    for options in ({}, {"quantization": QuantizationConfig()}):
+        model = load(str(model_dir), overrides=overrides, **options)
+        assert model.config.rope_parameters["rope_type"] == "dynamic"  # type: ignore[union-attr]
+        assert model.model.layers[0].self_attn.attention_dropout == 0.5  # type: ignore[union-attr,index]
+        assert {p.dtype for name, p in model.named_parameters() if "norm" in name} == {torch.float32}
+
+
+def test_a_model_from_a_config_is_changed_too() -> None:
+    made = load(None, from_config={**TINY, "intermediate_size": 32}, overrides=ConfigOverrides(dropout=0.25))
+    assert made.config.attention_dropout == 0.25  # type: ignore[union-attr]

@@ -29,3 +29,15 @@ def test_eight_bits_are_llm_int8() -> None:
 def test_other_bits_are_refused(bits: int) -> None:
     with pytest.raises(UserError, match="must be 4 or 8"):
         QuantizationConfig(bits=bits)
+
+
+def test_compute_and_storage_types_can_be_chosen() -> None:
+    config = QuantizationConfig(compute_dtype="float32", storage_dtype="uint8").to_transformers(torch.bfloat16)
+    assert config.bnb_4bit_compute_dtype == torch.float32
+    assert config.bnb_4bit_quant_storage == torch.uint8
+
+
+@pytest.mark.parametrize("key", ["compute_dtype", "storage_dtype"])
+def test_eight_bits_have_no_types_of_their_own(key: str) -> None:
+    with pytest.raises(UserError, match=f"quantization.{key}: is of 4-bit weights"):
+        QuantizationConfig(bits=8, **{key: "float32"})  # type: ignore[arg-type]

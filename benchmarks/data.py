@@ -1,0 +1,207 @@
+"""Raw JSONL → token store and plan: ours beside `tokenizers` alone, TRL and LLaMA-Factory, on two cores.
+
+    python benchmarks/data.py [--rows 50000] [--repeats 3] [--only tokenizers ours packing trl llamafactory]
+
+The same Alpaca-like rows of real English (`peers/rows.py`) for all, the Qwen2.5 tokenizer, its chat format. Every
+measurement is a fresh process with empty caches, the best of `--repeats` counts, imports do not. The peers have
+environments of their own (`peers/environments.py`), made at the first run; each does its own preparation with 0 and 2
+worker processes, packed and not, and its fastest way is what we are compared with. All must make exactly the same
+number of tokens, or the run stops.
+
+What is timed differs in the others' favour: for us everything from the configuration to the plan, loading the tokenizer
+and writing the store too; for the peers reading and preparing, with the tokenizer loaded and, for TRL, rows in its own
+format; for `encode_batch_fast` the call alone. `fixed_seconds` is what we need for sixteen rows.
+The real texts and the tokenizer are looked for in the folder that SFT_REAL_DATA names.
+Results, with hardware and versions, go to `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE / "peers"))
+
+from environments import PEERS, environment  # noqa: E402
+from job import SYSTEM, Answer, Job  # noqa: E402
+from processes import NUM_CORES, empty_folder, fastest, measure, use_two_cores  # noqa: E402
+from rows import alpaca_like  # noqa: E402
+from table import show  # noqa: E402
+
+RESULTS = _HERE / "results"
+REAL_DATA = Path(os.environ.get("SFT_REAL_DATA", _HERE.parent.parent / "shared" / "data")).resolve()
+TOKENIZER = REAL_DATA / "tokenizer" / "qwen2.5"
+MAX_LENGTH = 2048
+"""Tokens per packed row."""
+FEW_ROWS = 16
+"""Rows that show what memory does not depend on their number: the tokenizer, above all."""
+NUM_PACKED = 1_000_000
+
+PARTS = ("tokenizers", "packing", "ours", *PEERS)
+
+
+class Benchmark:
+    """The rows in a folder, and what is measured on them.
+
+    Args:
+        folder: Holds the rows, which are written now.
+        num_rows: Rows to measure on; memory is measured on four times as many, too.
+        repeats: Times that each measurement is repeated.
+        seed: Of the rows.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, repeats: int, seed: int) -> None:
+        self.folder, self.repeats, self.seed = folder, repeats, seed
+        self.rows, self.more_rows, self.few_rows = (folder / f"{name}.jsonl" for name in ("rows", "more", "few"))
+        lines = [
+            json.dumps(row, ensure_ascii=False) + "\n"
+            for row in itertools.islice(alpaca_like(REAL_DATA, seed), 4 * num_rows)
+        ]
+        for file, number in ((self.rows, num_rows), (self.more_rows, 4 * num_rows), (self.few_rows, FEW_ROWS)):
+            file.write_text("".join(lines[:number]), encoding="utf-8")
+
+    def best(self, script: str, job: Job, python: Path | None = None) -> Answer:
+        """Return the fastest of the repeats."""
+        return fastest(measure(script, job, python=python) for _ in range(self.repeats))
+
+    @property
+    def _job(self) -> Job:
+        return {"rows": str(self.rows), "tokenizer": str(TOKENIZER), "max_length": MAX_LENGTH}
+
+    def tokenizers(self) -> Answer:
+        """Measure `encode_batch_fast` alone, in the faster of two ways to call it."""
+        return fastest(self.best("run_tokenizers.py", {**self._job, "at_once": size}) for size in (0, 1000))
+
+    def packing(self) -> Answer:
+        """Measure `best_fit`."""
+        return self.best("run_packing.py", {"num": NUM_PACKED, "max_length": MAX_LENGTH, "seed": self.seed})
+
+    def ours(self) -> Answer:
+        """Measure `prepare` without a store, with one, and the memory that it takes for few, all and more rows."""
+        pairs = [self._cold_and_cached(self.rows) for _ in range(self.repeats)]
+        cold, cached = fastest(pair[0] for pair in pairs), fastest(pair[1] for pair in pairs)
+        few, more = self._cold_and_cached(self.few_rows)[0], self._cold_and_cached(self.more_rows)[0]
+        peaks = [max(pair[0]["peak_bytes_above_imports"] for pair in pairs), more["peak_bytes_above_imports"]]
+        tokens = [cold["tokens"], more["tokens"]]
+        return {
+            **cold,
+            "cached_seconds": cached["seconds"],
+            "fixed_seconds": few["seconds"],
+            "peak_bytes": {str(few["tokens"]): few["peak_bytes_above_imports"], **_by_tokens(tokens, peaks)},
+            "bytes_per_token": _by_tokens(tokens, [peak / num for peak, num in zip(peaks, tokens, strict=True)]),
+            "bytes_per_further_token": (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]),
+        }
+
+    def _cold_and_cached(self, rows: Path) -> tuple[Answer, Answer]:
+        with empty_folder() as folder:
+            config = folder / "prepare.yaml"
+            config.write_text(_config(rows, folder / "stores"))
+            cold, cached = (measure("run_ours.py", {"config": str(config)}) for _ in range(2))
+        if not cold["built"] or cached["built"]:
+            raise SystemExit("prepare: the first run did not build the store, or the second did not find it")
+        return cold, cached
+
+    def peer(self, name: str, python: Path) -> list[Answer]:
+        """Measure a peer in every way that does this job, fastest first."""
+        answers = []
+        for variant, packing, workers in itertools.product(PEERS[name].variants, (True, False), (0, 2)):
+            way = {**variant, "packing": packing, "workers": workers}
+            answers.append({**way, **self.best(f"run_{name}.py", {**self._job, **way}, python)})
+        return sorted(answers, key=lambda answer: float(answer["seconds"]))
+
+
+def _by_tokens(tokens: list[int], values: list[float]) -> dict[str, float]:
+    return {str(number): value for number, value in zip(tokens, values, strict=True)}
+
+
+def _config(rows: Path, stores: Path) -> str:
+    """Return the configuration of `prepare`; JSON is YAML."""
+    source = {"path": str(rows), "format": "alpaca"}
+    data = {"sources": {"alpaca": source}, "template": "qwen", "max_length": MAX_LENGTH, "store_dir": str(stores)}
+    model = {"model_name_or_path": str(TOKENIZER), "tokenizer_name_or_path": str(TOKENIZER)}
+    return json.dumps({"task": "sft", "model": model, "data": data}, indent=2)
+
+
+def check_same_tokens(result: dict[str, Any]) -> None:
+    """Make sure that everybody did the same job.
+
+    Raises:
+        SystemExit: If not; there is nothing to compare then.
+    """
+    counts: dict[str, int] = {name: result[name]["tokens"] for name in ("tokenizers", "ours") if name in result}
+    for name in PEERS:
+        for answer in result.get(name, []):
+            counts[f"{name}, packing {answer['packing']}, {answer['workers']} workers"] = answer["tokens"]
+    if len(set(counts.values())) > 1:
+        raise SystemExit(f"not the same job: tokens made of the same rows (system message {SYSTEM!r}): {counts}")
+
+
+def compare(result: dict[str, Any]) -> dict[str, float]:
+    """Return how many times as fast we are as each; for `encode_batch_fast`, at most about 1."""
+    if "ours" not in result:
+        return {}
+    others: dict[str, Answer] = {"tokenizers": result["tokenizers"]} if "tokenizers" in result else {}
+    others |= {name: result[name][0] for name in PEERS if name in result}
+    return {name: round(other["seconds"] / result["ours"]["seconds"], 3) for name, other in others.items()}
+
+
+def hardware() -> str:
+    """Name the processor, the cores used and the memory."""
+    named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{named[1] if named else platform.machine()}, {NUM_CORES} cores, {memory:.0f} GiB"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what was asked for."""
+    pythons = {name: environment(PEERS[name], args.envs) for name in PEERS if name in args.only}
+    use_two_cores()
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "num_rows": args.rows,
+        "seed": args.seed,
+        "repeats": args.repeats,
+        "max_length": MAX_LENGTH,
+    }
+    with empty_folder() as folder:
+        benchmark = Benchmark(folder, args.rows, args.repeats, args.seed)
+        result["bytes_of_rows"] = benchmark.rows.stat().st_size
+        for name in args.only:
+            print(f"measuring {name} …", flush=True)
+            result[name] = benchmark.peer(name, pythons[name]) if name in PEERS else getattr(benchmark, name)()
+    check_same_tokens(result)
+    return {**result, "times_as_fast_as": compare(result)}
+
+
+def main() -> None:
+    """Measure, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=50_000, help="Rows to prepare.")
+    parser.add_argument("--repeats", type=int, default=3, help="Fresh processes of each measurement; the best counts.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the rows.")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="What to measure.")
+    parser.add_argument("--envs", type=Path, default=_HERE.parent / ".bench-envs", help="Environments of the peers.")
+    args = parser.parse_args()
+    if not TOKENIZER.is_dir():
+        raise SystemExit(f"SFT_REAL_DATA: {REAL_DATA} has no tokenizer/qwen2.5; name the folder with the real data")
+    result = run(args)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"data_cpu_{result['num_rows']}_{result['date']}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    show(result, list(PEERS))
+    print(f"written to {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Ours: `python -m sft_lightning prepare` on the raw rows, timed after everything is imported."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+
+from job import Answer, Job, peak_memory, run, seconds_of, versions
+
+import sft_lightning.data.datamodule  # noqa: F401 (its import is not to be timed)
+from sft_lightning.commands import prepare
+
+_STORE = re.compile(r"^train/\w+: ([\d,]+) tokens in .*, (built now|found)$", re.MULTILINE)
+"""What `prepare` says of a source at its end."""
+
+
+def measure(job: Job) -> Answer:
+    """Prepare the job's `config`; `built` says whether the store was made now or found.
+
+    Peak memory is in bytes above the peak of the imports. It counts the tokenizer, and the store's pages,
+    which are mapped.
+    """
+    imported = peak_memory()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        seconds, _ = seconds_of(lambda: prepare.main(["--config", job["config"]]))
+    peak = peak_memory() - imported
+    said = _STORE.search(printed.getvalue())
+    if said is None:
+        raise ValueError(f"prepare did not say what it stored, but: {printed.getvalue()[-500:]!r}")
+    return {
+        "seconds": seconds,
+        "tokens": int(said[1].replace(",", "")),
+        "built": said[2] == "built now",
+        "peak_bytes_above_imports": peak,
+        "versions": versions("sft-lightning", "tokenizers", "transformers", "torch"),
+    }
+
+
+if __name__ == "__main__":
+    run(measure)

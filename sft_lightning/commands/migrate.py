@@ -1,0 +1,58 @@
+"""Translate the command line, script or JSON of another fine-tuning system into YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sft_lightning.errors import UserError, one_of
+from sft_lightning.migration import chinese_alpaca, deepspeed_chat, fastchat, firefly, vigogne
+from sft_lightning.migration.arguments import read_given
+from sft_lightning.migration.options import System, translate
+from sft_lightning.migration.table import document
+
+SYSTEMS: dict[str, System] = {
+    module.SYSTEM.name: module.SYSTEM for module in (fastchat, deepspeed_chat, vigogne, firefly, chinese_alpaca)
+}
+
+_USAGE = f"""\
+usage: python -m sft_lightning migrate SYSTEM SCRIPT.sh | ARGS.json | COMMAND ...
+       python -m sft_lightning migrate --table
+
+{__doc__}
+Nothing is executed. What could not be carried over follows the YAML as comments, each with the reason.
+
+  SYSTEM   {", ".join(SYSTEMS)}
+  --table  print the options of all systems and our keys, as Markdown"""
+
+
+def main(args: Sequence[str]) -> None:
+    """Print the YAML of what follows the system's name; everything after it is that system's."""
+    if not args or args[0] in ("-h", "--help"):
+        print(_USAGE)
+    elif args[0] == "--table":
+        print(document(SYSTEMS.values()), end="")
+    elif args[0] not in SYSTEMS:
+        raise one_of("migrate: the system", args[0], SYSTEMS)
+    else:
+        print(migrate(args[0], args[1:]), end="")
+
+
+def migrate(system: str, args: Sequence[str]) -> str:
+    """Return the YAML.
+
+    Args:
+        system: A key of `SYSTEMS`.
+        args: A file, or a command.
+
+    Raises:
+        UserError: If nothing can be read, or a value is not what the option takes.
+    """
+    chosen = SYSTEMS[system]
+    given = read_given([*args])
+    if not given.options:
+        raise UserError(f"migrate {system}: found no option in it; give the script or the command that trains")
+    draft = translate(chosen, given)
+    program = f", {given.program}" if given.program else ""
+    return draft.text(
+        f"Migrated from {chosen.title}{program}. Look at it with: python -m sft_lightning preview --config <this file>"
+    )

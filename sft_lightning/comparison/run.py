@@ -1,0 +1,149 @@
+"""Asking the models, one after the other: no more memory than the largest of them takes."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sft_lightning.comparison.modes import answers_of
+from sft_lightning.comparison.perplexity import reference_loss
+from sft_lightning.comparison.prompts import ComparisonPrompt
+from sft_lightning.comparison.results import Comparison, ModelResult, ModelSpec, Response, Role, make_response
+from sft_lightning.errors import UserError
+from sft_lightning.models.generation import DecodingMode, GenerationConfig
+from sft_lightning.models.serving import LoadOptions, ServedModel, base_of_adapter, load_served
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the models are asked."""
+
+    num_return_sequences: int = 1
+    batch_size: int = 8
+    """Prompts at a time."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size: must be at least 1 (got {self.batch_size})")
+
+
+def model_specs(baseline: str, finetuned: Sequence[str], adapters: Sequence[str]) -> list[ModelSpec]:
+    """Return the models to compare: the baseline, fine-tuned models, and adapters on the baseline.
+
+    A label is the folder's name, with folders above it where two would have the same.
+    """
+    named: list[tuple[Role, str]] = [
+        ("baseline", baseline),
+        *(("finetuned", path) for path in finetuned),
+        *(("adapter", path) for path in adapters),
+    ]
+    labels = _labels([path for _, path in named])
+    return [
+        ModelSpec(role, label, baseline if role == "adapter" else path, path if role == "adapter" else None)
+        for (role, path), label in zip(named, labels, strict=True)
+    ]
+
+
+def compare_models(
+    specs: Sequence[ModelSpec],
+    prompts: Sequence[ComparisonPrompt],
+    configs: Mapping[DecodingMode, GenerationConfig],
+    load: LoadOptions,
+    options: RunOptions,
+) -> Comparison:
+    """Let every model answer every prompt in every mode.
+
+    Args:
+        specs: The models, the baseline first.
+        prompts: What they are asked.
+        configs: How each mode generates.
+        load: How checkpoints are loaded.
+        options: How the models are asked.
+
+    Raises:
+        UserError: If a model cannot be loaded or refuses a prompt.
+    """
+    results = []
+    for number, spec in enumerate(specs, start=1):
+        _say(f"model {number} of {len(specs)}: {spec.adapter or spec.path}")
+        _note_other_base(spec)
+        served = load_served(f"--{'baseline' if spec.adapter else spec.role}", spec.path, spec.adapter, load)
+        results.append(_ask(served, spec, prompts, configs, options))
+        del served
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return Comparison(prompts, configs, results)
+
+
+def _ask(
+    served: ServedModel,
+    spec: ModelSpec,
+    prompts: Sequence[ComparisonPrompt],
+    configs: Mapping[DecodingMode, GenerationConfig],
+    options: RunOptions,
+) -> ModelResult:
+    ids = [
+        served.encode_turns(prompt.turns)
+        if served.has_template and not prompt.is_plain
+        else served.encode_text(prompt.text)
+        for prompt in prompts
+    ]
+    return ModelResult(
+        spec=spec,
+        uses_template=served.has_template,
+        responses={mode: _answers(served, prompts, ids, config, options) for mode, config in configs.items()},
+        references=[
+            None if prompt.reference is None else reference_loss(served, prompt, row)
+            for prompt, row in zip(prompts, ids, strict=True)
+        ],
+    )
+
+
+def _answers(
+    served: ServedModel,
+    prompts: Sequence[ComparisonPrompt],
+    ids: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    options: RunOptions,
+) -> list[list[Response]]:
+    several = answers_of(config.mode, config, options.num_return_sequences)
+    answers = []
+    for start in range(0, len(ids), options.batch_size):
+        batch = ids[start : start + options.batch_size]
+        answers += served.answer(batch, config, num_return_sequences=several)
+    return [
+        [make_response(answer, prompt.reference) for answer in found]
+        for found, prompt in zip(answers, prompts, strict=True)
+    ]
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    parts = [Path(path).expanduser().parts for path in paths]
+    depth = 1
+    while depth < max(map(len, parts)) and len({own[-depth:] for own in parts}) < len(set(parts)):
+        depth += 1
+    labels = ["/".join(own[-depth:]) for own in parts]
+    seen: Counter[str] = Counter()
+    unique = []
+    for label in labels:
+        seen[label] += 1
+        unique.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return unique
+
+
+def _note_other_base(spec: ModelSpec) -> None:
+    if spec.adapter is not None:
+        trained_on = base_of_adapter("--baseline", spec.adapter)
+        if trained_on != spec.path:
+            _say(f"note: {spec.adapter} was trained on {trained_on}; here it is put on the baseline, {spec.path}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

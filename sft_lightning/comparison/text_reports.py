@@ -1,0 +1,177 @@
+"""Reports to read: in the terminal and in Markdown; and JSON Lines to go on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from sft_lightning.comparison.results import Comparison, ModelResult, Response, Summary, summarize
+from sft_lightning.models.generation import DecodingMode, GenerationConfig
+from sft_lightning.printable import printable
+
+COLUMNS = ("model", "mode", "answers", "tokens", "ended", "repetition", "changed")
+REFERENCE_COLUMNS = ("reference perplexity", "exact match", "ROUGE-L")
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print every answer under its prompt, the models one below the other, and the means."""
+    for number, prompt in enumerate(comparison.prompts, start=1):
+        console.print(Rule(Text(f"prompt {number} of {len(comparison.prompts)}  {prompt.location}"), align="left"))
+        _line(console, Text(printable(prompt.shown), "bold"))
+        if prompt.reference is not None:
+            _line(console, Text.assemble(("reference: ", "dim"), printable(prompt.reference)))
+        for mode in comparison.configs:
+            for result in comparison.models:
+                for response in result.responses[mode][number - 1]:
+                    heading = (f"\n{result.spec.label}", "cyan"), f"  {mode}  ", (numbers(response), "dim")
+                    _line(console, Text.assemble(*heading))
+                    _line(console, Text(printable(response.text) or "(empty)"))
+        console.print()
+    table = Table(title="means", title_justify="left")
+    for column in _columns(comparison):
+        table.add_column(column, overflow="fold")
+    for summary in summarize(comparison):
+        table.add_row(*map(Text, cells(summary, comparison.has_references)))
+    console.print(table)
+
+
+def markdown_text(comparison: Comparison) -> str:
+    """Return the comparison as Markdown; answers are quoted as code, so that nothing in them is markup."""
+    lines = ["# Comparison", "", *_markdown_table(comparison), ""]
+    lines += [f"- {mode}: {parameters(config)}" for mode, config in comparison.configs.items()]
+    lines += [f"- {result.spec.label}: {asked(result)}" for result in comparison.models]
+    for number, prompt in enumerate(comparison.prompts, start=1):
+        lines += ["", f"## Prompt {number}", "", *fenced(prompt.shown)]
+        if prompt.reference is not None:
+            lines += ["", "Reference:", "", *fenced(prompt.reference)]
+        for mode, result, response in _responses(comparison, number - 1):
+            lines += ["", f"### {_plain(result.spec.label)}, {mode}", "", numbers(response), "", *fenced(response.text)]
+    return "\n".join(lines) + "\n"
+
+
+def json_lines(comparison: Comparison) -> Iterator[str]:
+    """Yield a JSON object for each answer."""
+    for index, prompt in enumerate(comparison.prompts):
+        counts: dict[tuple[str, str], int] = {}
+        for mode, result, response in _responses(comparison, index):
+            number = counts[mode, result.spec.label] = counts.get((mode, result.spec.label), 0) + 1
+            loss = result.references[index]
+            row = {
+                "location": prompt.location,
+                "prompt": prompt.shown,
+                **({"system": prompt.system} if prompt.system is not None else {}),
+                "reference": prompt.reference,
+                "model": result.spec.label,
+                "role": result.spec.role,
+                "path": result.spec.adapter or result.spec.path,
+                "mode": mode,
+                "answer_number": number,
+                "answer": response.text,
+                "num_tokens": response.num_tokens,
+                "stop_reason": response.stop_reason,
+                "repetition": response.repetition,
+                "exact_match": response.exact_match,
+                "rouge_l": response.rouge_l,
+                "reference_perplexity": None if loss is None else loss.perplexity,
+            }
+            yield json.dumps(row, ensure_ascii=False)
+
+
+def numbers(response: Response) -> str:
+    """Return what is known of an answer, in words."""
+    ended = "ended itself" if response.stop_reason == "stop" else "cut at max_new_tokens"
+    known = [f"{response.num_tokens} tokens", ended, f"{response.repetition:.0%} repeated"]
+    if response.exact_match is not None:
+        known.append("exact match" if response.exact_match else "no exact match")
+    if response.rouge_l is not None:
+        known.append(f"ROUGE-L {response.rouge_l:.2f}")
+    return ", ".join(known)
+
+
+def asked(result: ModelResult) -> str:
+    """Return how a model was asked."""
+    return "asked through its own chat template" if result.uses_template else "has no chat template: goes on with text"
+
+
+def parameters(config: GenerationConfig) -> str:
+    """Return the parameters of a mode that are not neutral."""
+    neutral = asdict(GenerationConfig())
+    kept = {
+        name: value
+        for name, value in asdict(config).items()
+        if value != neutral[name] or name == "max_new_tokens" or (name == "seed" and config.temperature > 0)
+    }
+    if config.num_beam_groups > 1:
+        kept["diversity_penalty"] = config.diversity_penalty
+    return ", ".join(f"{name} {value}" for name, value in kept.items())
+
+
+def cells(summary: Summary, with_references: bool) -> list[str]:
+    """Return a row of the table of means."""
+    row = [
+        summary.label,
+        summary.mode,
+        str(summary.num_answers),
+        f"{summary.mean_tokens:.1f}",
+        f"{summary.stopped:.0%}",
+        f"{summary.repetition:.1%}",
+        "–" if summary.changed is None else f"{summary.changed:.0%}",
+    ]
+    if with_references:
+        row += [
+            "–" if summary.perplexity is None else perplexity(summary.perplexity),
+            "–" if summary.exact_match is None else f"{summary.exact_match:.0%}",
+            "–" if summary.rouge_l is None else f"{summary.rouge_l:.3f}",
+        ]
+    return row
+
+
+def perplexity(value: float) -> str:
+    """Return a perplexity in as many digits as mean something."""
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
+
+
+def fenced(text: str) -> list[str]:
+    """Return a code block whose fence is longer than any in the text."""
+    text = printable(text)
+    fence = "`" * max(3, 1 + max((len(run) for run in _runs_of_ticks(text)), default=0))
+    return [fence + "text", text, fence]
+
+
+def _runs_of_ticks(text: str) -> list[str]:
+    return "".join(character if character == "`" else " " for character in text).split()
+
+
+def _responses(comparison: Comparison, prompt: int) -> Iterator[tuple[DecodingMode, ModelResult, Response]]:
+    for mode in comparison.configs:
+        for result in comparison.models:
+            for response in result.responses[mode][prompt]:
+                yield mode, result, response
+
+
+def _columns(comparison: Comparison) -> tuple[str, ...]:
+    return COLUMNS + (REFERENCE_COLUMNS if comparison.has_references else ())
+
+
+def _markdown_table(comparison: Comparison) -> list[str]:
+    columns = _columns(comparison)
+    rows = [cells(summary, comparison.has_references) for summary in summarize(comparison)]
+    return [_row(columns), _row(["---"] * len(columns)), *(_row([_plain(cell) for cell in row]) for row in rows)]
+
+
+def _row(values: Sequence[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _line(console: Console, text: Text) -> None:
+    console.print(text, soft_wrap=True)

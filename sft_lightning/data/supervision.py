@@ -1,0 +1,23 @@
+"""Which messages of a conversation have a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sft_lightning.types import LossOn, Message
+
+
+def supervision(messages: Sequence[Message], loss_on: LossOn) -> list[bool]:
+    """Return for each message whether it is supervised: its own `train`, else what `loss_on` says of its role."""
+    if loss_on == "assistant":
+        chosen = [message.role == "assistant" for message in messages]
+    elif loss_on == "all":
+        chosen = [True] * len(messages)
+    else:
+        chosen = [False] * len(messages)
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        for i in answers[-1:]:
+            chosen[i] = True
+    if not any(chosen):
+        chosen = [message.role == "text" for message in messages]
+    return [flag if message.train is None else message.train for flag, message in zip(chosen, messages, strict=True)]

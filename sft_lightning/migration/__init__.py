@@ -1,0 +1,1 @@
+"""Command lines and argument files of other fine-tuning systems → our YAML."""

@@ -1,0 +1,138 @@
+"""DeepSpeed-Chat, step 1: `training/step1_supervised_finetuning/main.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sft_lightning.migration.data_keys import source_name, unpacked
+from sft_lightning.migration.distributed import devices, stage_name
+from sft_lightning.migration.draft import Draft
+from sft_lightning.migration.huggingface import precision, schedule
+from sft_lightning.migration.options import Options, System, joint, left, plain
+
+_WHOLE_DECODER = ("decoder.layers.", "layers.", "model.layers.", "transformer.h.", "h.", "gpt_neox.layers.")
+_EVALUATED = {
+    "Dahoas/rm-static": "test",
+    "Dahoas/full-hh-rlhf": "test",
+    "yitingxie/rlhf-reward-datasets": "test",
+    "pvduy/sharegpt_alpaca_oa_vicuna_format": "test",
+    "stanfordnlp/SHP": "validation",
+    "lmqg/qg_jaquad": "validation",
+    "lmqg/qag_jaquad": "validation",
+    "Cohere/miracl-zh-queries-22-12": "dev",
+    "Cohere/miracl-ja-queries-22-12": "dev",
+}
+"""The split that DeepSpeed-Chat evaluates on (`dschat/utils/data/raw_datasets.py`)."""
+
+_INIT = "model.optimizer.init_args"
+
+
+def _finish(options: Options, draft: Draft) -> None:
+    lora = bool(options.number("lora_dim"))
+    _sources(options, draft)
+    draft.set("data.compat", "deepspeed_chat", "the same records in each part of data_split")
+    draft.set("data.loss_on", "all", "the prompt of these data sets has no loss here, though; there it has")
+    draft.set(
+        "data.template", "human_assistant", "for sources with turns; DeepSpeed-Chat's own data sets have no template"
+    )
+    draft.set("data.overlong", "truncate", "as there; counted and reported here")
+    unpacked(draft)
+    draft.set("model.optimizer.class_path", "torch.optim.AdamW")
+    draft.set(f"{_INIT}.betas", [0.9, 0.95], "as in DeepSpeed-Chat's code")
+    rate = options.number("lora_learning_rate") if lora else options.number("learning_rate")
+    draft.set(f"{_INIT}.lr", rate, "--lora_learning_rate, which adapters learn at" if lora else "")
+    schedule(options, draft, "cosine")
+    if lora:
+        _adapter(options, draft)
+    else:
+        draft.drop("model.adapter.")
+    only = lora and options.flag("only_optimize_lora")
+    half = {"fp16": "float16", "bf16": "bfloat16"}.get(options.text("dtype") or "fp16", "float16")
+    precision(draft, half, full=not only)
+    devices(options, draft)
+    stage = options.number("zero_stage") or 0
+    name = stage_name(int(stage), offload=options.flag("offload"))
+    if name is not None:
+        draft.set("trainer.strategy", name)
+    if options.flag("add_eot_token"):
+        draft.set("model.add_special_tokens", options.words("eot_token"))
+
+
+def _sources(options: Options, draft: Draft) -> None:
+    plain_paths, whole = options.words("data_path"), options.words("sft_only_data_path")
+    chosen: dict[str, Any] = {}
+    for path in [*plain_paths, *whole]:
+        extra = {"sft_only": True} if path in whole else {}
+        if path == "local/jsonfile":
+            draft.leave("local/jsonfile", "it stands for data/train.json of DeepSpeed-Chat's folder; correct the path")
+            chosen["jsonfile"] = {"path": "data/train.json", "format": "deepspeed_chat/jsonfile", **extra}
+        else:
+            chosen[source_name(path.rpartition("/")[2])] = {"path": path, **extra}
+    draft.set("data.sources", chosen)
+    held_out = {
+        name: {**source, "split": _EVALUATED[source["path"]]}
+        for name, source in chosen.items()
+        if source["path"] in _EVALUATED
+    }
+    if held_out:
+        draft.set("data.val_sources", held_out)
+    for source in chosen.values():
+        if source["path"] not in _EVALUATED:
+            draft.leave(f"evaluation on {source['path']}", "of a split made there; name a file in data.val_sources")
+
+
+def _adapter(options: Options, draft: Draft) -> None:
+    draft.set("model.adapter.alpha", 1, "DeepSpeed-Chat scales by 1 / r")
+    draft.set("model.adapter.dropout", 0.0, "it has none")
+    scope = options.text("lora_module_name") or ""
+    draft.set("model.adapter.target_modules", "all-linear", f"all linear layers but the head; {scope!r} there")
+    if scope not in _WHOLE_DECODER:
+        draft.leave(options.shown("lora_module_name"), "write a regular expression into model.adapter.target_modules")
+    if not options.flag("only_optimize_lora"):
+        draft.set("model.adapter.only_adapter", False, "without --only_optimize_lora everything else trains too")
+        draft.set("model.adapter.base_lr", options.number("learning_rate"), "--learning_rate")
+
+
+SYSTEM = System(
+    name="deepspeed_chat",
+    title="DeepSpeed-Chat",
+    source="`training/step1_supervised_finetuning/main.py`",
+    options=(
+        joint("data_path", "data.sources", "the format is found from the data set's name", default="Dahoas/rm-static"),
+        plain("data_split", "data.data_split", default="2,4,4", note="`data_split_part: 0` is step 1"),
+        joint("sft_only_data_path", "data.sources.<name>.sft_only"),
+        plain("data_output_path", "data.store_dir"),
+        plain("model_name_or_path", "model.model_name_or_path"),
+        plain("per_device_train_batch_size", "data.batch_size", "number", default="16"),
+        left("per_device_eval_batch_size", "validation takes data.batch_size"),
+        plain("max_seq_len", "data.max_length", "number", default="512"),
+        joint("learning_rate", "model.optimizer.init_args.lr", "with LoRA: model.adapter.base_lr", default="1e-3"),
+        joint("lora_learning_rate", "model.optimizer.init_args.lr", "with LoRA", default="5e-4"),
+        plain("weight_decay", "model.optimizer.init_args.weight_decay", "number", default="0.0"),
+        plain("num_train_epochs", "trainer.max_epochs", "number", default="1"),
+        plain("gradient_accumulation_steps", "trainer.accumulate_grad_batches", "number"),
+        joint("lr_scheduler_type", "model.lr_scheduler.name", "constant_with_warmup: constant", default="cosine"),
+        plain("num_warmup_steps", "model.lr_scheduler.warmup_steps", "number"),
+        plain("output_dir", "trainer.default_root_dir"),
+        plain("seed", "seed_everything", "number", default="1234"),
+        left("local_rank", "the launcher sets it"),
+        plain("gradient_checkpointing", "model.gradient_checkpointing", "flag"),
+        plain("dropout", "model.dropout", "number"),
+        left("disable_dropout", "model.dropout: 0.0", key="model.dropout"),
+        joint("offload", "trainer.strategy", "deepspeed_stage_2_offload, deepspeed_stage_3_offload"),
+        joint("dtype", "trainer.precision, model.dtype", default="fp16"),
+        joint("zero_stage", "trainer.strategy", "0: none", default="0"),
+        plain("lora_dim", "model.adapter.r", "number", note="with `alpha: 1`, `dropout: 0`"),
+        joint("lora_module_name", "model.adapter.target_modules", "all-linear", default="decoder.layers."),
+        joint("only_optimize_lora", "model.adapter.only_adapter", "without it: false"),
+        left("compute_fp32_loss", "the loss is always computed in float32"),
+        left("enable_tensorboard", "TensorBoard is on"),
+        left("tensorboard_path", "events are in trainer.default_root_dir"),
+        joint("add_eot_token", "model.add_special_tokens"),
+        joint("eot_token", "model.add_special_tokens", default="<|endoftext|>"),
+        left("print_loss", "the loss is logged every trainer.log_every_n_steps"),
+        joint("deepspeed", "trainer.strategy", "zero_stage says which"),
+        left("deepspeed_config", "DeepSpeed-Chat itself never reads it", key="trainer.strategy"),
+    ),
+    finish=_finish,
+)

@@ -1,0 +1,85 @@
+"""Devices, DeepSpeed and FSDP: from launchers, JSON files and flags to `trainer.strategy`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sft_lightning.errors import UserError
+from sft_lightning.migration.draft import Draft
+from sft_lightning.migration.options import Options
+
+
+def strategy(options: Options, draft: Draft, *, quantized: bool) -> None:
+    """Carry over the launcher's devices, DeepSpeed and FSDP."""
+    devices(options, draft)
+    name = _deepspeed(options, draft) if options.text("deepspeed") else _fsdp(options, draft)
+    if name and quantized and ("stage_3" in name or "fsdp" in name):
+        draft.leave(f"strategy {name}", "it would shard the quantized base, which it cannot; ddp holds a copy per GPU")
+    elif name:
+        draft.set("trainer.strategy", name, draft.remarks.pop("trainer.strategy", ""))
+    elif options.has("ddp_find_unused_parameters") and options.flag("ddp_find_unused_parameters"):
+        draft.set("trainer.strategy", "ddp_find_unused_parameters_true")
+
+
+def devices(options: Options, draft: Draft) -> None:
+    """Carry over how many processes the launcher starts."""
+    for name, key in {
+        "num_gpus": "devices",
+        "nproc_per_node": "devices",
+        "num_processes": "devices",
+        "num_nodes": "num_nodes",
+        "nnodes": "num_nodes",
+        "num_machines": "num_nodes",
+    }.items():
+        count = next(iter(options.launcher.get(name, [])), "")
+        if count.isdigit():
+            draft.set(f"trainer.{key}", int(count))
+        elif count:
+            draft.leave(f"--{name} {count}", f"set trainer.{key} to the number")
+
+
+def stage_name(stage: int, *, offload: bool) -> str | None:
+    """Return Lightning's name of a ZeRO stage; `None` for stage 0."""
+    name = {0: None, 1: "deepspeed_stage_1", 2: "deepspeed_stage_2", 3: "deepspeed_stage_3"}[stage]
+    return f"{name}_offload" if name and offload and stage > 1 else name
+
+
+def _deepspeed(options: Options, draft: Draft) -> str | None:
+    file = options.text("deepspeed") or ""
+    path = Path(file)
+    zero: dict[str, Any] = {}
+    if path.is_file():
+        zero = _zero_section(path)
+    guess = re.search(r"(?:zero|stage|[sz])_?(\d)", path.stem)
+    stage = zero.get("stage") if zero else int(guess[1]) if guess else None
+    if stage not in (0, 1, 2, 3):
+        draft.leave(f"--deepspeed {file}", "the file is not here and its name tells no stage; set trainer.strategy")
+        return None
+    offload = any(
+        zero.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")
+    ) or (not zero and "offload" in file and "no_offload" not in file)
+    told = "its contents" if zero else "its name; the file is not here, so look whether it offloads"
+    draft.remarks["trainer.strategy"] = f"{path.name}, by {told}"
+    return stage_name(stage, offload=offload)
+
+
+def _fsdp(options: Options, draft: Draft) -> str | None:
+    words = " ".join(options.words("fsdp")).split()
+    if not words:
+        return None
+    if "full_shard" not in words:
+        draft.leave(options.shown("fsdp"), "only full_shard has a name here; give FSDPStrategy by class_path")
+        return None
+    return "fsdp_cpu_offload" if "offload" in words else "fsdp"
+
+
+def _zero_section(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from error
+    section: dict[str, Any] = content.get("zero_optimization", {})
+    return section

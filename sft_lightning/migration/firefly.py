@@ -1,0 +1,77 @@
+"""Firefly, and the CS5340 project made of it: one JSON file, `train.py --train_args_file`."""
+
+from __future__ import annotations
+
+from sft_lightning.data.turn_formats import TURN_FORMATS
+from sft_lightning.errors import UserError
+from sft_lightning.migration.data_keys import sources, unpacked
+from sft_lightning.migration.draft import Draft
+from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS, finish_training_arguments
+from sft_lightning.migration.options import Options, System, joint, left, plain
+
+
+def _finish(options: Options, draft: Draft) -> None:
+    task, mode = options.text("task_type"), options.text("train_mode")
+    if task == "dpo":
+        raise UserError(
+            "migrate firefly: task_type 'dpo': there is no preference training here yet; 'sft' and 'pretrain' can be "
+            "migrated"
+        )
+    if task == "pretrain":
+        draft.set("task", "pretrain")
+        draft.set("data.packing", "concat", "as there; the rest of each batch of 1000 is not lost here")
+    else:
+        _template(options, draft)
+        draft.set("data.overlong", "truncate", "as there; counted and reported here")
+        unpacked(draft)
+    sources(draft, "data.sources", options.text("train_file"), "text" if task == "pretrain" else "firefly")
+    _adapter(options, draft, mode or "qlora")
+    finish_training_arguments(options, draft, quantized=mode == "qlora", full=mode == "full")
+
+
+def _template(options: Options, draft: Draft) -> None:
+    name = f"firefly/{options.text('template_name')}"
+    if name in TURN_FORMATS:
+        draft.set("data.template", name)
+    else:
+        draft.leave(options.shown("template_name"), "not among `preview --list_templates`; set data.template")
+        draft.set("data.template", "chat_template", "the tokenizer's own, instead")
+
+
+def _adapter(options: Options, draft: Draft, mode: str) -> None:
+    if mode == "full":
+        draft.drop("model.adapter.")
+        return
+    if "mamba" in (options.text("model_name_or_path") or ""):
+        remark = "without x_proj and out_proj, which Mamba reads past the adapter"
+        draft.set("model.adapter.target_modules", "mamba", remark)
+    else:
+        draft.set("model.adapter.target_modules", "all-linear")
+    if mode == "qlora":
+        draft.set("model.quantization", {"bits": 4, "quant_type": "nf4", "double_quant": True})
+
+
+SYSTEM = System(
+    name="firefly",
+    title="Firefly",
+    source="`component/argument.py`; a JSON file for `train.py --train_args_file`",
+    options=(
+        plain("model_name_or_path", "model.model_name_or_path"),
+        joint("train_file", "data.sources", "format firefly; pretrain: a folder, format text"),
+        left("eval_file", "Firefly never reads it", key="data.val_sources"),
+        plain("max_seq_length", "data.max_length", "number"),
+        joint("template_name", "data.template", "firefly/<name>"),
+        left("max_prompt_length", "preference training only"),
+        left("beta", "preference training only"),
+        left("tokenize_num_workers", "chosen by itself"),
+        joint("task_type", "task", "sft, pretrain; dpo is refused", default="sft"),
+        joint("train_mode", "model.adapter, model.quantization", "full, lora, qlora", default="qlora"),
+        plain("lora_rank", "model.adapter.r", "number", default="64"),
+        plain("lora_alpha", "model.adapter.alpha", "number", default="16"),
+        plain("lora_dropout", "model.adapter.dropout", "number", default="0.05"),
+        left("use_unsloth", "no such backend"),
+        left("train_args_file", "the file that is read"),
+        *TRAINING_ARGUMENTS,
+    ),
+    finish=_finish,
+)

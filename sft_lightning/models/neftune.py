@@ -1,0 +1,50 @@
+"""NEFTune: uniform noise on the embeddings while training (Jain et al., 2023, arXiv:2310.05914)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sft_lightning.errors import UserError
+
+
+class EmbeddingNoise:
+    """Adds noise within ±alpha / sqrt(L·d) to the input embeddings in training mode.
+
+    L is the length in tokens of the document that a token is in, as if it were alone in its row, so that packing does
+    not change the noise; d is the embedding's width. transformers' own hook takes the row's length, padding included.
+    The noise comes from torch's generator, which checkpoints hold.
+
+    Args:
+        alpha: `model.neftune_alpha`; the paper tries 5, 10 and 15.
+
+    Raises:
+        UserError: If alpha is not above 0.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        if alpha <= 0:
+            raise UserError(f"model.neftune_alpha: must be above 0 (got {alpha}); null for no noise")
+        self.alpha = alpha
+        self._document_lengths: list[list[int]] | None = None
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Put the noise on a model, adapter and all; evaluation and state dict stay as they are."""
+        # The decoder, not the model with its head: whoever computes the loss in chunks calls only the decoder.
+        model.base_model.register_forward_pre_hook(self._note_documents, with_kwargs=True)
+        model.get_input_embeddings().register_forward_hook(self._add_noise)
+
+    def _note_documents(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._document_lengths = kwargs.get("document_lengths")
+
+    def _add_noise(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        rows, length, width = output.shape
+        documents = self._document_lengths or [[length]] * rows
+        bounds = [[self.alpha / math.sqrt(n * width) for n in row for _ in range(n)] for row in documents]
+        bound = torch.tensor(bounds, dtype=output.dtype).to(output.device)[..., None]
+        return output + torch.empty_like(output).uniform_(-1, 1) * bound

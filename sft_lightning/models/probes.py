@@ -1,0 +1,63 @@
+"""What two models are compared on: token ids, the logits they get, and how far two answers are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROBE_TEXTS = (
+    "The opposite of hot is cold, and the opposite of early is late. Water boils at 100 degrees Celsius at sea level.",
+    "Question: What is the capital of France?\nAnswer: The capital of France is Paris, a city on the river Seine.",
+    "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)\n",
+    "Write a short letter to a friend.\n\nDear Anna,\n\nthank you for your letter. I was glad to hear from you.",
+)
+"""Text for a comparison where a run's own data is not at hand."""
+
+
+def random_probe(model: PreTrainedModel, *, rows: int = 2, length: int = 32) -> torch.Tensor:
+    """Return (rows, length) token ids that the model knows, the same at every call."""
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    limit = getattr(config, "max_position_embeddings", None) or length
+    return torch.randint(config.vocab_size, (rows, min(length, limit)), generator=generator)
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBE_TEXTS) -> list[list[int]]:
+    """Return the token ids of each text."""
+    return [tokenizer(text).input_ids for text in texts]
+
+
+def cut_rows(rows: Sequence[Sequence[int]], max_tokens: int = 512, max_length: int = 256) -> list[list[int]]:
+    """Return the first rows, each cut at `max_length`, until there are `max_tokens`: every one costs a vocabulary."""
+    cut: list[list[int]] = []
+    for row in rows:
+        room = max_tokens - sum(map(len, cut))
+        if room > 1 and len(row) > 1:
+            cut.append(list(row[: min(max_length, room)]))
+    return cut
+
+
+@torch.no_grad()
+def logits_of(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return (B, S, vocabulary) logits in float32."""
+    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits.float()
+
+
+def answers(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return the log-probabilities of the next token, (S, vocabulary) for each row."""
+    return [torch.log_softmax(logits_of(model, torch.tensor([list(row)]))[0], dim=-1) for row in rows]
+
+
+def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    """Return KL(reference ‖ other) in nats per token, the mean over all positions of all rows.
+
+    Where the vocabularies differ in padding rows, the reference's are compared.
+    """
+    total = 0.0
+    for p, q in zip(reference, other, strict=True):
+        log_p, log_q = (torch.log_softmax(x[:, : p.shape[1]].double(), -1) for x in (p, q))
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total / sum(len(p) for p in reference)

@@ -1,0 +1,105 @@
+"""What trains besides an adapter: named weights, the base around it, and masters in float32."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Int8Params, Params4bit
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import ModulesToSaveWrapper
+
+from sft_lightning.errors import UserError
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def train_only(model: torch.nn.Module, patterns: Sequence[str]) -> None:
+    """Train the parameters whose names a regular expression of `model.trainable` is found in; freeze all others.
+
+    Raises:
+        UserError: If one matches nothing, or is no regular expression.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise UserError(f"model.trainable: {pattern!r} is no regular expression: {error}") from error
+        if not found:
+            raise UserError(
+                f"model.trainable: {pattern!r} is found in no parameter's name; they are: {_summary(names)}"
+            )
+        chosen |= found
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in chosen
+
+
+def _summary(names: Sequence[str]) -> str:
+    """Name every kind of parameter once, its layer number as `N`."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
+
+
+def train_base(model: PeftModel) -> None:
+    """Train every floating-point weight too, but those that an adapter stands for, and quantized ones.
+
+    As DeepSpeed-Chat without `--only_optimize_lora` (dschat/utils/module/lora.py): embeddings, norms, biases, the head.
+    """
+    for name, parameter in model.named_parameters():
+        replaced = name.endswith(".base_layer.weight") or ".original_module." in name
+        if parameter.is_floating_point() and not replaced and not isinstance(parameter, Params4bit | Int8Params):
+            parameter.requires_grad = True
+
+
+def base_names(model: torch.nn.Module) -> set[str]:
+    """Return the names of the trainable parameters that are not an adapter's; empty without an adapter."""
+    if not isinstance(model, PeftModel):
+        return set()
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.active_peft_config.peft_type, "")
+    marks = [mark for mark in (prefix, "modules_to_save.", "trainable_tokens_") if mark]
+    trainable = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name for name in trainable if not any(mark in name for mark in marks)}
+
+
+def keep_float32_masters(model: PeftModel) -> None:
+    """Keep `modules_to_save` in float32 over a float16 or bfloat16 base, as PEFT keeps its adapters.
+
+    Small updates are lost in 16 bits, and float16 gradients cannot be unscaled. The module computes in its own type;
+    its output comes back in the base's, so that the layers around it do not notice.
+
+    Raises:
+        UserError: If such a module is quantized, and so cannot be trained.
+    """
+    for name, wrapper in model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for module in wrapper.modules_to_save.values():
+            if any(isinstance(parameter, Params4bit | Int8Params) for parameter in module.parameters()):
+                raise UserError(
+                    f"model.adapter.modules_to_save: {name} is quantized and cannot be trained in full; adapt it by "
+                    "target_modules, or remove it"
+                )
+            dtype = next(module.parameters()).dtype
+            if dtype in _HALF:
+                module.to(torch.float32)
+                module.register_forward_pre_hook(_to_own_dtype)
+                module.register_forward_hook(_ToDtype(dtype))
+
+
+def _to_own_dtype(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+
+
+class _ToDtype:
+    """A forward hook that returns a module's output in a type; a class, so that the model can be copied and pickled."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.to(self.dtype)

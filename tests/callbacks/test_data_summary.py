@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from lightning.pytorch import LightningModule, Trainer
+
+from callbacks import DataSummary
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.report import DataReport, SourceReport
+
+MODULE = cast(LightningModule, None)  # not looked at
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Any:
+    data = SFTDataModule()
+    source = SourceReport("train", "alpaca", records=3, examples=2, tokens=20, supervised_tokens=10)
+    source.dropped["overlong"], source.dropped_at["overlong"] = 1, ["data/[x].json, record 1"]
+    data.report = DataReport({"train/toy": source}, max_length=10, rows=2, optimizer_steps=1, fill=1.0)
+    state = SimpleNamespace(fn="fit")
+    return SimpleNamespace(datamodule=data, log_dir=None, default_root_dir=str(tmp_path / "run"), state=state)
+
+
+def read(trainer: Any) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((Path(trainer.default_root_dir) / "data_report.json").read_text("utf-8"))
+    return report
+
+
+def test_the_report_is_shown_and_written(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    DataSummary().on_fit_start(cast(Trainer, trainer), MODULE)
+    shown = capsys.readouterr().out
+    assert "train/toy" in shown
+    assert "data/[x].json, record 1" in shown
+    assert "2 rows of 10 tokens, 100.0% full; 1 optimizer steps per epoch" in shown
+    assert read(trainer)["sources"]["train/toy"]["dropped"] == {"overlong": 1}
+
+
+def test_a_validation_within_a_fit_reports_nothing_again(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    DataSummary().on_validation_start(cast(Trainer, trainer), MODULE)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_test_start"])
+def test_validate_and_test_report_too(trainer: Any, hook: str) -> None:
+    trainer.state.fn = "validate"
+    getattr(DataSummary(), hook)(trainer, MODULE)
+    assert read(trainer)["sources"]

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sft_lightning.comparison.modes import DecodingOptions, decoding_configs, parse_modes
+from sft_lightning.comparison.prompts import ComparisonPrompt, builtin_prompts
+from sft_lightning.comparison.results import Comparison, summarize
+from sft_lightning.comparison.run import RunOptions, compare_models, model_specs
+from sft_lightning.errors import UserError
+from sft_lightning.models.serving import LoadOptions
+
+PROMPTS = [
+    *builtin_prompts("en")[:2],
+    ComparisonPrompt([{"role": "user", "content": "Name a colour."}], "Name a colour.", "here", "Red"),
+]
+
+
+def compare(models: tuple[str, list[str], list[str]], *modes: str, several: int = 1, batch_size: int = 2) -> Comparison:
+    configs = decoding_configs(parse_modes(modes), DecodingOptions(max_new_tokens=5))
+    return compare_models(model_specs(*models), PROMPTS, configs, LoadOptions(), RunOptions(several, batch_size))
+
+
+def test_the_same_weights_answer_the_same_greedily(model_dir: Path) -> None:
+    comparison = compare((str(model_dir), [str(model_dir)], []), "greedy")
+    first, second = (result.responses["greedy"] for result in comparison.models)
+    assert first == second
+    assert summarize(comparison)[1].changed == 0.0
+
+
+def test_batches_do_not_change_answers(model_dir: Path, tuned_dir: Path) -> None:
+    models = (str(model_dir), [str(tuned_dir)], [])
+    alone = compare(models, "greedy", "beam", "diverse_beam", "contrastive", batch_size=1)
+    together = compare(models, "greedy", "beam", "diverse_beam", "contrastive", batch_size=3)
+    assert [result.responses for result in alone.models] == [result.responses for result in together.models]
+
+
+def test_each_model_is_asked_in_its_own_way(model_dir: Path, tuned_dir: Path, adapter_dir: Path) -> None:
+    comparison = compare((str(model_dir), [str(tuned_dir)], [str(adapter_dir)]), "greedy")
+    assert [(result.spec.role, result.uses_template) for result in comparison.models] == [
+        ("baseline", False),
+        ("finetuned", True),
+        ("adapter", True),
+    ]
+    answers = [result.responses["greedy"][0][0].text for result in comparison.models]
+    assert len(set(answers)) == 3
+
+
+def test_every_mode_answers_and_has_its_numbers(model_dir: Path) -> None:
+    comparison = compare((str(model_dir), [], []), "all", several=2)
+    counts = {mode: len(found[2]) for mode, found in comparison.models[0].responses.items()}
+    assert counts == {
+        "greedy": 1,
+        "sampling": 2,
+        "beam": 2,
+        "beam_sampling": 2,
+        "diverse_beam": 2,
+        "contrastive": 1,
+    }
+    [summary, *_] = summarize(comparison)
+    assert summary.num_answers == 3
+    assert summary.mean_tokens <= 5
+    assert summary.perplexity is not None
+    assert summary.exact_match == 0
+    assert comparison.models[0].references[:2] == [None, None]
+
+
+def test_labels_go_as_far_up_as_it_takes_to_tell_models_apart() -> None:
+    specs = model_specs("runs/base", ["runs/a/model", "runs/b/model", "runs/b/model"], ["x"])
+    assert [spec.label for spec in specs] == ["runs/base", "a/model", "b/model", "b/model (2)", "x"]
+    assert (specs[-1].path, specs[-1].adapter) == ("runs/base", "x")
+
+
+def test_an_adapter_of_another_base_is_said(
+    model_dir: Path, adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in adapter_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "other/base"}))
+    compare((str(model_dir), [], [str(tmp_path)]), "greedy")
+    assert "was trained on other/base; here it is put on the baseline" in capsys.readouterr().err
+
+
+def test_a_batch_of_none_is_refused() -> None:
+    with pytest.raises(UserError, match="--batch_size"):
+        RunOptions(batch_size=0)

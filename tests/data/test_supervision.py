@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import pytest
+
+from sft_lightning.data.supervision import supervision
+from sft_lightning.types import LossOn, Message
+
+TURNS = [Message("user", "1"), Message("assistant", "a"), Message("user", "2"), Message("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [("assistant", [False, True, False, True]), ("last_turn", [False, False, False, True]), ("all", [True] * 4)],
+)
+def test_loss_on_says_which_messages_are_supervised(loss_on: LossOn, expected: list[bool]) -> None:
+    assert supervision(TURNS, loss_on) == expected
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
+def test_a_messages_own_train_flag_wins(loss_on: LossOn) -> None:
+    turns = [Message("user", "q", train=True), Message("assistant", "a", train=False)]
+    assert supervision(turns, loss_on) == [True, False]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
+def test_documents_are_supervised_whole(loss_on: LossOn) -> None:
+    assert supervision([Message("text", "a"), Message("text", "b")], loss_on) == [True, True]

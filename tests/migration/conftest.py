@@ -1,0 +1,50 @@
+"""Commands as the five systems document them, by what their scripts set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sft_lightning.__main__ import main
+
+Migrate = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def migrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Migrate:
+    """Migrate a script, options (as JSON) or words, and return the YAML, parsed; `text` has all of it."""
+
+    def run(system: str, given: str | dict[str, Any] | list[str]) -> dict[str, Any]:
+        if isinstance(given, list):
+            args = given
+        else:
+            path = tmp_path / ("args.json" if isinstance(given, dict) else "train.sh")
+            path.write_text(json.dumps(given) if isinstance(given, dict) else given, encoding="utf-8")
+            args = [str(path)]
+        capsys.readouterr()
+        assert main(["migrate", system, *args]) == 0
+        text = capsys.readouterr().out
+        (tmp_path / "migrated.yaml").write_text(text, encoding="utf-8")
+        return {**yaml.safe_load(text), "text": text}
+
+    return run
+
+
+@pytest.fixture
+def accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, Any]]:
+    """Let our own parser read what was migrated last, and return the whole configuration."""
+
+    def run() -> dict[str, Any]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(["fit", f"--config={tmp_path / 'migrated.yaml'}", "--print_config"])
+        assert not end.value.code
+        config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+        return config
+
+    return run
