@@ -59,7 +59,7 @@ class PromptDataset:
             answer = answer[len(self.label) :]
         elif self.label:
             question = question[: -len(self.label)]
-        return [Message("text", question, train=False), Message("text", answer, train=True)]
+        return [Message("text", question), Message("text", answer)]
 
     def question(self, record: Record) -> list[Message]:
         """Return the prompt alone, to predict on.

@@ -61,11 +61,11 @@ def text(record: Record) -> list[Message]:
 
 def prompt_completion(record: Record) -> list[Message]:
     """A `prompt` and its `completion`, one after the other as they stand: no template, the completion supervised."""
-    prompt = Message("text", read_text(record, record.fields, "prompt"), train=False)
+    prompt = Message("text", read_text(record, record.fields, "prompt"))
     completion = read_text(record, record.fields, "completion")
     if not completion.strip():
         raise malformed(record, "`completion` is empty, so there is nothing to learn", "no_answer")
-    return [prompt, Message("text", completion, train=True)]
+    return [prompt, Message("text", completion)]
 
 
 def segments(record: Record) -> list[Message]:
@@ -80,7 +80,7 @@ def _segment(record: Record, where: str, piece: Any) -> Message:
     if not isinstance(piece, dict):
         raise malformed(record, f"{where} must be an object with `text` and `train`, not {type(piece).__name__}")
     train, weight = read_train(record, piece, where), read_weight(record, piece, where)
-    return Message("text", read_text(record, piece, "text", where), train=train, weight=weight)
+    return Message("text", read_text(record, piece, "text", where), train=train is not False, weight=weight)
 
 
 def firefly(record: Record) -> list[Message]:
@@ -202,7 +202,8 @@ def _read(record: Record, name: str, answered: bool) -> list[Message]:
     if name in DATASETS:
         return DATASETS[name].question(record)
     stand_in = {**record.fields, _ANSWER_KEYS[name][0]: "?"}
-    return FORMATS[name](replace(record, fields=stand_in))[:-1]
+    question = FORMATS[name](replace(record, fields=stand_in))[:-1]
+    return [replace(turn, train=False) if turn.role == "text" else turn for turn in question]
 
 
 def _lacks_answer(record: Record, name: str) -> bool:

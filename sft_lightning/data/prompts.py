@@ -41,7 +41,7 @@ def _prompt(builder: ExampleBuilder, record: Record, messages: Sequence[Message]
     if last.role == "assistant" or (last.role == "text" and len(messages) > 1):
         prompt["reference"] = last.content
         messages = messages[:-1]
-    elif last.role == "text":
+    elif last.role == "text" and last.train is not False:  # a document, not the prompt of a completion
         beginning = last.content[:_BEGINNING].rpartition(" ")[0] or last.content[:_BEGINNING]
         messages = [replace(last, content=beginning)]
     return {**prompt, "prompt": builder.template_for(messages).generation_prompt(messages)}

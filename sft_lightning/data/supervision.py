@@ -18,6 +18,6 @@ def supervision(messages: Sequence[Message], loss_on: LossOn) -> list[bool]:
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         for i in answers[-1:]:
             chosen[i] = True
-    if not any(chosen):
-        chosen = [message.role == "text" for message in messages]
+    if not any(chosen) and messages[-1].role == "text":
+        chosen[-1] = True  # a document, or the completion after its prompt
     return [flag if message.train is None else message.train for flag, message in zip(chosen, messages, strict=True)]

@@ -285,7 +285,7 @@ def test_no_option_of_what_is_done_with_the_tokens_tokenizes_again(
         data.plan(1)
     assert encoded.count(24) == 1
     module(loss_on="all").setup("fit")
-    assert encoded == [24, 24]
+    assert encoded.count(24) == 2
 
 
 def test_the_plan_is_the_same_however_the_global_batch_is_split(module: Make) -> None:

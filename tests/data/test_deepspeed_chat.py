@@ -47,8 +47,8 @@ def test_prompt_and_answer_are_deepspeed_chats_strings(
     name: str, fields: dict[str, Any], prompt: str, answer: str
 ) -> None:
     assert to_messages(record(fields), f"deepspeed_chat/{name}") == [
-        Message("text", prompt, train=False),
-        Message("text", answer, train=True),
+        Message("text", prompt),
+        Message("text", answer),
     ]
 
 

@@ -73,8 +73,8 @@ def test_sharegpt_maps_roles_and_leaves_out_a_leading_answer() -> None:
 
 def test_prompt_and_completion_stand_as_they_are_with_the_completion_supervised() -> None:
     assert to_messages(record(prompt="2+2=", completion="4"), "prompt_completion") == [
-        Message("text", "2+2=", train=False),
-        Message("text", "4", train=True),
+        Message("text", "2+2="),
+        Message("text", "4"),
     ]
 
 
@@ -169,7 +169,7 @@ def test_a_question_to_predict_on_needs_no_answer(name: str, fields: dict[str, A
 def test_an_answer_that_is_there_stays_for_a_question_to_predict_on() -> None:
     assert to_messages(record(instruction="q", response="a"), "alpaca", answered=False)[-1].content == "a"
     local = to_messages(record(prompt="q", chosen="a"), "deepspeed_chat/jsonfile", answered=False)
-    assert local[-1] == Message("text", " a", train=True)
+    assert local[-1] == Message("text", " a")
 
 
 def test_repairs_are_counted_only_for_records_that_are_kept() -> None:

@@ -23,5 +23,12 @@ def test_a_messages_own_train_flag_wins(loss_on: LossOn) -> None:
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
-def test_documents_are_supervised_whole(loss_on: LossOn) -> None:
-    assert supervision([Message("text", "a"), Message("text", "b")], loss_on) == [True, True]
+def test_a_document_is_supervised_whole(loss_on: LossOn) -> None:
+    assert supervision([Message("text", "a")], loss_on) == [True]
+
+
+def test_of_a_prompt_and_its_completion_the_completion_is_supervised_or_with_all_both() -> None:
+    pieces = [Message("text", "2+2="), Message("text", "4")]
+    assert supervision(pieces, "assistant") == [False, True]
+    assert supervision(pieces, "last_turn") == [False, True]
+    assert supervision(pieces, "all") == [True, True]
