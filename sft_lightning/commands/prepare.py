@@ -18,11 +18,12 @@ from sft_lightning.errors import UserError
 def main(args: Sequence[str]) -> None:
     """Build the token stores of a configuration, and report on its data."""
     quiet_libraries()
-    line = SFTCommandLine("prepare", list(args), _add_options)
+    line = SFTCommandLine("prepare", list(args), add_options)
     prepare(line.data, rebuild=line.config["rebuild"], report=line.config["report"])
 
 
-def _add_options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the command's own options."""
     parser.add_argument("--rebuild", action="store_true", help="Tokenize again, even what is stored already.")
     parser.add_argument("--report", type=str | None, default=None, help="Write data_report.json to this file too.")
 

@@ -28,7 +28,7 @@ MalformedPolicy = Literal["error", "drop"]
 REWRITTEN = "rewritten"
 """Mark of a record that makes several examples, because the template rewrites earlier turns once others follow."""
 
-_EXAMPLES_AT_ONCE = 4096
+_EXAMPLES_AT_ONCE = 2048
 _CHARACTERS_AT_ONCE = 1 << 22
 _CONVERSATIONS_CHECKED = 32
 """Conversations of each source to prove the template and the tokenizer on."""

@@ -12,6 +12,7 @@ lock of a process that died is free again, and what it left half-written is thro
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import json
 import logging
@@ -118,6 +119,8 @@ def _build(name: str, config: SourceConfig, builder: ExampleBuilder, folder: Pat
     shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: we have its lock
     writer = StoreWriter(partial)
     log = RecordLog()
+    # A full collection looks at every object of torch and transformers again; frozen, only at those of this build.
+    gc.freeze()
     try:
         for batch, records in builder.build(read_records(name, config), config.format, config.path, log):
             writer.append(batch, records)
@@ -126,6 +129,8 @@ def _build(name: str, config: SourceConfig, builder: ExampleBuilder, folder: Pat
         writer.abandon()
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        gc.unfreeze()
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sft_lightning.errors import UserError
 from sft_lightning.models.folders import replaced_folder
 from sft_lightning.models.generation import base_model
-from sft_lightning.models.probes import random_probe
+from sft_lightning.models.probes import max_positions, random_ids
 from sft_lightning.models.shards import read_tensors, tensor_names, weight_files
 from sft_lightning.models.twin import can_probe, export_difference
 
@@ -129,9 +129,10 @@ def _compare(file: Path, name: str, written: torch.Tensor, live: torch.Tensor) -
 
 def _verify_answers(model: PeftModel, folder: Path, precision: Callable[[], AbstractContextManager[Any]]) -> float:
     """Return the largest difference between logits of a probe; raise if rounding does not explain it."""
-    probe = random_probe(base_model(model), rows=1, length=16).to(model.device)
+    config = base_model(model).config
+    probe = random_ids(config.get_text_config().vocab_size, rows=1, length=min(16, max_positions(config)))
     try:
-        difference, scale = export_difference(model, folder, probe, precision=precision)
+        difference, scale = export_difference(model, folder, probe.to(model.device), precision=precision)
     except UserError as error:
         raise RuntimeError(f"{folder}: cannot be loaded again: {error}") from error
     if not difference <= 1e-4 * max(scale, 1.0):  # not-a-number included

@@ -1,4 +1,4 @@
-"""The base that adapters are merged into: where it is, how large its vocabulary becomes, and how it was quantized."""
+"""The base that adapters are merged into: where it is, and what training changed of it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.export import MANIFEST
 from sft_lightning.models.exported_adapter import read_config, read_weights
-from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
+from sft_lightning.models.quantization import QuantizationConfig
 from sft_lightning.models.shards import weight_files
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head", "embed_out")
@@ -197,49 +195,3 @@ def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for parameter in module.parameters() if module is not None else ():
             parameter.data = grown(parameter.data[:old], rows)
-
-
-class QuantizedBase:
-    """The base as the adapter saw it in training: quantized by bitsandbytes.
-
-    Args:
-        plan: With `quantization`.
-    """
-
-    def __init__(self, plan: MergePlan) -> None:
-        if plan.quantization is None:
-            raise ValueError("the plan has no quantization")
-        options = {"dtype": plan.training_dtype, "trust_remote_code": plan.trust_remote_code}
-        quantization = plan.quantization.to_transformers(plan.training_dtype)
-        model = AutoModelForCausalLM.from_pretrained(plan.folder, quantization_config=quantization, **options)
-        keep_weight_layout(model)
-        self._model: PreTrainedModel = model.eval()
-
-        kinds = ("Linear4bit", "Linear8bitLt")
-        self._layers = {n: module for n, module in model.named_modules() if type(module).__name__ in kinds}
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the quantized weights."""
-        return [f"{name}.weight" for name in self._layers]
-
-    def weight(self, name: str) -> torch.Tensor:
-        """Return the value that a quantized weight stands for, in float32 and as the base lays it out."""
-        layer: Any = self._layers[name.removesuffix(".weight")]
-        if type(layer).__name__ == "Linear4bit":
-            from bitsandbytes.functional import dequantize_4bit
-
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        else:
-            from bitsandbytes.functional import int8_vectorwise_dequant
-
-            # The first forward moves the scales from the weight to the layer's state.
-            scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
-            weight = int8_vectorwise_dequant(layer.weight.data, scales)
-        transposed = getattr(layer, "source_cls", None) is Conv1D  # GPT-2 stores (in, out), bitsandbytes (out, in)
-        return (weight.T if transposed else weight).float()
-
-    def trained(self, plan: MergePlan) -> PeftModel:
-        """Return the model that was trained: the one adapter of the plan on this base, which is changed by it."""
-        grow_embeddings(self._model, plan.vocab_sizes[-1])
-        return PeftModel.from_pretrained(self._model, str(plan.adapters[0])).eval()

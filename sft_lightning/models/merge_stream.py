@@ -14,8 +14,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.merge_base import MergePlan, QuantizedBase, grown
+from sft_lightning.models.merge_base import MergePlan, grown
 from sft_lightning.models.merge_layers import LayerMerger, empty_model, tied_names, why_whole
+from sft_lightning.models.merge_quantized import QuantizedBase
 from sft_lightning.models.merge_whole import merge_whole
 from sft_lightning.models.shards import ShardWriter, read_tensors, tensor_names, weight_files
 
@@ -27,8 +28,8 @@ class Merged:
     config: PretrainedConfig
     """Of the merged model."""
 
-    dtypes: set[torch.dtype] = field(default_factory=set)
-    """Types of the written floating-point weights."""
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    """Written type of each floating-point weight."""
 
     left_out: list[str] = field(default_factory=list)
     """Tensors of the base's files that the model does not have."""
@@ -147,7 +148,7 @@ class _Stream:
 def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, merged: Merged) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
-    merged.dtypes.add(dtype)
+    merged.dtypes[name] = dtype
     rounded = tensor.to(dtype)
     if dtype == torch.float16 and not bool(rounded.isfinite().all()) and bool(tensor.isfinite().all()):
         raise UserError(f"merge --dtype: float16 cannot hold the values of {name}; choose bfloat16 or float32")
@@ -171,7 +172,7 @@ def _write_whole(plan: MergePlan, folder: Path, quantized: QuantizedBase | None)
     untied = (
         plan.config.get_text_config().tie_word_embeddings and not model.config.get_text_config().tie_word_embeddings
     )
-    merged = Merged(model.config, {dtype}, untied=bool(untied))
+    merged = Merged(model.config, untied=bool(untied))
     for name, parameter in model.named_parameters():
         parameter.data = _rounded(name, parameter.data, dtype, merged)
     model.config.dtype = dtype

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.models.exported_adapter import read_config
-from sft_lightning.models.merge_base import MergePlan, QuantizedBase, grow_embeddings
+from sft_lightning.models.merge_base import MergePlan, grow_embeddings
+from sft_lightning.models.merge_quantized import QuantizedBase
 from sft_lightning.models.probes import logits_of
 
 
@@ -47,13 +50,43 @@ def _put(model: PreTrainedModel, adapter: Path, rows: int) -> PeftModel:
     return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
+@dataclass(frozen=True)
+class ReferenceLogits:
+    """(B, S, vocabulary) logits of a probe, by plain PEFT in float32."""
+
+    base: torch.Tensor
+    """Of the base."""
+
+    adapted: torch.Tensor
+    """Of the base under its adapters."""
+
+    merged: torch.Tensor
+    """Of the two merged by PEFT."""
+
+    rounded: torch.Tensor
+    """Of that, each weight rounded to the type that it is written in."""
+
+
 def reference_logits(
-    plan: MergePlan, quantized: QuantizedBase | None, probe: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits of the base, and of the base with its adapters."""
+    plan: MergePlan, quantized: QuantizedBase | None, probe: torch.Tensor, dtypes: Mapping[str, torch.dtype]
+) -> ReferenceLogits:
+    """Return what the written model is compared with.
+
+    Args:
+        plan: What is merged into what.
+        quantized: For the values that quantization left, instead of the stored ones.
+        probe: (B, S) token ids.
+        dtypes: The written type of each weight.
+    """
     model = load_base(plan, quantized)
-    before = logits_of(model, probe)
-    return before, logits_of(adapt(model, plan), probe)
+    base = logits_of(model, probe)
+    adapted_model = adapt(model, plan)
+    adapted = logits_of(adapted_model, probe)
+    merged_model = _merged(adapted_model)
+    merged = logits_of(merged_model, probe)
+    for name, parameter in merged_model.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, torch.float32)).float()
+    return ReferenceLogits(base, adapted, merged, logits_of(merged_model, probe))
 
 
 def merge_whole(plan: MergePlan, quantized: QuantizedBase | None) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,30 +15,23 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sft_lightning.errors import UserError
 from sft_lightning.models.export import MANIFEST
 from sft_lightning.models.folders import replaced_folder
-from sft_lightning.models.merge_base import MergePlan, QuantizedBase, plan_merge, read_manifest
+from sft_lightning.models.merge_base import MergePlan, plan_merge, read_manifest
+from sft_lightning.models.merge_checks import Difference, Trained, ask_trained, check_answers
 from sft_lightning.models.merge_stream import Merged, merge_weights
 from sft_lightning.models.merge_whole import load_float32, reference_logits
 from sft_lightning.models.model_card import model_card
-from sft_lightning.models.probes import answers, cut_rows, logits_of, mean_divergence, text_rows
+from sft_lightning.models.probes import (
+    answers,
+    logits_of,
+    max_positions,
+    mean_divergence,
+    random_ids,
+)
 from sft_lightning.models.quantization import QuantizationConfig
 from sft_lightning.models.shards import parse_size, tensor_names
 
 BaseName = Literal["original", "dequantized"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What was measured on the folder that was written, loaded again, on a probe."""
-
-    largest: float
-    """Largest difference between the merged and the adapted model's logits."""
-
-    scale: float
-    """Largest absolute logit of the adapted model."""
-
-    moved: float
-    """Largest difference between the merged and the base model's logits: what the adapters changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +72,15 @@ class MergeOptions:
     model_name_or_path: str | None = None
     """Base model; default: the one that the adapters name."""
 
-    base: BaseName | None = None
+    base: Literal["auto", "original", "dequantized"] = "auto"
     """For an adapter that was trained on a quantized base: merge into the `original` weights, or into the
-    `dequantized` ones that it was trained on; default: what diverges less from the trained model, measured."""
+    `dequantized` ones that it was trained on; `auto`: what diverges less from the trained model, measured."""
 
     quantization: QuantizationConfig | None = None
     """How the base was quantized in training; default: as the adapter's `run_manifest.json` says."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the written weights; default: as the base stores each."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the written weights; `auto`: as the base stores each."""
 
     max_shard_size: str = "5GB"
     """Largest file of weights."""
@@ -109,15 +102,6 @@ class _Candidate:
     merged: Merged
     difference: Difference | None = None
     divergence: float | None = None
-
-
-@dataclass
-class _Trained:
-    """The trained model's answers, where it was quantized."""
-
-    quantized: QuantizedBase | None = None
-    rows: list[list[int]] = field(default_factory=list)
-    answers: list[torch.Tensor] = field(default_factory=list)
 
 
 def merge_adapters(
@@ -145,18 +129,18 @@ def merge_adapters(
         adapters,
         model_name_or_path=options.model_name_or_path,
         quantization=options.quantization,
-        dtype=options.dtype,
+        dtype=None if options.dtype == "auto" else options.dtype,
         max_shard_size=parse_size(options.max_shard_size),
         trust_remote_code=options.trust_remote_code,
     )
     choices = _choices(plan, options)
     tokenizer = _tokenizer(plan)
     with replaced_folder(Path(output_dir)) as target:
-        trained = _ask_trained(plan, choices, tokenizer, rows if options.verify else [])
+        trained = ask_trained(plan, choices, tokenizer, rows)
         tried = {
             choice: _try(plan, target / choice, trained, choice, tokenizer, verify=options.verify) for choice in choices
         }
-        best = options.base if options.base is not None else min(tried, key=lambda choice: tried[choice].divergence or 0)
+        best = min(tried, key=lambda choice: tried[choice].divergence or 0) if options.base == "auto" else options.base
         report = _report(Path(output_dir), best, tried)
         _keep(target, tried[best].folder)
         _describe(target, plan, report)
@@ -173,34 +157,16 @@ def _choices(plan: MergePlan, options: MergeOptions) -> list[BaseName]:
             )
         return ["original"]
     measured = options.verify and len(plan.adapters) == 1
-    if options.base is None and not measured:
+    if options.base == "auto" and not measured:
         why = "several adapters have no one trained model" if options.verify else "--verify is false"
         raise UserError(f"merge --base: original or dequantized cannot be decided by measuring, because {why}; set it")
-    return ["original", "dequantized"] if measured else [options.base or "original"]
-
-
-def _ask_trained(
-    plan: MergePlan,
-    choices: Sequence[BaseName],
-    tokenizer: PreTrainedTokenizerBase | None,
-    rows: Sequence[Sequence[int]] | None,
-) -> _Trained:
-    """Load the quantized base where a choice needs it, and note the trained model's answers where they are compared."""
-    if "dequantized" not in choices:
-        return _Trained()
-    quantized = QuantizedBase(plan)
-    if len(choices) == 1:
-        return _Trained(quantized)
-    if not rows and tokenizer is None:
-        raise UserError(f"merge --base: no tokenizer in {plan.adapters[-1]} or {plan.folder} to measure with; set it")
-    used = cut_rows(rows or text_rows(tokenizer))  # type: ignore[arg-type]
-    return _Trained(quantized, used, answers(quantized.trained(plan), used))
+    return ["original", "dequantized"] if measured or options.base == "auto" else [options.base]
 
 
 def _try(
     plan: MergePlan,
     folder: Path,
-    trained: _Trained,
+    trained: Trained,
     choice: BaseName,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
@@ -212,41 +178,17 @@ def _try(
     candidate = _Candidate(folder, merge_weights(plan, folder, quantized))
     _write_companions(plan, folder, tokenizer)
     if verify:
-        probe = torch.randint(plan.vocab_sizes[1], (2, 32), generator=torch.Generator().manual_seed(0))
-        before, expected = reference_logits(plan, quantized, probe)
+        probe = random_ids(plan.vocab_sizes[1], rows=2, length=min(32, max_positions(plan.config)))
+        reference = reference_logits(plan, quantized, probe, candidate.merged.dtypes)
         model = load_float32(folder, plan)  # what was written, not what a coarse type computes
-        candidate.difference = _difference(before, expected, logits_of(model, probe))
-        _check(candidate)
+        candidate.difference = check_answers(reference, logits_of(model, probe))
         if trained.answers:
             candidate.divergence = mean_divergence(trained.answers, answers(model, trained.rows))
     return candidate
 
 
-def _difference(before: torch.Tensor, expected: torch.Tensor, merged: torch.Tensor) -> Difference:
-    shared = before.shape[-1]
-    return Difference(
-        largest=float((merged - expected).abs().max()),
-        scale=float(expected.abs().max()),
-        moved=float((merged[..., :shared] - before).abs().max()),
-    )
-
-
-def _check(candidate: _Candidate) -> None:
-    found, dtypes = candidate.difference, candidate.merged.dtypes
-    if found is None:
-        return
-    # A dozen roundings of a weight in the written type, and what float32 itself loses on the way through the layers.
-    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
-    tolerance = max(found.scale, found.moved) * (16 * eps + 1e-4)
-    if not found.largest <= tolerance:  # not-a-number included
-        raise RuntimeError(
-            f"the merged model's logits differ from the adapted model's by {found.largest:.2e}, more than rounding "
-            f"to {_names(dtypes)} explains ({tolerance:.2e}); nothing was written"
-        )
-
-
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _names(dtypes: Mapping[str, torch.dtype]) -> str:
+    return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
 
 
 def _report(output_dir: Path, best: BaseName, tried: Mapping[BaseName, _Candidate]) -> MergeReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 PROBE_TEXTS = (
     "The opposite of hot is cold, and the opposite of early is late. Water boils at 100 degrees Celsius at sea level.",
@@ -16,12 +16,15 @@ PROBE_TEXTS = (
 """Text for a comparison where a run's own data is not at hand."""
 
 
-def random_probe(model: PreTrainedModel, *, rows: int = 2, length: int = 32) -> torch.Tensor:
-    """Return (rows, length) token ids that the model knows, the same at every call."""
-    config = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    limit = getattr(config, "max_position_embeddings", None) or length
-    return torch.randint(config.vocab_size, (rows, min(length, limit)), generator=generator)
+def max_positions(config: PretrainedConfig) -> int:
+    """Return how many tokens a model can see in a row; very many where nothing limits it."""
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit or 1 << 30
+
+
+def random_ids(vocab_size: int, *, rows: int, length: int) -> torch.Tensor:
+    """Return (rows, length) token ids, the same at every call."""
+    return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBE_TEXTS) -> list[list[int]]:

@@ -4,10 +4,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sft_lightning.__main__ import main
 
 CHECKPOINTS = (
     "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
@@ -44,3 +47,39 @@ def test_the_final_adapter_is_served_with_the_template_it_was_trained_with(
     assert manifest["optimizer_steps"] == 2
     assert manifest["template"] == "alpaca"
     assert manifest["base"] == str(model_dir)
+
+
+def test_what_merging_must_know_of_the_base_lies_beside_the_adapter(fit: Callable[..., Path]) -> None:
+    run = fit("--trainer.max_steps=1", "--model.quantization.bits=4")
+    manifest = json.loads((run / "adapter" / "run_manifest.json").read_text())
+    assert manifest["quantization"]["bits"] == 4
+    assert manifest["dtype"] == "float32"
+    assert manifest["vocab_size"] == AutoTokenizer.from_pretrained(run / "adapter").vocab_size
+    assert manifest["rope_parameters"]["rope_type"] == "default"
+
+
+def test_the_final_export_is_proven_by_its_logits(fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=1")
+    assert "loaded by PEFT, its logits differ from the live ones by 0.0e+00" in "".join(capsys.readouterr())
+
+
+def test_probing_exports_changes_nothing_that_is_learned(
+    fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = []
+    for probed in (True, False):
+        monkeypatch.setattr("sft_lightning.models.export.can_probe", lambda model, probed=probed: probed)
+        options = ("--trainer.max_steps=4", "--model.adapter.dropout=0.3", CHECKPOINTS)
+        run = fit(*options)
+        learned.append(load_file(run / "adapter" / "adapter_model.safetensors"))
+        run.rename(tmp_path / f"run_{probed}")
+    assert all(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
+
+
+def test_an_export_that_is_not_what_was_trained_stops_the_run(
+    fit_args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sft_lightning.models.export.export_difference", lambda *args, **options: (1.0, 1.0))
+    with pytest.raises(RuntimeError, match="answers otherwise than the live model"):
+        main(["fit", *fit_args, "--trainer.max_steps=1"])
+    assert not (tmp_path / "run" / "adapter").exists()

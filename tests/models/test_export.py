@@ -151,7 +151,7 @@ def test_a_whole_model_that_is_written_otherwise_is_found(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- the exported adapter answers like the live model ------------------------------------------------------------------
+# --- the exported adapter answers like the live model ---------------------------------------------------------------
 
 WAYS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -250,7 +250,7 @@ def test_a_configuration_that_asks_for_other_tensors_is_found(
         file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
 
     monkeypatch.setattr(PeftModel, "save_pretrained", save_otherwise)
-    with pytest.raises(RuntimeError, match="missing base_model.*lora_magnitude_vector"):
+    with pytest.raises(RuntimeError, match=r"missing base_model.*lora_magnitude_vector"):
         export_adapter(model, tokenizer, tmp_path / "adapter", {})
 
 

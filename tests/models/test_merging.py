@@ -28,6 +28,7 @@ from transformers import (
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.export import export_adapter
+from sft_lightning.models.merge_layers import LayerMerger
 from sft_lightning.models.merging import MergeOptions, MergeReport, merge_adapters
 from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
 from sft_lightning.models.shards import ShardWriter, weight_files
@@ -103,7 +104,7 @@ def check(base: Path, adapter: Path, merged: Path, tolerance: float = 1e-4) -> N
     torch.testing.assert_close(logits(load(merged)), logits(adapted), atol=tolerance, rtol=0)
 
 
-# --- every way of adapting ---------------------------------------------------------------------------------------------
+# --- every way of adapting ------------------------------------------------------------------------------------------
 
 ON = ["q_proj", "down_proj"]
 LLAMA: dict[str, PeftConfig | AdapterConfig] = {
@@ -216,7 +217,7 @@ def test_several_adapters_are_merged_in_order(model_dir: Path, tmp_path: Path) -
     assert (logits(load(tmp_path / "turned")) - logits(load(tmp_path / "both"))).abs().max() > 1e-3
 
 
-# --- tied embeddings and vocabularies ----------------------------------------------------------------------------------
+# --- tied embeddings and vocabularies -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_an_adapter_with_fewer_tokens_than_its_base_is_refused(tmp_path: Path) -
         merge_adapters([str(adapter)], str(tmp_path / "merged"), MergeOptions(model_name_or_path=str(larger)))
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["one .bin", "sharded .bin", "sharded safetensors", "bare decoder", "extra tensors"])
@@ -354,7 +355,7 @@ def test_what_float16_cannot_hold_is_refused(model_dir: Path, tmp_path: Path) ->
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = 1e6
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     adapter = make_adapter(base, tmp_path / "adapter")
-    with pytest.raises(UserError, match="float16 cannot hold the values of model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match=r"float16 cannot hold the values of model.layers.1.mlp.up_proj.weight"):
         merge_adapters([str(adapter)], str(tmp_path / "merged"), MergeOptions(dtype="float16"))
     assert not (tmp_path / "merged").exists()
 
@@ -362,6 +363,7 @@ def test_what_float16_cannot_hold_is_refused(model_dir: Path, tmp_path: Path) ->
 MEASURE = """
 import resource, sys
 from pathlib import Path
+from sft_lightning.models.merge_layers import LayerMerger
 from sft_lightning.models.merging import MergeOptions, merge_adapters
 from sft_lightning.models.merge_stream import merge_weights
 merge_adapters([sys.argv[2]], sys.argv[3] + ".warm", MergeOptions(model_name_or_path=sys.argv[4], verify=False))
@@ -386,7 +388,7 @@ def test_memory_is_that_of_a_shard_not_of_the_model(tmp_path: Path) -> None:
     assert grown_mib < 150  # the shard that is read, the shard that is written, and its bytes on the way to the disk
 
 
-# --- a base that was quantized in training -----------------------------------------------------------------------------
+# --- a base that was quantized in training --------------------------------------------------------------------------
 
 
 def make_quantized_run(base: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, bits: int) -> Path:
@@ -462,7 +464,7 @@ def test_a_base_that_is_stored_quantized_is_refused(adapter: Path, model_dir: Pa
         merge_adapters([str(adapter)], str(tmp_path / "m"), MergeOptions(model_name_or_path=str(tmp_path / "base")))
 
 
-# --- what lies in the folder -------------------------------------------------------------------------------------------
+# --- what lies in the folder ----------------------------------------------------------------------------------------
 
 FRESH = """
 import sys, torch
@@ -481,9 +483,8 @@ def test_a_fresh_process_loads_the_folder_offline(
     templated.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     templated.save_pretrained(adapter)
     merge_adapters([str(adapter)], str(tmp_path / "merged"))
-    assert (tmp_path / "merged/generation_config.json").read_text() == (
-        model_dir / "generation_config.json"
-    ).read_text()
+    kept, stored = (folder / "generation_config.json" for folder in (tmp_path / "merged", model_dir))
+    assert kept.read_text() == stored.read_text()
     done = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path / "merged")], capture_output=True, text=True, check=True
     )
@@ -523,7 +524,7 @@ def test_nothing_is_pushed_anywhere(adapter: Path, tmp_path: Path, monkeypatch: 
     assert merge_adapters([str(adapter)], str(tmp_path / "merged")).output_dir.is_dir()
 
 
-# --- what goes wrong ---------------------------------------------------------------------------------------------------
+# --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
 def merge(adapter: Path, folder: Path, **options: Any) -> MergeReport:
@@ -533,11 +534,19 @@ def merge(adapter: Path, folder: Path, **options: Any) -> MergeReport:
 def test_a_merged_folder_that_answers_otherwise_is_an_error_and_gets_no_name(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Linear, "merge", lambda self, **_: None)
+    monkeypatch.setattr(LayerMerger, "merge", lambda self, name, weight: weight)
     with pytest.raises(RuntimeError, match="more than rounding"):
         merge(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / ".merged.new").exists()
+
+
+def test_a_merge_that_peft_itself_gets_wrong_is_an_error(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Linear, "merge", lambda self, **_: None)
+    with pytest.raises(RuntimeError, match="merging changes what the model answers"):
+        merge(adapter, tmp_path / "merged")
 
 
 def test_without_verifying_nothing_is_claimed(adapter: Path, tmp_path: Path) -> None:
