@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -22,13 +23,18 @@ from transformers.utils.logging import disable_progress_bar
 
 import callbacks as observers
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs_datamodule import PairDataModule
 from sft_lightning.data.plan import Topology
 from sft_lightning.errors import UserError
 from sft_lightning.parsing import CommandParser, clear_message, known_keys
+from sft_lightning.strategies.names import check_name, register_strategies, without_samples
+from sft_lightning.strategies.preemption import Preemption
 from sft_lightning.training.checkpoint import AtomicCheckpointIO
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference import DPOModule
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+register_strategies()
 
 DEFAULT_OPTIMIZER = {
     "class_path": "torch.optim.AdamW",
@@ -84,9 +90,10 @@ class SFTCommandLine(LightningCLI):
         self._command = command
         self._add_options = add_options
         run = self._runs = command in self.subcommands()
+        is_preference = _task_of(args) == "dpo"  # decides which keys there are, so it must be known before parsing
         super().__init__(
-            CausalLMModule,
-            SFTDataModule,
+            DPOModule if is_preference else CausalLMModule,
+            PairDataModule if is_preference else SFTDataModule,
             args=[command, *args] if run else args,
             run=run,
             seed_everything_default=0,
@@ -113,9 +120,10 @@ class SFTCommandLine(LightningCLI):
         """Add `task`, and link what the model and the data must agree on."""
         parser.add_argument(
             "--task",
-            type=Literal["sft", "pretrain"],
+            type=Literal["sft", "pretrain", "dpo"],
             default="sft",
-            help="sft: conversations through a template; pretrain: plain documents, every token supervised.",
+            help="sft: conversations through a template; pretrain: plain documents, every token supervised; dpo: pairs "
+            "of a better and a worse answer.",
         )
         if self._add_options is not None:
             self._add_options(parser)
@@ -173,7 +181,8 @@ class SFTCommandLine(LightningCLI):
         starting = not resuming or (resuming == "last" and not list(root.glob("checkpoints/last*.ckpt")))
         if self._command == "fit" and starting and not config["fast_dev_run"]:
             _refuse_to_overwrite(root)
-        config["callbacks"] = _with_default_callbacks(config)
+        check_name(config["strategy"])
+        config["callbacks"] = without_samples(_with_default_callbacks(config), config["strategy"])
         if self._command != "fit":
             self.save_config_callback = None
         trainer = super().instantiate_trainer(**kwargs)
@@ -192,6 +201,7 @@ def _with_default_callbacks(config: Any) -> list[Callback]:
         observers.ModelExport(),
         observers.Throughput(),
         observers.PredictionWriter(),
+        Preemption(),
     ]
     if config["enable_progress_bar"] is not False:
         defaults.append(observers.RunProgress())
@@ -227,6 +237,27 @@ def _num_devices(devices: Any) -> int:
         return len(devices)
     known = isinstance(devices, int) or (isinstance(devices, str) and devices.strip().isdecimal())
     return max(int(devices), 1) if known else 1
+
+
+def _task_of(args: Sequence[str]) -> str | None:
+    """Return the `task` that options and config files name, the last of them; the parser says what is wrong in them."""
+    task: str | None = None
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        option, given, value = arg.partition("=")
+        value = value if given else following
+        if option == "--task":
+            task = value
+        elif option in ("--config", "-c"):
+            task = _task_in(Path(value)) or task
+    return task
+
+
+def _task_in(config: Path) -> str | None:
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return content.get("task") if isinstance(content, dict) else None
 
 
 def _first_given(*values: str | None) -> str | None:

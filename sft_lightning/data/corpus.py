@@ -83,8 +83,17 @@ class Corpora:
 
     def example(self, index: int, start: int, stop: int) -> TokenizedExample:
         """Return tokens `start` to `stop` of an example."""
-        number = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        number = self._number(index)
         return self._corpora[number].store.example(index - int(self.firsts[number]), start, stop)
+
+    def record(self, index: int) -> tuple[str, int]:
+        """Return the source of an example, and the index of the record that it was made of."""
+        number = self._number(index)
+        corpus = self._corpora[number]
+        return corpus.name, int(corpus.store.records[index - int(self.firsts[number])])
+
+    def _number(self, index: int) -> int:
+        return int(np.searchsorted(self.firsts, index, side="right")) - 1
 
     def weigh(self, documents: Longs) -> npt.NDArray[np.float64]:
         """Return the loss weight that each document contributes, (D,); see `TokenStore.weigh`."""

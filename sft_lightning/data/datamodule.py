@@ -24,13 +24,13 @@ from sft_lightning.data.collate import collate
 from sft_lightning.data.corpus import Corpora, Corpus, LengthLimits, Overlong
 from sft_lightning.data.examples import ExampleBuilder, MalformedPolicy
 from sft_lightning.data.loader import Collate, EvaluationLoader, TrainLoader
-from sft_lightning.data.plan import Choice, EpochPlan, Packing, Topology, plan_epoch
+from sft_lightning.data.plan import Choice, EpochPlan, Packing, PackingSetting, Topology, plan_epoch
 from sft_lightning.data.planner import EpochPlanner
 from sft_lightning.data.preparation import Prepared, default_store_dir
 from sft_lightning.data.prompts import PromptBatch, make_prompts
 from sft_lightning.data.reading import Sources, Split, SplitOptions, SplitReader
 from sft_lightning.data.report import DataReport
-from sft_lightning.data.sources import SourceConfig
+from sft_lightning.data.sources import SourceConfig, read_record
 from sft_lightning.data.splits import Compat
 from sft_lightning.data.stream_source import SourceStream, check_streamed, describe_streamed, share_unit
 from sft_lightning.data.streaming import StreamLoader, StreamWindows
@@ -39,7 +39,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.loading import load_tokenizer
 from sft_lightning.types import Batch, LossOn, TokenizedExample
 
-Task = Literal["sft", "pretrain"]
+Task = Literal["sft", "pretrain", "dpo"]
 
 
 class SFTDataModule(LightningDataModule):
@@ -63,7 +63,8 @@ class SFTDataModule(LightningDataModule):
         overlong: What to do with an example longer than `max_length`; always counted.
         malformed: What to do with a record that does not fit its format; always counted.
         packing: `best_fit` packs whole examples; `concat` writes everything one after the other and cuts; `none` gives
-            each example a row. Documents of a row never see each other.
+            each example a row; `auto` is `best_fit` if the loaded model is proven to keep the documents of a row apart,
+            else `none`. Documents of a row never see each other.
         batch_size: Rows per micro-batch and device.
         store_dir: Where tokenized sources are kept, for this run and the next; default: in the user's cache folder.
         task: Set by the top-level `task`.
@@ -94,7 +95,7 @@ class SFTDataModule(LightningDataModule):
         min_length: int = 0,
         overlong: Overlong = "error",
         malformed: MalformedPolicy = "error",
-        packing: Packing = "best_fit",
+        packing: PackingSetting = "best_fit",
         batch_size: int = 1,
         store_dir: str | None = None,
         task: Task = "sft",
@@ -130,7 +131,14 @@ class SFTDataModule(LightningDataModule):
         """Whether the training data is read while training."""
         self.template_setting = template
         self.loss_on = loss_on
-        self.limits = LengthLimits(max_length=max_length, min_length=min_length, overlong=overlong, packing=packing)
+        self.packing_is_open = packing == "auto"
+        """Whether the model is still to decide about packing; until it does, rows are planned with `best_fit`."""
+        self.limits = LengthLimits(
+            max_length=max_length,
+            min_length=min_length,
+            overlong=overlong,
+            packing="best_fit" if packing == "auto" else packing,
+        )
         self.max_length = max_length
         self.blend = blend
         self.malformed: MalformedPolicy = malformed
@@ -286,6 +294,15 @@ class SFTDataModule(LightningDataModule):
         """Return the plan of a training epoch."""
         return self.planner.plan(epoch)
 
+    def decide_packing(self, packing: Packing) -> None:
+        """Settle `packing: auto`: plan the epochs anew and write into the report what they hold now."""
+        self.packing_is_open = False
+        if packing == self.limits.packing:
+            return
+        self.limits = replace(self.limits, packing=packing)
+        if self.__dict__.pop("planner", None) is not None:
+            self.planner.report(self.report)
+
     @property
     def packs(self) -> bool:
         """Whether any row of the first epoch holds more than one document; of a stream, whether one may."""
@@ -370,6 +387,9 @@ class SFTDataModule(LightningDataModule):
         Raises:
             UserError: If it does not, with what changed.
         """
+        if self.packing_is_open and state_dict.get("packing") in ("best_fit", "none"):
+            self.limits = replace(self.limits, packing=state_dict["packing"])  # as decided there; proven anew here
+            self.__dict__.pop("planner", None)
         now = self.state_dict()
         changed = [f"{key}: {old} → {now[key]}" for key, old in state_dict.items() if now[key] != old]
         if changed and (self.streams or "train" in self._corpora):
@@ -385,6 +405,28 @@ class SFTDataModule(LightningDataModule):
             taken = [(name, config.max_examples) for name, config in self.sources.items()]
             return f"streamed: {taken}, min_length {self.limits.min_length}, overlong {self.limits.overlong}"
         return self.planner.fingerprint if "train" in self._corpora else None
+
+    def describe_rows(self, optimizer_step: int, limit: int = 8) -> list[str]:
+        """Return where the records of an optimizer step's rows stand, of all ranks.
+
+        Args:
+            optimizer_step: Its number in the run, from 1.
+            limit: Places at most; the last entry tells of more.
+        """
+        if self.streams:
+            return [f"rows {(optimizer_step - 1) * self._topology.rows_per_step} and following of the streamed sources"]
+        epoch, step = 0, optimizer_step - 1
+        while step >= self._steps_of(epoch):
+            step -= self._steps_of(epoch)
+            epoch += 1
+        plan, size = self.plan(epoch), self._topology.rows_per_step
+        rows = range(step * size, min((step + 1) * size, plan.num_rows))
+        examples = dict.fromkeys(int(document[0]) for row in rows for document in plan.row(row))
+        found = list(dict.fromkeys(self.planner.corpora.record(example) for example in examples))
+        places = [
+            f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]
+        ]
+        return places if len(found) <= limit else [*places, f"and {len(found) - limit} more records"]
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,9 @@ Longs = npt.NDArray[np.int64]
 
 Packing = Literal["best_fit", "concat", "none"]
 
+PackingSetting = Literal["auto", "best_fit", "concat", "none"]
+"""`data.packing` as written; `auto` becomes `best_fit` or `none` once the model is loaded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:

@@ -8,7 +8,6 @@ whenever a store is opened: one that was torn or altered is not used.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -168,7 +167,7 @@ class StoreWriter:
         self.num_tokens += len(batch.input_ids)
 
     def finish(self, marks: npt.NDArray[np.uint32], facts: Mapping[str, Any]) -> None:
-        """Write the marks and the manifest, and all to the disk.
+        """Write the marks and the manifest.
 
         Args:
             marks: What happened to each record, (records,).
@@ -180,8 +179,6 @@ class StoreWriter:
         text = json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
         with (self._folder / MANIFEST).open("w") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
 
     def abandon(self) -> None:
         """Close the files of a build that failed."""
@@ -202,8 +199,6 @@ class _HashedFile:
 
     def close(self) -> dict[str, Any]:
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
         return {"bytes": self._bytes, "xxh3_128": self._hash.hexdigest()}
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing, and whether it is needed: what a step's activations take against what is free."""
+"""Gradient checkpointing: of which layers, and whether it is needed: a step's activations against what is free."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Literal
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from sft_lightning.errors import UserError
 
 _GIB = 2**30
 _SHARE_OF_FREE_MEMORY = 0.7
@@ -19,6 +22,9 @@ class CheckpointingDecision:
 
     enabled: bool
     reason: str
+
+    every: int = 1
+    """Every how manieth decoder layer is recomputed, the first among them; the others keep their activations."""
 
 
 def activation_gib(config: PretrainedConfig, *, tokens: int, bytes_per_value: int) -> float:
@@ -43,7 +49,7 @@ def activation_gib(config: PretrainedConfig, *, tokens: int, bytes_per_value: in
 
 
 def decide_checkpointing(
-    setting: bool | Literal["auto"], config: PretrainedConfig, *, tokens: int, bytes_per_value: int, free_gib: float
+    setting: bool | int | Literal["auto"], config: PretrainedConfig, *, tokens: int, bytes_per_value: int, free_gib: float
 ) -> CheckpointingDecision:
     """Decide whether to recompute activations in the backward pass, which costs about a third of the speed.
 
@@ -54,8 +60,10 @@ def decide_checkpointing(
         bytes_per_value: Bytes of an activation.
         free_gib: Memory that is free once the weights are loaded.
     """
-    if setting != "auto":
+    if isinstance(setting, bool):
         return CheckpointingDecision(setting, f"set to {str(setting).lower()}")
+    if isinstance(setting, int):
+        return CheckpointingDecision(True, f"of every {_ordinal(setting)} decoder layer", every=setting)
     needed = activation_gib(config, tokens=tokens, bytes_per_value=bytes_per_value)
     enabled = needed > _SHARE_OF_FREE_MEMORY * free_gib
     sign = ">" if enabled else "≤"
@@ -73,6 +81,52 @@ def free_memory_gib(device: torch.device) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer in the backward pass; works with frozen inputs because it is not reentrant."""
+def check_checkpointing(setting: bool | int | Literal["auto"]) -> None:
+    """Check `model.gradient_checkpointing` before anything is loaded.
+
+    Raises:
+        UserError: If it is a number below 1.
+    """
+    if not isinstance(setting, bool | str) and setting < 1:
+        raise UserError(
+            f"model.gradient_checkpointing: must be at least 1 to be a number of layers (got {setting}); 2 recomputes "
+            "every second layer, false none"
+        )
+
+
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the layers that can be recomputed, or compiled, one by one, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int:
+    """Recompute layers in the backward pass; works with frozen inputs because it is not reentrant.
+
+    Args:
+        model: The model, without an adapter around it.
+        every: Every how manieth decoder layer, from the first; 1 for all.
+
+    Returns:
+        How many layers are recomputed.
+
+    Raises:
+        UserError: If the model cannot do this, or not for some layers alone.
+    """
+    layers = decoder_layers(model)
+    if every > max(1, len(layers)):
+        raise UserError(
+            f"model.gradient_checkpointing: {every}, but this {model.config.model_type} model has {len(layers)} decoder "
+            "layers that can be chosen; set a smaller number, or true"
+        )
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"model.gradient_checkpointing: not for {model.config.model_type} models; set false")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if every == 1:
+        return len(layers)
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0
+    return -(-len(layers) // every)
+
+
+def _ordinal(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th") if number > 1 else "single"

@@ -123,6 +123,39 @@ def linear_cross_entropy(
     return LossSums(loss, targets.weights.sum(), correct)
 
 
+def log_probs_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each token, (N,) float32, in nats.
+
+    Args:
+        logits: Logits at the positions that predict the tokens, (N, V).
+        ids: Token ids, (N,).
+    """
+    return -F.cross_entropy(logits.float(), ids, reduction="none")
+
+
+def projected_log_probs(
+    hidden: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, vocab_size: int
+) -> torch.Tensor:
+    """Return the log-probability of each token under any head, (N,) float32, in nats.
+
+    A loss of sums over answers has its slope only when all of an answer's tokens are known, so a chunk's logits are
+    made again in the backward pass.
+
+    Args:
+        hidden: Hidden states at the positions that predict the tokens, (N, D).
+        project: The head, (n, D) → logits (n, V).
+        ids: Token ids, (N,).
+        vocab_size: V.
+    """
+
+    def of_part(part: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
+        return log_probs_of(project(part), some)
+
+    rows = max(1, CHUNK_LOGITS // vocab_size)
+    parts = zip(hidden.split(rows), ids.split(rows), strict=True)
+    return torch.cat([checkpoint(of_part, *part, use_reentrant=False) for part in parts])
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients while the logits of a chunk are at hand; the backward pass only scales them."""
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -298,6 +299,7 @@ class CausalLMModule(LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: over all processes
         self.log("train/grad_norm", norm)
         if gradient_clip_val and gradient_clip_algorithm != "value":
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)

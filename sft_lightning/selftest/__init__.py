@@ -1,0 +1,1 @@
+"""The invariants of the house, proven on a user's own model and data."""

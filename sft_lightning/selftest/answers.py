@@ -1,0 +1,78 @@
+"""What a model makes of a few rows: loss and logits, without gradients and without chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+
+from sft_lightning.data.collate import collate
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.selftest.runs import Run
+from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
+from sft_lightning.types import Batch, TokenizedExample
+
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+class Answers(NamedTuple):
+    """What a model says of a batch."""
+
+    logits: torch.Tensor
+    """At the positions that predict supervised tokens, (N, V) float32, on the CPU."""
+
+    loss: float
+    """Mean over the supervised tokens, in nats."""
+
+
+def documents_of_row(data: SFTDataModule, row: int) -> list[TokenizedExample]:
+    """Return the documents of a row of the first epoch."""
+    return [data.planner.corpora.example(*document) for document in data.plan(0).row(row).tolist()]
+
+
+def batch_of(rows: Sequence[Sequence[TokenizedExample]], data: SFTDataModule, device: torch.device) -> Batch:
+    """Return rows as a batch on a device."""
+    batch = collate(rows, pad_token_id=data.stop_token_id, denominator=1.0)
+    for key, value in batch.items():
+        if isinstance(value, torch.Tensor):
+            batch[key] = value.to(device)  # type: ignore[literal-required]  # the keys are the batch's own
+    return batch
+
+
+@torch.no_grad()
+def loss_sums(run: Run, rows: Sequence[Sequence[TokenizedExample]]) -> LossSums:
+    """Return the loss sums that training computes of rows, in evaluation mode."""
+    module = run.module.to(run.device)
+    training = module.training
+    module.eval()
+    try:
+        with run.trainer.precision_plugin.forward_context():
+            sums: LossSums = module(batch_of(rows, run.data, run.device))
+            return sums
+    finally:
+        module.train(training)
+
+
+@torch.no_grad()
+def answers(model: torch.nn.Module, batch: Batch, precision: Precision) -> Answers:
+    """Return what a model says of a batch, in evaluation mode.
+
+    Args:
+        model: A causal language model, adapter included; where the batch is.
+        batch: Some rows.
+        precision: What the model is asked in, such as autocast.
+    """
+    model.eval()
+    targets = find_targets(batch["labels"], batch["loss_weights"])
+    with precision():
+        out = model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            document_lengths=batch["document_lengths"],
+            use_cache=False,
+        )
+    logits = out.logits.flatten(0, 1)[targets.positions].float()
+    sums = cross_entropy_sums(logits, targets)
+    return Answers(logits.cpu(), float(sums.loss / sums.weight))

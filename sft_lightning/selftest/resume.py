@@ -1,0 +1,87 @@
+"""Whether a run that is stopped and continued ends at the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from sft_lightning.data.plan import Packing
+from sft_lightning.selftest.checks import Check
+from sft_lightning.selftest.rows import SmallData
+from sft_lightning.selftest.runs import Run, Runner
+from sft_lightning.training.checkpoint import trainable_state
+
+_STEPS = 4
+_ACCUMULATE = 2
+
+
+def check_resume(runner: Runner, small: SmallData, packing: Packing, folder: Path) -> tuple[Check, Run]:
+    """Train a few steps; continue from the checkpoint of the middle; compare weights and optimizer bit by bit.
+
+    Args:
+        runner: Makes the runs.
+        small: The examples; more epochs than one are run if they are few.
+        packing: The configuration's.
+        folder: For the checkpoints.
+
+    Returns:
+        What was found, and the continued run.
+    """
+    whole = _train(runner, small, packing, folder)
+    expected, steps = digests(whole), int(whole.trainer.global_step)
+    del whole
+    checkpoint = folder / f"step={_STEPS // 2}.ckpt"
+    middle = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    before = {f"weight {name}": _digest(tensor) for name, tensor in middle.items()}
+    continued = _train(runner, small, packing, None, ckpt_path=checkpoint)
+    return compare(expected, digests(continued), before, steps), continued
+
+
+def compare(expected: Mapping[str, str], found: Mapping[str, str], before: Mapping[str, str], steps: int) -> Check:
+    """Compare the digests of two ended runs.
+
+    Args:
+        expected: Of the uninterrupted run.
+        found: Of the continued one.
+        before: Of the weights at the checkpoint: some must have moved since, or nothing was proven.
+        steps: Optimizer steps of the whole run.
+    """
+    other = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    moved = sum(found.get(name) != digest for name, digest in before.items())
+    what = f"{steps} optimizer steps against {_STEPS // 2}, a checkpoint and {steps - _STEPS // 2}"
+    if other:
+        figure = f"{what}: {len(other)} of {len(expected)} tensors have other bits, such as {other[0]}"
+        return Check("resume", False, figure)
+    if not moved:
+        return Check("resume", False, f"{what}: no weight has moved; is model.optimizer's lr above 0?")
+    return Check("resume", True, f"{what}: all bits of {len(expected)} tensors equal, {moved} moved since")
+
+
+def _train(
+    runner: Runner, small: SmallData, packing: Packing, folder: Path | None, ckpt_path: Path | None = None
+) -> Run:
+    keys: dict[str, Any] = {}
+    if folder is not None:
+        options = {"dirpath": str(folder), "filename": "{step}", "every_n_train_steps": _STEPS // 2, "save_top_k": -1}
+        checkpoints = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": options}
+        keys = {"callbacks": [checkpoints], "enable_checkpointing": True}
+    data = small.module(batch_size=1, packing=packing)
+    return runner.fit(data, max_steps=_STEPS, accumulate=_ACCUMULATE, trainer=keys, ckpt_path=ckpt_path)
+
+
+def digests(run: Run) -> dict[str, str]:
+    """Return a hash of each tensor that trains, and of each that the optimizer keeps."""
+    found = {f"weight {name}": _digest(t) for name, t in trainable_state(run.module, run.module.state_dict()).items()}
+    for number, state in run.trainer.optimizers[0].state_dict()["state"].items():
+        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        found |= {f"optimizer {number} {key}": _digest(tensor) for key, tensor in tensors.items()}
+    return found
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tuple(tensor.shape)} {tensor.dtype} {xxhash.xxh3_128(data).hexdigest()}"

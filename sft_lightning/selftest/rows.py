@@ -1,0 +1,107 @@
+"""A few short rows of a run's own data, for runs of a few optimizer steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.plan import Packing
+from sft_lightning.data.sources import SourceConfig, read_records
+from sft_lightning.errors import UserError
+
+ROWS_WANTED = 4
+_EXAMPLES_WANTED = 16
+
+
+@dataclass(frozen=True)
+class SmallData:
+    """The first records of every source, cut short."""
+
+    origin: SFTDataModule
+    """The data of the run."""
+
+    sources: Mapping[str, SourceConfig]
+    row_length: int
+    """Tokens per row."""
+
+    folder: Path
+    """For token stores."""
+
+    def module(self, *, batch_size: int, packing: Packing) -> SFTDataModule:
+        """Return the data of a run over these rows."""
+        return _data_module(self.origin, self.sources, self.row_length, self.folder, batch_size, packing)
+
+    def num_rows(self, packing: Packing) -> int:
+        """Return the rows of an epoch."""
+        data = self.module(batch_size=1, packing=packing)
+        data.setup("fit")
+        return data.plan(0).num_rows
+
+
+def small_data(origin: SFTDataModule, folder: Path, *, max_row_length: int) -> SmallData:
+    """Take so few records, and rows so short, that an epoch has some four rows.
+
+    Args:
+        origin: The data of the run.
+        folder: For what is written.
+        max_row_length: Tokens per row at most; longer examples are cut.
+
+    Raises:
+        UserError: If there is no source, or no example in its first records.
+    """
+    if not origin.sources:
+        raise UserError("data.sources: no source given, so there is nothing to test on")
+    each = max(1, _EXAMPLES_WANTED // len(origin.sources))
+    sources = {name: _first_records(origin, name, config, each, folder) for name, config in origin.sources.items()}
+    limit = min(max_row_length, origin.max_length)
+    probe = _data_module(origin, sources, limit, folder, 1, "none")
+    probe.setup("fit")
+    lengths = probe.plan(0).rows.lengths
+    wanted = max(int(lengths.max()), math.ceil(int(lengths.sum()) / ROWS_WANTED))
+    return SmallData(origin, sources, min(limit, wanted), folder)
+
+
+def _first_records(origin: SFTDataModule, name: str, config: SourceConfig, limit: int, folder: Path) -> SourceConfig:
+    limit = min(limit, config.max_examples or limit)
+    few = replace(config, max_examples=limit, weight=1.0, max_epochs=1.0)
+    if not config.streaming:
+        return few
+    records = list(read_records(name, few))
+    if not records:
+        raise UserError(f"data.sources.{name}.path: {config.path!r} holds no records, so there is nothing to test on")
+    file = folder / "records" / f"{name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(record.fields), ensure_ascii=False, default=str) for record in records]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return SourceConfig(path=str(file), format=origin.builder.format_of(records[0], config.format, config.path))
+
+
+def _data_module(
+    origin: SFTDataModule,
+    sources: Mapping[str, SourceConfig],
+    row_length: int,
+    folder: Path,
+    batch_size: int,
+    packing: Packing,
+) -> SFTDataModule:
+    return SFTDataModule(
+        sources=dict(sources),
+        template=origin.template_setting,
+        loss_on=origin.loss_on,
+        max_length=row_length,
+        overlong="truncate",
+        malformed=origin.malformed,
+        packing=packing,
+        batch_size=batch_size,
+        store_dir=str(folder / "stores"),
+        task=origin.task,
+        tokenizer_name_or_path=origin.tokenizer_name_or_path,
+        add_tokens=origin.add_tokens,
+        add_special_tokens=origin.add_special_tokens,
+        trust_remote_code=origin.trust_remote_code,
+        seed=origin.seed,
+    )

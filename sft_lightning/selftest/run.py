@@ -1,0 +1,64 @@
+"""All checks, one after the other, in a temporary folder."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.plan import Packing
+from sft_lightning.selftest.checks import Check
+from sft_lightning.selftest.export import check_export
+from sft_lightning.selftest.gradients import GradientSession, check_gradients, check_packed_gradient
+from sft_lightning.selftest.isolation import check_isolation
+from sft_lightning.selftest.masks import check_masks
+from sft_lightning.selftest.resume import check_resume
+from sft_lightning.selftest.rows import small_data
+from sft_lightning.selftest.runs import Runner
+
+
+def run_checks(
+    args: Sequence[str],
+    data: SFTDataModule,
+    *,
+    num_records: int,
+    max_row_length: int,
+    add_options: Callable[[ArgumentParser], None] | None = None,
+) -> Iterator[Check]:
+    """Yield the checks of a configuration, each when it is done; the model is loaded four times, one at a time.
+
+    Args:
+        args: The user's options, from which every run is built.
+        data: The data that they describe.
+        num_records: Records of each source whose masks are checked.
+        max_row_length: Tokens per row in the runs.
+        add_options: Adds to the parser the options among `args` that are not the configuration's.
+
+    Raises:
+        UserError: If the configuration or the data is wrong.
+    """
+    # Training refuses to pack where isolation is broken: what comes after is then checked with one example a row.
+    packing = data.limits.packing
+    yield from check_masks(data, num_records)
+    with tempfile.TemporaryDirectory(prefix="sft_lightning_selftest_") as name:
+        folder = Path(name)
+        runner = Runner(args, folder, add_options)
+        small = small_data(data, folder, max_row_length=max_row_length)
+        session = GradientSession(runner, small)
+        separate, _ = session.gradient(1, "none")
+        isolation = list(check_isolation(session.loaded, small, packing))
+        yield from isolation
+        isolated = isolation[0].passed
+        rows: Packing = packing if isolated else "none"
+        yield from check_gradients(session, rows)
+        if isolated:
+            yield check_packed_gradient(session, separate)
+        session.run = None
+        gc.collect()
+        check, continued = check_resume(runner, small, rows, folder / "checkpoints")
+        yield check
+        yield check_export(continued, folder / "export")

@@ -1,0 +1,173 @@
+"""Runs of a few optimizer steps, of the user's configuration, in a folder of their own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+
+from sft_lightning.cli import SFTCommandLine
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.errors import UserError
+from sft_lightning.training.module import CausalLMModule
+
+_ALWAYS: Mapping[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "fast_dev_run": False,
+    "max_epochs": -1,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_time": None,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 0,
+    "overfit_batches": 0.0,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": 0,
+    "profiler": None,
+    "barebones": False,
+    "deterministic": "warn",
+}
+"""Keys of `trainer` that a few steps on one device need; optimizer, precision and all of `model` are the user's."""
+
+
+@dataclass
+class Run:
+    """A run, ended."""
+
+    module: CausalLMModule
+    data: SFTDataModule
+    trainer: Any
+    """Lightning's, which only the wiring may know by name."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model was trained."""
+        device: torch.device = self.trainer.strategy.root_device
+        return device
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of the coarsest type that the run computes in."""
+        return max(torch.finfo(dtype).eps for dtype in self._dtypes())
+
+    def _dtypes(self) -> set[torch.dtype]:
+        known = (torch.float16, torch.bfloat16, torch.float32)
+        dtypes = {p.dtype for p in self.module.language_model.parameters() if p.dtype in known}
+        precision = str(self.trainer.precision)
+        if precision.startswith("bf16"):
+            dtypes.add(torch.bfloat16)
+        elif precision.startswith("16"):
+            dtypes.add(torch.float16)
+        if self.module.quantization is not None:
+            dtypes.add(getattr(torch, self.module.quantization.compute_dtype or self.module.model_dtype))
+        return dtypes
+
+
+class Runner:
+    """Makes runs of one configuration.
+
+    Args:
+        args: The user's options: `--config run.yaml`, overrides.
+        folder: For what the runs write.
+        add_options: Adds to the parser the options among `args` that are not the configuration's.
+    """
+
+    def __init__(
+        self, args: Sequence[str], folder: Path, add_options: Callable[[ArgumentParser], None] | None = None
+    ) -> None:
+        self._args = list(args)
+        self._folder = folder
+        self._add_options = add_options
+
+    def command_line(self, overrides: Sequence[str] = ()) -> SFTCommandLine:
+        """Return the configuration with everything that it builds, seeded as `fit` would be."""
+        return SFTCommandLine("selftest", [*self._args, *overrides], self._add_options)
+
+    def fit(
+        self,
+        data: SFTDataModule,
+        *,
+        max_steps: int,
+        accumulate: int,
+        module: CausalLMModule | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        ckpt_path: Path | None = None,
+    ) -> Run:
+        """Train for a few optimizer steps.
+
+        Args:
+            data: What to train on.
+            max_steps: Optimizer steps.
+            accumulate: Micro-batches per optimizer step.
+            module: A model to go on with; default: the configuration's, loaded anew.
+            trainer: More keys of `trainer`.
+            ckpt_path: Checkpoint to continue.
+        """
+        keys = {
+            **_ALWAYS,
+            "default_root_dir": str(self._folder / "run"),
+            "max_steps": max_steps,
+            "accumulate_grad_batches": accumulate,
+            "callbacks": [],
+            "enable_checkpointing": False,
+            **(trainer or {}),
+        }
+        line = self.command_line([f"--trainer.{key}={_yaml(value)}" for key, value in keys.items()])
+        with _quietly():
+            lightning: Any = line.instantiate_trainer()
+            lightning.callbacks[:] = [each for each in lightning.callbacks if not _is_observer(each)]
+            module = module or configured_module(line)
+            lightning.fit(module, datamodule=data, ckpt_path=None if ckpt_path is None else str(ckpt_path))
+        return Run(module, data, lightning)
+
+
+def configured_module(line: SFTCommandLine) -> CausalLMModule:
+    """Return the model of a configuration, not loaded yet.
+
+    Raises:
+        UserError: If the configuration trains something else.
+    """
+    module = line.config_init["model"]
+    if not isinstance(module, CausalLMModule):
+        raise UserError(f"task: selftest knows CausalLMModule, not {type(module).__name__}")
+    return module
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_observer(callback: object) -> bool:
+    """Whether a callback is one of ours: without them every learned weight is the same."""
+    return type(callback).__module__.partition(".")[0] == "callbacks"
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the trainer says of every run, and without a trace in torch's global settings."""
+    logger = logging.getLogger("lightning.pytorch")
+    level, deterministic = logger.level, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (r"(?s).*determinis", "Be aware that when using `ckpt_path`"):
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        logger.setLevel(level)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -1,0 +1,190 @@
+"""Fully sharded data parallelism (FSDP2) on Lightning's `ModelParallelStrategy`.
+
+Shards are an affair of the strategy: the module loads its model as always, checkpoints are those of a single process
+(so a run continues on any number of processes, sharded or not), and exports see whole weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: TID251 (wiring)
+from lightning.pytorch.core.optimizer import LightningOptimizer  # noqa: TID251
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: TID251
+from lightning.pytorch.trainer.states import TrainerFn  # noqa: TID251
+from peft import PeftModel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.generation import base_model
+from sft_lightning.strategies.refusals import Sharding, check_module
+from sft_lightning.strategies.sharding import shard_model
+from sft_lightning.strategies.whole import (
+    gather_optimizer_state,
+    gather_parameters,
+    shard_like,
+    shard_optimizer_state,
+    whole_parameters,
+)
+
+
+class FSDP2(ModelParallelStrategy):
+    """Shards weights, gradients and optimizer state over all processes, layer by layer; `--trainer.strategy fsdp2`.
+
+    Zhao et al., 2023, arXiv:2304.11277; the per-parameter design is torch's `fully_shard`. Losses are those of a single
+    process. Works with full fine-tuning, adapters over a base of another type, and 4-bit bases.
+
+    Args:
+        offload: Keep shards and optimizer state in host memory; `fsdp2_offload`.
+        replicas: Copies of the model that data parallelism runs over, each sharded over its part of the processes
+            (hybrid sharding); the number of nodes keeps gathering within a node.
+        process_group_backend: Default: NCCL for GPUs (beside gloo with `offload`), gloo for the CPU.
+
+    Raises:
+        UserError: If `replicas` is below 1.
+    """
+
+    strategy_name = "fsdp2"
+
+    def __init__(self, offload: bool = False, replicas: int = 1, process_group_backend: str | None = None) -> None:
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        if replicas < 1:
+            raise UserError(f"trainer.strategy.replicas: must be at least 1 (got {replicas})")
+        self.offload = offload
+        self.replicas = replicas
+        self._sharding_mesh: DeviceMesh | None = None
+        self._whole_at_end: AbstractContextManager[None] | None = None
+
+    # --- setting up ------------------------------------------------------------------------------------------------
+
+    def connect(self, model: LightningModule) -> None:
+        """Refuse, before any weight is read, what cannot be sharded."""
+        check_module(model, Sharding("fsdp2_offload" if self.offload else "fsdp2", 3, offload=self.offload))
+        super().connect(model)
+
+    def setup_environment(self) -> None:
+        """Make the mesh: all processes in one line, or `replicas` lines of them."""
+        world_size = self.num_nodes * self.num_processes
+        if world_size % self.replicas:
+            raise UserError(
+                f"trainer.strategy.replicas: {self.replicas} does not divide the {world_size} processes "
+                f"(trainer.devices {self.num_processes} × trainer.num_nodes {self.num_nodes})"
+            )
+        self._data_parallel_size, self._tensor_parallel_size = world_size, 1
+        super().setup_environment()
+        if self.replicas == 1:
+            self._sharding_mesh = self.device_mesh["data_parallel"]
+        else:
+            shape = (self.replicas, world_size // self.replicas)
+            self._sharding_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shard the model, then make the optimizer over the shards."""
+        if self._sharding_mesh is None:
+            raise RuntimeError("setup_environment, which the trainer calls, comes before setup")
+        if trainer.state.fn == TrainerFn.PREDICTING and trainer.world_size > 1:
+            raise UserError(
+                "trainer.strategy: predict gives every process other prompts, and with fsdp2 all must take the same "
+                "number of steps together; use --trainer.strategy ddp, or --trainer.devices 1"
+            )
+        model = self._language_model
+        self.precision_plugin.convert_module(model)  # a type is changed before it is sharded
+        shard_model(base_model(model), self._sharding_mesh, offload=self.offload)
+        super().setup(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, _WholeAtEnd) for c in trainer.callbacks):
+            trainer.callbacks.insert(0, _WholeAtEnd())  # type: ignore[attr-defined]
+
+    def model_to_device(self) -> None:
+        """Move what sharding has not moved; with `offload`, only what is not a parameter."""
+        if not self.offload:
+            super().model_to_device()
+            return
+        for buffer in self._language_model.buffers():
+            buffer.data = buffer.data.to(self.root_device)
+        self._module._device = self.root_device  # where it computes, whatever its parameters say
+
+    def _get_process_group_backend(self) -> str:
+        if self._process_group_backend is None and self.offload and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"  # offloaded gradients are reduced to one norm on the host
+        return super()._get_process_group_backend()
+
+    @property
+    def _module(self) -> Any:
+        if self.lightning_module is None:
+            raise RuntimeError("the strategy has no module yet; the trainer connects it")
+        return self.lightning_module
+
+    @property
+    def _language_model(self) -> Any:
+        return self._module.language_model
+
+    # --- checkpoints: those of a single process --------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded while they are whole."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer's state is Lightning's to restore."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Gather what trains; empty but on rank 0."""
+        return dict(gather_parameters(self._module, keep=self.is_global_zero, trainable_only=True))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Gather the optimizer's state; empty but on rank 0."""
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return gather_optimizer_state(inner, keep=self.is_global_zero)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write one file on rank 0; whoever exports the model on that occasion finds whole weights in it."""
+        with whole_parameters(self._module, checkpoint.get("state_dict", {})):
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the file; every process its own."""
+        return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, which are sharded only if an earlier stage has sharded them."""
+        parameters = dict(self._module.named_parameters())
+        state = checkpoint["state_dict"]
+        state = {name: shard_like(parameters.get(name, tensor), tensor) for name, tensor in state.items()}
+        self._module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Shard the optimizer's state and load it."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
+
+    # --- the end of training ---------------------------------------------------------------------------------------
+
+    def make_whole(self) -> None:
+        """Put whole weights on rank 0 for the exports: what trains of an adapted model, else all; all ranks call it."""
+        adapted = isinstance(self._language_model, PeftModel)
+        whole = gather_parameters(self._module, keep=self.is_global_zero, trainable_only=adapted)
+        self._whole_at_end = whole_parameters(self._module, whole)
+        self._whole_at_end.__enter__()
+
+    def on_train_end(self) -> None:
+        """Put the shards back."""
+        if self._whole_at_end is not None:
+            self._whole_at_end.__exit__(None, None, None)
+            self._whole_at_end = None
+
+
+class _WholeAtEnd(Callback):
+    """Stands before all other callbacks: those that export when training ends find whole weights on rank 0."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        strategy.make_whole()

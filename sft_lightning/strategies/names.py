@@ -1,0 +1,56 @@
+"""Short names of strategies for `trainer.strategy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Callback  # noqa: TID251 (wiring)
+from lightning.pytorch.strategies import StrategyRegistry  # noqa: TID251
+from lightning.pytorch.utilities import rank_zero_info  # noqa: TID251
+
+from sft_lightning.errors import UserError
+from sft_lightning.strategies.fsdp2 import FSDP2
+
+_FSDP1 = {"fsdp": "fsdp2", "fsdp_cpu_offload": "fsdp2_offload"}
+
+
+def register_strategies() -> None:
+    """Let `trainer.strategy` take our names; those of Lightning stay."""
+    StrategyRegistry.register("fsdp2", FSDP2, "FSDP2, fully sharded", override=True)
+    StrategyRegistry.register("fsdp2_offload", FSDP2, "FSDP2, shards in host memory", override=True, offload=True)
+
+
+def check_name(strategy: object) -> None:
+    """Check a value of `trainer.strategy`.
+
+    Raises:
+        UserError: If it names FSDP1, which clips no sharded gradients (Lightning#19235) and knows no mixed types.
+    """
+    if isinstance(strategy, str) and strategy in _FSDP1:
+        raise UserError(
+            f"trainer.strategy: {strategy!r} is the first FSDP, which neither clips gradients by their norm nor shards "
+            f"an adapter over a base of another type; use {_FSDP1[strategy]!r}"
+        )
+
+
+def is_sharded(strategy: object) -> bool:
+    """Whether a value of `trainer.strategy` leaves no process with the whole model."""
+    return isinstance(strategy, FSDP2) or (isinstance(strategy, str) and strategy.lower().startswith("fsdp2"))
+
+
+def without_samples(callbacks: Sequence[Callback], strategy: object) -> list[Callback]:
+    """Leave out, and say so, what generates on one process alone where no process has the whole model: it would hang.
+
+    Args:
+        callbacks: All callbacks of a run.
+        strategy: The value of `trainer.strategy`.
+    """
+    kept = [callback for callback in callbacks if not generates_alone(callback)] if is_sharded(strategy) else callbacks
+    if len(kept) < len(callbacks):
+        rank_zero_info("samples: off, because trainer.strategy leaves no process with the whole model to generate with")
+    return list(kept)
+
+
+def generates_alone(callback: Callback) -> bool:
+    """Whether a callback runs the model on rank 0 alone; one that runs it everywhere says so by `on_all_ranks`."""
+    return type(callback).__name__ == "SampleGeneration" and not getattr(callback, "on_all_ranks", False)

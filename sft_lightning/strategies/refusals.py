@@ -1,0 +1,101 @@
+"""What a sharded strategy cannot do, said before any weight is read, with the nearest that works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sft_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What a strategy does with weights."""
+
+    name: str
+    """As in `trainer.strategy`."""
+
+    stage: int
+    """ZeRO's count (Rajbhandari et al., 2019, arXiv:1910.02054): 1 shards optimizer state, 2 gradients too, 3 weights
+    too. FSDP2 is 3."""
+
+    offload: bool = False
+    """Whether weights are kept in host memory."""
+
+    @property
+    def is_deepspeed(self) -> bool:
+        """Whether DeepSpeed does it."""
+        return self.name.startswith("deepspeed")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run asks of its model, as far as sharding cares."""
+
+    quantization_bits: int | None = None
+    """4, 8, or `None`."""
+
+    dtype: str = "bfloat16"
+    """`model.dtype`."""
+
+    only_adapter: bool = True
+    """`False` if base weights train beside an adapter."""
+
+    prompt_learning: bool = False
+    """Whether the adapter is made of virtual tokens, which are outside the base model."""
+
+
+def refusal(asked: Asked, sharding: Sharding) -> str | None:
+    """Return why the two do not go together, and the way out; `None` if they do."""
+    bits, name = asked.quantization_bits, sharding.name
+    if bits is not None and sharding.is_deepspeed and sharding.stage == 3:
+        works = "trainer.strategy: fsdp2, or deepspeed_stage_2" if bits == 4 else "trainer.strategy: deepspeed_stage_2"
+        return (
+            f"model.quantization.bits: {bits}, but trainer.strategy {name} partitions weights while they are loaded, "
+            f"before they can be quantized; use {works}, or model.quantization: null"
+        )
+    if bits == 8 and sharding.stage == 3:
+        return (
+            f"model.quantization.bits: 8, but trainer.strategy {name} shards weights as plain tensors, and those of "
+            "LLM.int8 carry row scales that would be lost; use bits: 4 (QLoRA), or trainer.strategy: ddp"
+        )
+    if bits is not None and sharding.offload and sharding.stage == 3:
+        return (
+            f"model.quantization.bits: {bits}, but trainer.strategy {name} keeps weights in host memory, away from "
+            "the constants they are decoded with; use trainer.strategy: fsdp2, or model.quantization: null"
+        )
+    if asked.prompt_learning and sharding.stage == 3:
+        return (
+            f"model.adapter.peft_config: virtual tokens are outside the model that trainer.strategy {name} shards, and "
+            "would not be averaged over processes; use trainer.strategy: ddp"
+        )
+    if not asked.only_adapter and asked.dtype != "float32" and sharding.stage == 3 and not sharding.is_deepspeed:
+        return (
+            f"model.adapter.only_adapter: false with model.dtype: {asked.dtype}, but trainer.strategy {name} reduces "
+            "the gradients of a layer together, which must have one type, and the adapter's are float32; set "
+            "model.dtype: float32 (with trainer.precision: bf16-mixed), or use ddp"
+        )
+    return None
+
+
+def asked_of(module: Any) -> Asked:
+    """Return what a `CausalLMModule` that has loaded nothing yet will ask."""
+    quantization, adapter = getattr(module, "quantization", None), getattr(module, "adapter", None)
+    peft_config = getattr(adapter, "peft_config", None)
+    return Asked(
+        quantization_bits=None if quantization is None else quantization.bits,
+        dtype=getattr(module, "model_dtype", "float32"),
+        only_adapter=True if adapter is None else adapter.only_adapter,
+        prompt_learning=bool(getattr(peft_config, "is_prompt_learning", False)),
+    )
+
+
+def check_module(module: Any, sharding: Sharding) -> None:
+    """Check that a module's model can be sharded so.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    reason = refusal(asked_of(module), sharding)
+    if reason is not None:
+        raise UserError(reason)

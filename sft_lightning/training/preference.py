@@ -1,0 +1,250 @@
+"""DPOModule: CausalLMModule with a loss on pairs of answers instead of one on tokens."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info  # noqa: TID251  # wiring, as module.py
+from peft import PeftModel
+
+from sft_lightning.data.pairs_collate import PairBatch
+from sft_lightning.data.pairs_datamodule import PairDataModule, PairPart
+from sft_lightning.errors import UserError
+from sft_lightning.training.losses import find_targets, log_probs_of, projected_log_probs
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference_losses import PairScores, PreferenceConfig, score_pairs
+from sft_lightning.training.preference_metrics import NAMES, PairMeans, pair_sums
+from sft_lightning.training.preference_reference import (
+    ReferenceChoice,
+    adapter_off,
+    choose_reference,
+    evaluating,
+    fingerprint,
+    load_table,
+    save_table,
+    table_key,
+)
+
+
+class Answers(NamedTuple):
+    """What a model says of a micro-batch's P pairs."""
+
+    log_probs: torch.Tensor
+    """Log-probabilities of the chosen and the rejected answers, sums over their supervised tokens, (P, 2) float32."""
+
+    routers: torch.Tensor | None
+    """The routers' loss of a mixture of experts."""
+
+
+class DPOModule(CausalLMModule):
+    """A causal language model that learns to prefer one answer to another, in full or by an adapter: `task: dpo`.
+
+    Everything but the loss is `CausalLMModule`'s. Every pair weighs the same, however the work is split: an optimizer
+    step's loss is the sum over its pairs divided by their weight, which the plan knows.
+
+    Args:
+        preference: What is learned from a pair.
+
+    Raises:
+        UserError: If the base is quantized and nothing on top of it trains, or keys contradict each other.
+    """
+
+    def __init__(self, preference: PreferenceConfig = PreferenceConfig(), **kwargs: Any) -> None:  # noqa: B008 (frozen)
+        super().__init__(**kwargs)
+        self.preference = preference
+        self._reference: ReferenceChoice | None = None
+        self._start = ""  # fingerprint of the model before training
+        self._tables: dict[str, torch.Tensor] = {}
+        self._of_parts: dict[str, list[torch.Tensor]] = {}
+        self._means: list[PairMeans] = []
+        self._step_sums: torch.Tensor | None = None
+
+    # --- the reference model ---------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Load the model once, and decide where the reference's log-probabilities come from."""
+        if self.model is not None:
+            return
+        super().configure_model()
+        if not self.preference.has_reference:
+            return
+        self._reference = choose_reference(self.preference.reference, self.language_model, self.adapter)
+        rank_zero_info(f"reference model: {self._reference.kind} ({self._reference.reason})")
+        if self._reference.kind == "precomputed":
+            self._start = fingerprint(self.language_model)
+
+    @property
+    def _pairs(self) -> PairDataModule:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, PairDataModule):
+            raise UserError("DPOModule takes its pairs from a PairDataModule; give the trainer one")
+        return datamodule
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._find_references()
+
+    def _find_references(self) -> None:
+        """See to it that every pair's reference log-probabilities are there, as of the model before training."""
+        if self._reference is None or self._reference.kind == "adapter_off":
+            return
+        if set(self._of_parts) == set(self._pairs.splits):
+            return  # found before
+        of_parts: dict[str, list[torch.Tensor]] = {}
+        for part in self._pairs.parts():
+            key = table_key(self._start, part.content, str(self.trainer.precision), self.attn_implementation)
+            key = self.trainer.strategy.broadcast(key)  # of sharded models every rank has another fingerprint
+            if key not in self._tables:
+                self._tables[key] = self._find_table(part, key)
+            of_parts.setdefault(part.split, []).append(self._tables[key])
+        self._of_parts = of_parts
+        if "train" in of_parts:  # a batch's pairs are counted through all training sources
+            self._of_parts["train"] = [torch.cat(of_parts["train"])]
+
+    def _find_table(self, part: PairPart, key: str) -> torch.Tensor:
+        """Return the log-probabilities of a part's pairs, from the disk or from the model, (pairs, 2)."""
+        folder, writes = self._pairs.reference_dir, self.trainer.is_global_zero
+        table = self.trainer.strategy.broadcast(load_table(folder, key, part.num_pairs) if writes else None)
+        if table is not None:
+            return table
+        table = self._compute_table(part)
+        if writes:
+            save_table(folder, key, table)
+        rank_zero_info(f"reference log-probabilities: computed for the pairs of {part.split}/{part.name}")
+        return table
+
+    @torch.no_grad()
+    def _compute_table(self, part: PairPart) -> torch.Tensor:
+        if self.device != self.trainer.strategy.root_device:
+            self.to(self.trainer.strategy.root_device)  # a checkpoint is loaded before the trainer moves the model
+        table = torch.zeros(part.num_pairs, 2, device=self.device)
+        with evaluating(self), self.trainer.precision_plugin.forward_context():
+            for batch in part.loader:
+                batch = self.trainer.strategy.batch_to_device(batch, self.device)
+                table[batch["pairs"]] = self.answers(batch).log_probs
+        whole: torch.Tensor = self.trainer.strategy.reduce(table, reduce_op="sum")
+        return whole.cpu()
+
+    @torch.no_grad()
+    def _reference_log_probs(self, batch: PairBatch, split: str, source: int = 0) -> torch.Tensor | None:
+        """Return the reference's log-probabilities of a micro-batch's answers, (P, 2); `None` for losses without."""
+        if self._reference is None:
+            return None
+        if self._reference.kind == "precomputed":
+            tables = self._of_parts[split]
+            tables[source] = tables[source].to(self.device)  # once; indexing on the device makes nothing wait
+            return tables[source][batch["pairs"]]
+        model = self.language_model
+        if not isinstance(model, PeftModel):
+            raise TypeError(f"a {type(model).__name__} has no adapter to switch off")
+        _ = self._head  # proven on the model as it trains
+        with evaluating(self), adapter_off(model):
+            return self.answers(batch).log_probs
+
+    # --- log-probabilities -----------------------------------------------------------------------------------------
+
+    def answers(self, batch: PairBatch) -> Answers:
+        """Return the log-probabilities of a micro-batch's answers under the model as it is."""
+        targets = find_targets(batch["labels"], batch["loss_weights"])
+        inputs: dict[str, Any] = {
+            "input_ids": batch["input_ids"],
+            "position_ids": batch["position_ids"],
+            "document_lengths": batch["document_lengths"],
+            "use_cache": False,
+        }
+        head, routers = self._head, None
+        if head is not None:
+            hidden = head.decoder(**inputs).last_hidden_state.flatten(0, 1)[targets.positions]
+            tokens = projected_log_probs(hidden, head.project, targets.ids, self.base_model.config.vocab_size)
+        else:
+            width = inputs["input_ids"].shape[1]
+            columns, index = torch.unique(targets.positions % width, return_inverse=True)
+            out = self.language_model(**inputs, logits_to_keep=columns)
+            tokens = log_probs_of(out.logits[targets.positions // width, index], targets.ids)
+            routers = getattr(out, "aux_loss", None)
+        # Sums of slices, not an `index_add`, which adds in another order on every run of a GPU.
+        sums = [part.sum() for part in tokens.split(batch["answer_lengths"])]
+        # Without a pair the sum still carries a graph: every rank has a backward.
+        return Answers(torch.stack(sums).view(-1, 2) if sums else tokens.sum().expand(0, 2), routers)
+
+    def _score(self, batch: PairBatch, split: str, source: int = 0) -> tuple[Answers, PairScores]:
+        # The reference first: nothing of the model's own graph takes memory yet.
+        reference = self._reference_log_probs(batch, split, source)
+        answers = self.answers(batch)
+        lengths = torch.tensor(batch["answer_lengths"], device=self.device).view(-1, 2)
+        return answers, score_pairs(self.preference, answers.log_probs, reference, lengths)
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> torch.Tensor:  # type: ignore[override]
+        """Return the micro-batch's share of the optimizer step's mean loss per pair."""
+        answers, scores = self._score(batch, "train")
+        weights, denominator = batch["pair_weights"], batch["denominator"] or 1.0
+        share = (scores.losses * weights).sum() / denominator
+        if answers.routers is not None:  # each pair of the step carries its share of the routers' loss, as of its own
+            share = share + self.base_model.config.router_aux_loss_coef * answers.routers * weights.sum() / denominator
+        self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
+        sums = pair_sums(scores, answers.log_probs, weights) / denominator
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+        # Lightning divides by the number of micro-batches, and data-parallel strategies average over ranks.
+        scaled: torch.Tensor = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return scaled
+
+    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:  # type: ignore[override]
+        """Log the optimizer step that this micro-batch completed."""
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if self._step_sums is None or self.trainer.fit_loop._should_accumulate():
+            return
+        several = self.trainer.world_size > 1
+        for name, value in zip(NAMES[1:], self._step_sums[1:].unbind(), strict=True):
+            self.log(f"train/{name}", value, sync_dist=several, reduce_fx=torch.sum)
+        self._step_sums = None
+
+    # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._start_means(self._data.val_names)
+
+    def on_test_epoch_start(self) -> None:
+        self._start_means(self._data.test_names)
+
+    def _start_means(self, names: list[str]) -> None:
+        self._find_references()
+        self._means = [PairMeans().to(self.device) for _ in names]
+
+    def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
+        """Add a micro-batch of one source to the metrics."""
+        self._evaluate(batch, "val", dataloader_idx)
+
+    def test_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
+        """Add a micro-batch of one source to the metrics."""
+        self._evaluate(batch, "test", dataloader_idx)
+
+    def _evaluate(self, batch: PairBatch, split: str, source: int) -> None:
+        answers, scores = self._score(batch, split, source)
+        weights = batch["pair_weights"]
+        self._means[source].update(pair_sums(scores, answers.log_probs, weights), weights.sum())
+
+    def _log_metrics(self, stage: str, names: list[str]) -> None:
+        """Log the means over all sources, and those of each."""
+        total = PairMeans().to(self.device)
+        for name, means in zip(names, self._means, strict=True):
+            for key, value in means.compute().items():
+                self.log(f"{stage}/{key}/{name}", value.float())
+            total.update(means.sums, means.weight)
+        for key, value in total.compute().items():
+            self.log(f"{stage}/{key}", value.float())
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains, the random states, and what the model said before training."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["reference_log_probs"] = dict(self._tables)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the reference's log-probabilities; what is not among them is asked while the model is what it was."""
+        super().on_load_checkpoint(checkpoint)
+        self._tables |= checkpoint.get("reference_log_probs", {})
+        self._find_references()

@@ -1,0 +1,139 @@
+"""Losses on pairs of answers: log-probabilities → loss and rewards of each pair. Everything is float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sft_lightning.errors import UserError
+
+PreferenceLoss = Literal["sigmoid", "ipo", "hinge", "orpo", "simpo"]
+
+Reference = Literal["auto", "adapter_off", "precomputed"]
+
+_WITHOUT_REFERENCE = ("orpo", "simpo")
+_DEFAULT_GAMMA = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """What is learned from a pair of answers.
+
+    Raises:
+        UserError: If a value is out of range, or does not go with the loss.
+    """
+
+    loss: PreferenceLoss = "sigmoid"
+    """`sigmoid`: DPO (Rafailov et al., 2023, arXiv:2305.18290). `ipo` (Azar et al., 2023, arXiv:2310.12036). `hinge`:
+    SLiC's loss on DPO's rewards (Zhao et al., 2023, arXiv:2305.10425; Liu et al., 2023, arXiv:2309.06657). Without a
+    reference model: `orpo` (Hong et al., 2024, arXiv:2403.07691), `simpo` (Meng et al., 2024, arXiv:2405.14734)."""
+
+    beta: float = 0.1
+    """How strongly the model is held to the reference: a reward is beta times a log-ratio. With `orpo` the weight of
+    the odds-ratio term (the paper's lambda); with `simpo` the scale of the reward (the paper takes 2 to 10)."""
+
+    label_smoothing: float = 0.0
+    """Probability that the two answers of a pair are the wrong way round (conservative DPO, Mitchell, 2023); for
+    `sigmoid` only, at least 0 and below 0.5."""
+
+    gamma: float | None = None
+    """The margin that `simpo` wants between two rewards; default 0.5. For no other loss."""
+
+    reference: Reference = "auto"
+    """Where the reference's log-probabilities come from: `adapter_off` asks the model with its adapter switched off, at
+    every step; `precomputed` asks the model as it is before training, once. `auto` takes the first where it is the
+    model before training, else the second."""
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise UserError(f"model.preference.beta: must be above 0 (got {self.beta})")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"model.preference.label_smoothing: must be in [0, 0.5) (got {self.label_smoothing})")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise UserError(
+                f"model.preference.label_smoothing: {self.label_smoothing} is for the loss sigmoid, not {self.loss}; "
+                "remove it"
+            )
+        if self.gamma is not None and self.loss != "simpo":
+            raise UserError(f"model.preference.gamma: {self.gamma} is for the loss simpo, not {self.loss}; remove it")
+        if self.gamma is not None and self.gamma < 0:
+            raise UserError(f"model.preference.gamma: must be at least 0 (got {self.gamma})")
+        if self.reference != "auto" and not self.has_reference:
+            raise UserError(
+                f"model.preference.reference: {self.reference}, but the loss {self.loss} has no reference model; "
+                "remove it"
+            )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with a reference model."""
+        return self.loss not in _WITHOUT_REFERENCE
+
+
+class PairScores(NamedTuple):
+    """What becomes of P pairs, all (P,)."""
+
+    losses: torch.Tensor
+    chosen_rewards: torch.Tensor
+    """Implicit rewards, detached."""
+
+    rejected_rewards: torch.Tensor
+
+
+def score_pairs(
+    config: PreferenceConfig, policy: torch.Tensor, reference: torch.Tensor | None, lengths: torch.Tensor
+) -> PairScores:
+    """Return loss and rewards of pairs.
+
+    Args:
+        config: The loss.
+        policy: Log-probabilities of the chosen and the rejected answers under the model, sums over tokens, (P, 2).
+        reference: The same under the reference model; `None` for losses that have none.
+        lengths: Supervised tokens of the answers, (P, 2).
+
+    Raises:
+        ValueError: If the loss needs a reference and there is none.
+    """
+    if not config.has_reference:
+        means = policy / lengths
+        losses = _simpo(config, means) if config.loss == "simpo" else _orpo(config, means)
+        return _scores(losses, config.beta * means)
+    if reference is None:
+        raise ValueError(f"the loss {config.loss} needs log-probabilities of a reference model")
+    log_ratios = policy - reference
+    return _scores(_with_reference(config, log_ratios[:, 0] - log_ratios[:, 1]), config.beta * log_ratios)
+
+
+def _scores(losses: torch.Tensor, rewards: torch.Tensor) -> PairScores:
+    rewards = rewards.detach()
+    return PairScores(losses, rewards[:, 0], rewards[:, 1])
+
+
+def _with_reference(config: PreferenceConfig, difference: torch.Tensor) -> torch.Tensor:
+    """Return losses of the difference between two log-ratios, (P,) → (P,)."""
+    margin = config.beta * difference
+    if config.loss == "ipo":
+        # Equation 17 of the paper, on sums over tokens as there.
+        return (difference - 1 / (2 * config.beta)) ** 2
+    if config.loss == "hinge":
+        return torch.relu(1 - margin)
+    wrong = config.label_smoothing
+    losses = -(1 - wrong) * F.logsigmoid(margin)
+    return losses - wrong * F.logsigmoid(-margin) if wrong else losses
+
+
+def _simpo(config: PreferenceConfig, means: torch.Tensor) -> torch.Tensor:
+    """Equation 6 of SimPO, on mean log-probabilities per token, (P, 2)."""
+    gamma = _DEFAULT_GAMMA if config.gamma is None else config.gamma
+    return -F.logsigmoid(config.beta * (means[:, 0] - means[:, 1]) - gamma)
+
+
+def _orpo(config: PreferenceConfig, means: torch.Tensor) -> torch.Tensor:
+    """Equation 6 of ORPO: the chosen answer's loss per token, and beta times the odds-ratio loss, (P, 2) → (P,)."""
+    # log(p / (1 - p)); a probability that rounds to 1 would have infinite odds.
+    means = means.clamp(max=-torch.finfo(means.dtype).eps)
+    log_odds = means - torch.log(-torch.expm1(means))
+    return -means[:, 0] - config.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])

@@ -1,0 +1,113 @@
+"""Runs of the real command in real processes over gloo, and what they logged."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+TIMEOUT = 240
+"""Seconds after which a run hangs."""
+
+MODES: Mapping[str, tuple[str, ...]] = {
+    "full": ("--model.optimizer.init_args.lr=1e-3",),
+    "lora": ("--model.adapter.r=4", "--model.adapter.dropout=0"),
+    "lora_bf16_base": ("--model.adapter.r=4", "--model.adapter.dropout=0", "--model.dtype=bfloat16"),
+    "qlora": ("--model.adapter.r=4", "--model.adapter.dropout=0", "--model.quantization.bits=4"),
+}
+"""What trains, as options."""
+
+
+def options(model_dir: Path, data: Path) -> list[str]:
+    return [
+        f"--model.model_name_or_path={model_dir}",
+        "--model.dtype=float32",
+        f"--data.sources={{toy: {{path: {data}, format: alpaca}}}}",
+        "--data.template=alpaca",
+        "--data.max_length=256",
+        "--data.packing=none",
+        "--data.val_fraction=0.2",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
+        "--trainer.logger.name=",
+        "--trainer.logger.version=",
+    ]
+
+
+class Runs:
+    """Makes runs of one model and one data file."""
+
+    def __init__(self, model_dir: Path, data: Path) -> None:
+        self._options = options(model_dir, data)
+
+    def command(
+        self, folder: Path, mode: str, *extra: str, processes: int = 1, strategy: str = "auto", stage: str = "fit"
+    ) -> list[str]:
+        return [
+            *(sys.executable, "-m", "sft_lightning", stage, *self._options, *MODES[mode]),
+            f"--trainer.default_root_dir={folder}",
+            f"--trainer.logger.save_dir={folder}",
+            f"--trainer.devices={processes}",
+            f"--trainer.strategy={strategy}",
+            f"--trainer.accumulate_grad_batches={4 // processes}",
+            *extra,
+        ]
+
+    def __call__(self, folder: Path, mode: str, *extra: str, **which: object) -> str:
+        """Run to the end; return what was said."""
+        done = subprocess.run(
+            self.command(folder, mode, *extra, **which),  # type: ignore[arg-type]
+            capture_output=True, text=True, timeout=TIMEOUT, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
+        return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def runs(model_dir: Path, records_file: Path) -> Runs:
+    return Runs(model_dir, records_file)
+
+
+@pytest.fixture(scope="session")
+def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a run of a mode in one process, made once."""
+    made: dict[str, Path] = {}
+
+    def run(mode: str) -> Path:
+        if mode not in made:
+            made[mode] = tmp_path_factory.mktemp(f"alone_{mode}")
+            runs(made[mode], mode)
+        return made[mode]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same records as `alpaca_file`, for the whole session."""
+    file = tmp_path_factory.mktemp("data") / "alpaca.json"
+    records = [
+        {"instruction": f"What is {i} and {i}?", "input": "", "output": f"{i} and {i} is {2 * i}" + "." * (i % 7 + 1)}
+        for i in range(24)
+    ]
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.fixture(scope="session")
+def logged() -> Callable[[Path, str], list[float]]:
+    """A column of a run's metrics."""
+
+    def column(folder: Path, name: str) -> list[float]:
+        with (folder / "metrics.csv").open() as file:
+            return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+    return column

@@ -1,0 +1,107 @@
+"""FSDP2 in two real processes over gloo: the losses of one process, and everything that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+Logged = Callable[[Path, str], list[float]]
+EVERY_3 = (
+    "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
+    "--trainer.callbacks.every_n_train_steps=3",
+    "--trainer.callbacks.save_top_k=-1",
+    "--trainer.callbacks.filename={step}",
+)
+
+
+def assert_same_losses(logged: Logged, found: Path, expected: Path, rel: float = 1e-5) -> None:
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        values = logged(expected, name)
+        assert values
+        assert logged(found, name) == pytest.approx(values, rel=rel), name
+
+
+def same_tensors(found: Path, expected: Path, tolerance: float) -> None:
+    one, two = load_file(expected), load_file(found)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_lora_learns_what_one_process_learns_and_exports_it(
+    runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path
+) -> None:
+    said = runs(tmp_path / "two", "lora", *EVERY_3, processes=2, strategy="fsdp2")
+    one = alone("lora")
+    assert_same_losses(logged, tmp_path / "two", one)
+    same_tensors(tmp_path / "two/adapter/adapter_model.safetensors", one / "adapter/adapter_model.safetensors", 2e-6)
+    [beside] = (tmp_path / "two/checkpoints").glob("step=3.adapter")
+    assert (beside / "adapter_model.safetensors").is_file()
+    assert said.count("samples: off") == 1  # not in silence, and once
+    assert "logits not compared, because no process has the whole model" in said
+
+
+def test_full_fine_tuning_learns_what_one_process_learns_and_exports_it(
+    runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path
+) -> None:
+    runs(tmp_path / "two", "full", processes=2, strategy="fsdp2")
+    one = alone("full")
+    assert_same_losses(logged, tmp_path / "two", one)
+    same_tensors(tmp_path / "two/model/model.safetensors", one / "model/model.safetensors", 2e-5)
+    assert json.loads((tmp_path / "two/model/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two/model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "rel"), [("lora_bf16_base", 2e-2), ("qlora", 1e-5)])
+def test_adapters_over_another_type_learn_what_one_process_learns(
+    runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path, mode: str, rel: float
+) -> None:
+    runs(tmp_path / "two", mode, processes=2, strategy="fsdp2")
+    assert_same_losses(logged, tmp_path / "two", alone(mode), rel=rel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "processes"), [("lora", 2), ("lora", 1), ("full", 2), ("full", 1)])
+def test_a_sharded_run_continues_on_two_processes_and_on_one(
+    runs: Any, logged: Logged, tmp_path: Path, mode: str, processes: int
+) -> None:
+    two = ("--trainer.max_epochs=2",)
+    runs(tmp_path / "whole", mode, *two)
+    runs(tmp_path / "parts", mode, *two, *EVERY_3, processes=2, strategy="fsdp2")
+    [checkpoint] = (tmp_path / "parts/checkpoints").glob("step=3.ckpt")
+    again = ("fsdp2", 2) if processes == 2 else ("auto", 1)
+    resumed = (*two, f"--ckpt_path={checkpoint}")
+    runs(tmp_path / "again", mode, *resumed, processes=again[1], strategy=again[0])
+    expected = logged(tmp_path / "whole", "train/loss")[3:]
+    assert logged(tmp_path / "again", "train/loss") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_continues_sharded(runs: Any, logged: Logged, tmp_path: Path) -> None:
+    two = ("--trainer.max_epochs=2",)
+    runs(tmp_path / "parts", "lora", *two, *EVERY_3)
+    [checkpoint] = (tmp_path / "parts/checkpoints").glob("step=3.ckpt")
+    runs(tmp_path / "again", "lora", *two, f"--ckpt_path={checkpoint}", processes=2, strategy="fsdp2")
+    expected = logged(tmp_path / "parts", "train/loss")[3:]
+    assert logged(tmp_path / "again", "train/loss") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_validated_sharded(
+    runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path
+) -> None:  # noqa: E501
+    one = alone("full")
+    [checkpoint] = (one / "checkpoints").glob("last.ckpt")
+    where = (f"--ckpt_path={checkpoint}",)
+    runs(tmp_path / "two", "full", *where, processes=2, strategy="fsdp2", stage="validate")
+    runs(tmp_path / "one", "full", *where, stage="validate")
+    expected = logged(tmp_path / "one", "val/loss")
+    assert logged(tmp_path / "two", "val/loss") == pytest.approx(expected, rel=1e-6)
