@@ -202,7 +202,8 @@ class SFTDataModule(LightningDataModule):
             self._open_streams()
         elif stage == "fit" and self._first_time("train"):
             if not sum(corpus.report.examples for corpus in self._corpora["train"]):
-                raise UserError("data.sources: no example is left to train on; see the drops in data_report.json")
+                drops = {corpus.name: dict(corpus.report.dropped) for corpus in self._corpora["train"]}
+                raise UserError(f"data.sources: no example is left to train on; dropped were {drops}")
             self.planner.report(self.report)
         if stage in ("fit", "validate"):
             self._first_time("val", required=stage == "validate")
@@ -295,8 +296,12 @@ class SFTDataModule(LightningDataModule):
         return self.planner.plan(epoch)
 
     def decide_packing(self, packing: Packing) -> None:
-        """Settle `packing: auto`: plan the epochs anew and write into the report what they hold now."""
+        """Settle `packing: auto`."""
         self.packing_is_open = False
+        self._plan_with(packing)
+
+    def _plan_with(self, packing: Packing) -> None:
+        """Plan the epochs anew, and write into the report what they hold now."""
         if packing == self.limits.packing:
             return
         self.limits = replace(self.limits, packing=packing)
@@ -388,8 +393,7 @@ class SFTDataModule(LightningDataModule):
             UserError: If it does not, with what changed.
         """
         if self.packing_is_open and state_dict.get("packing") in ("best_fit", "none"):
-            self.limits = replace(self.limits, packing=state_dict["packing"])  # as decided there; proven anew here
-            self.__dict__.pop("planner", None)
+            self._plan_with(state_dict["packing"])  # as decided there; the proof is made again
         now = self.state_dict()
         changed = [f"{key}: {old} → {now[key]}" for key, old in state_dict.items() if now[key] != old]
         if changed and (self.streams or "train" in self._corpora):
@@ -423,9 +427,7 @@ class SFTDataModule(LightningDataModule):
         rows = range(step * size, min((step + 1) * size, plan.num_rows))
         examples = dict.fromkeys(int(document[0]) for row in rows for document in plan.row(row))
         found = list(dict.fromkeys(self.planner.corpora.record(example) for example in examples))
-        places = [
-            f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]
-        ]
+        places = [f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]]
         return places if len(found) <= limit else [*places, f"and {len(found) - limit} more records"]
 
     # --- loaders ---------------------------------------------------------------------------------------------------
@@ -501,7 +503,7 @@ class SFTDataModule(LightningDataModule):
         plan = plan_epoch(
             Choice(examples, np.zeros_like(examples), lengths, lengths.astype(np.float64)),
             corpora.weigh,
-            packing=self.limits.packing,
+            packing="none" if self.packing_is_open else self.limits.packing,  # no model has decided: it is not trained
             max_length=self.limits.max_length,
             rows_per_step=topology.rows_per_step,
             shuffle=None,

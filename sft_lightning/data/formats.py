@@ -188,10 +188,24 @@ def to_messages(
         UserError: If a user's own function does not exist, fails, or returns something else.
     """
     turns = _read(record, format_name, answered)
+    for turn in turns:
+        _check_unicode(record, turn.content)
+        _check_unicode(record, turn.context or "")
     weight = read_weight(record, record.fields)
     if weight != 1:
         turns = [replace(turn, weight=weight * turn.weight) for turn in turns]
     return settle(record, turns, answered=answered, repairs=repairs)
+
+
+def _check_unicode(record: Record, text: str) -> None:
+    """JSON can hold half of a surrogate pair (`"\\ud83d"`), which is no character and cannot be tokenized."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair ({text[error.start]!r} at character {error.start}), which is no character"
+        raise malformed(record, f"a text holds {half}") from error
 
 
 def _read(record: Record, name: str, answered: bool) -> list[Message]:

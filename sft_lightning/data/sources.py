@@ -88,6 +88,8 @@ def read_records(name: str, config: SourceConfig) -> Iterator[Record]:
         UserError: If a path does not exist, holds no records, or is not what its name says; with file and line.
     """
     for location, row in islice(_rows(name, config), config.max_examples):
+        if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
+            row = {"messages": row}  # a conversation without an object around it, as llama-recipes writes them
         if not isinstance(row, dict):
             raise UserError(f"{location}: a record must be a JSON object, not {type(row).__name__}: {_short(row)}")
         fields = _renamed(name, config.columns, location, row) if config.columns else row

@@ -18,9 +18,17 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.isolation import prove_isolation as prove_isolation  # asked for here by others too
 
 PACKED = "packed"
 """Our name in transformers' registry of attention implementations."""
+
+
+class HiddenLengths:
+    """Document lengths that torch.compile does not look into: it would compile anew for every other set of them."""
+
+    def __init__(self, lengths: Sequence[Sequence[int]]) -> None:
+        self.lengths = lengths
 
 
 def packed_attention(
@@ -32,7 +40,7 @@ def packed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    document_lengths: Sequence[Sequence[int]] | None = None,
+    document_lengths: Sequence[Sequence[int]] | HiddenLengths | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -59,6 +67,8 @@ def packed_attention(
     """
     if kwargs.get("s_aux") is not None:
         raise UserError("model.attn_implementation: packed attention has no attention sinks; use eager, packing none")
+    if isinstance(document_lengths, HiddenLengths):
+        document_lengths = document_lengths.lengths
     if document_lengths is None:
         document_lengths = [[query.shape[2]]] * query.shape[0]
     if query.is_cuda and softcap is None and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
@@ -129,57 +139,3 @@ def _varlen(
 
 
 AttentionInterface.register(PACKED, packed_attention)
-
-
-@torch.no_grad()
-def prove_isolation(model: torch.nn.Module, vocab_size: int, device: torch.device) -> float:
-    """Prove on the loaded model that packed documents do not see each other.
-
-    Two documents share a row. Changing the first must not move the second's logits, and the second's logits must be
-    those of the document alone.
-
-    Args:
-        model: The model, adapters included.
-        vocab_size: Ids to draw from.
-        device: Where the model is.
-
-    Returns:
-        The largest difference between the second document's packed and separate logits.
-
-    Raises:
-        UserError: If the first document moves the second one's logits by more than rounding does.
-    """
-    generator = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(vocab_size, (3, 1, 16), generator=generator).to(device)
-    training = model.training
-    model.eval()
-    try:
-        alone = _logits(model, second, [[16]])
-        packed = _logits(model, torch.cat([first, second], 1), [[16, 16]])[:, 16:]
-        moved = _logits(model, torch.cat([other, second], 1), [[16, 16]])[:, 16:]
-    finally:
-        model.train(training)
-    scale = float(alone.abs().max())
-    leak = float((packed - moved).abs().max())
-    difference = float((packed - alone).abs().max())
-    tolerance = scale * 32 * torch.finfo(_compute_dtype(model)).eps
-    if max(leak, difference) > tolerance:
-        raise UserError(
-            f"data.packing: packed documents see each other in this model: changing one moved the other's logits by "
-            f"{leak:.2e}, and packed logits differ from separate ones by {difference:.2e} (tolerance {tolerance:.2e}); "
-            "set data.packing: none, or model.attn_implementation: auto"
-        )
-    return difference
-
-
-def _logits(model: torch.nn.Module, ids: torch.Tensor, document_lengths: list[list[int]]) -> torch.Tensor:
-    positions = torch.cat([torch.arange(n, device=ids.device) for n in document_lengths[0]])[None]
-    out = model(input_ids=ids, position_ids=positions, document_lengths=document_lengths, use_cache=False)
-    logits: torch.Tensor = out.logits
-    return logits.float()
-
-
-def _compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The coarsest floating-point type among the parameters: what rounding the logits carry."""
-    dtypes = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32)}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.attention import PACKED, HiddenLengths, packed_attention
 from sft_lightning.models.memory import decoder_layers
 
 
 def compile_layers(model: PreTrainedModel) -> int:
     """Compile each decoder layer in place; names, weights and state dict stay as they are.
 
-    Rows differ in length, so lengths are dynamic from the start. Attention within documents stays outside of what is
-    compiled (`attention.packed_attention`): documents are different in every row, and each set of lengths would be
-    compiled anew. See https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
+    Rows differ in length, so lengths are dynamic from the start. Attention within documents (`packed_attention`) stays
+    outside of what is compiled: documents are different in every row, and each set of lengths would be compiled anew.
+    See https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
 
     Args:
         model: The model, without an adapter around it; adapters inside its layers are compiled with them.
@@ -31,6 +34,13 @@ def compile_layers(model: PreTrainedModel) -> int:
             f"model.torch_compile: this {model.config.model_type} model has no decoder layers that transformers marks "
             "as such; set false"
         )
+    model.base_model.register_forward_pre_hook(_hide_lengths, with_kwargs=True)
+    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
     for layer in layers:
         torch.nn.Module.compile(layer, dynamic=True)
     return len(layers)
+
+
+def _hide_lengths(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    lengths = kwargs.get("document_lengths")
+    return args, kwargs if lengths is None else {**kwargs, "document_lengths": HiddenLengths(lengths)}

@@ -69,7 +69,7 @@ def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch
     output, decoder = base.get_output_embeddings(), base.base_model
     if output is None or decoder is base or any(_is_sharded(parameter) for parameter in base.parameters()):
         return None
-    config = base.config
+    config = base.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         return None  # the model's own forward adds up the loss of the routers
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

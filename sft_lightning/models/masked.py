@@ -23,7 +23,7 @@ MASKED = "masked_documents"
 """Our name in transformers' registry of mask functions."""
 
 _document_lengths: ContextVar[Sequence[Sequence[int]] | None] = ContextVar("document_lengths", default=None)
-"""Documents of the rows that a model is looking at: not every model hands keyword arguments on to where masks are made."""
+"""Documents of the rows that a model is looking at; not every model hands keyword arguments on to its masks."""
 
 
 def choose_attention(
@@ -116,4 +116,3 @@ def _forget_documents(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
 # A model that reads its attention from the registry after all gets the one that heeds any mask.
 AttentionInterface.register(MASKED, sdpa_attention_forward)
 AttentionMaskInterface.register(MASKED, document_mask)
-

@@ -31,7 +31,8 @@ def activation_gib(config: PretrainedConfig, *, tokens: int, bytes_per_value: in
     """Predict the activations that a forward pass keeps for the backward, without checkpointing, in GiB.
 
     Per layer and token, a decoder keeps about 6 hidden, 2 key/value and 3 feed-forward vectors; transformers' unfused
-    layers with a PEFT adapter keep about twice that. Logits add three float32 copies of the vocabulary.
+    layers with a PEFT adapter keep about twice that. A state space model has no heads; its scan keeps three states of
+    each feed-forward channel and token in float32. Logits add three float32 copies of the vocabulary.
 
     Args:
         config: The model's configuration.
@@ -40,16 +41,23 @@ def activation_gib(config: PretrainedConfig, *, tokens: int, bytes_per_value: in
     """
     text = config.get_text_config()
     hidden = text.hidden_size
-    heads = text.num_attention_heads
-    kv = hidden * (getattr(text, "num_key_value_heads", None) or heads) // heads
+    heads = getattr(text, "num_attention_heads", None)
+    kv = hidden * (getattr(text, "num_key_value_heads", None) or heads) // heads if heads else 0
     feed_forward = getattr(text, "intermediate_size", None) or 4 * hidden
     per_layer = 2 * (6 * hidden + 2 * kv + 3 * feed_forward) * bytes_per_value
+    if not heads:
+        per_layer += 12 * feed_forward * text.state_size
     values: float = tokens * (text.num_hidden_layers * per_layer + 12 * text.vocab_size)
     return values / _GIB
 
 
 def decide_checkpointing(
-    setting: bool | int | Literal["auto"], config: PretrainedConfig, *, tokens: int, bytes_per_value: int, free_gib: float
+    setting: bool | int | Literal["auto"],
+    config: PretrainedConfig,
+    *,
+    tokens: int,
+    bytes_per_value: int,
+    free_gib: float,
 ) -> CheckpointingDecision:
     """Decide whether to recompute activations in the backward pass, which costs about a third of the speed.
 
@@ -63,7 +71,7 @@ def decide_checkpointing(
     if isinstance(setting, bool):
         return CheckpointingDecision(setting, f"set to {str(setting).lower()}")
     if isinstance(setting, int):
-        return CheckpointingDecision(True, f"of every {_ordinal(setting)} decoder layer", every=setting)
+        return CheckpointingDecision(True, f"of every {_ordinal(setting)}decoder layer", every=setting)
     needed = activation_gib(config, tokens=tokens, bytes_per_value=bytes_per_value)
     enabled = needed > _SHARE_OF_FREE_MEMORY * free_gib
     sign = ">" if enabled else "≤"
@@ -115,8 +123,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int
     layers = decoder_layers(model)
     if every > max(1, len(layers)):
         raise UserError(
-            f"model.gradient_checkpointing: {every}, but this {model.config.model_type} model has {len(layers)} decoder "
-            "layers that can be chosen; set a smaller number, or true"
+            f"model.gradient_checkpointing: {every}, but this {model.config.model_type} model has {len(layers)} "
+            "decoder layers to choose from; set a smaller number, or true"
         )
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: not for {model.config.model_type} models; set false")
@@ -129,4 +137,4 @@ def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int
 
 
 def _ordinal(number: int) -> str:
-    return {2: "second", 3: "third"}.get(number, f"{number}th") if number > 1 else "single"
+    return {1: "", 2: "second ", 3: "third "}.get(number, f"{number}th ")

@@ -71,6 +71,8 @@ def plan_lines(inputs: PlanInputs) -> Iterator[str]:
     yield from _memory_lines(estimator, setup)
     if not estimator.optimizer_is_counted:
         yield "  (the optimizer does not step on fake tensors: counted as two states of each trained parameter)"
+    if setup.bits == 8:
+        yield "  (8 bits: what LLM.int8 keeps for the backward is not simulated; expect up to a third more activations)"
     if inputs.gpu_bytes is not None:
         yield from _fit_lines(inputs, estimator, setup, skeleton)
     yield from _speed_lines(inputs, skeleton, setup)
@@ -90,8 +92,8 @@ def _data_lines(inputs: PlanInputs) -> Iterator[str]:
     limited = steps if inputs.max_steps == -1 else min(steps, inputs.max_steps)
     topology = data.topology
     yield (
-        f"steps: {report.optimizer_steps:,} optimizer steps an epoch, {limited:,} in all; a step is {topology.batch_size}"
-        f" rows × {topology.accumulate} micro-batches × {topology.world_size} GPUs"
+        f"steps: {report.optimizer_steps:,} optimizer steps an epoch, {limited:,} in all; "
+        f"a step is {topology.batch_size} rows × {topology.accumulate} micro-batches × {topology.world_size} GPUs"
     )
 
 
@@ -102,7 +104,8 @@ def _memory_lines(estimator: Estimator, setup: Setup) -> Iterator[str]:
         yield f"  {part:<12} {getattr(memory, part) / GIB:10.3f}"
     other = Setup(**{**vars(setup), "checkpointing": not setup.checkpointing})
     word = "on" if other.checkpointing else "off"
-    yield f"  {'peak':<12} {memory.total / GIB:10.3f}  (checkpointing {word}: {estimator.memory(other).total / GIB:.3f})"
+    instead = estimator.memory(other).total / GIB
+    yield f"  {'peak':<12} {memory.total / GIB:10.3f}  (checkpointing {word}: {instead:.3f})"
 
 
 def _fit_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
@@ -138,7 +141,7 @@ def _model_lines(inputs: PlanInputs, memory: Memory, skeleton: Skeleton, budget:
     about = largest_model(memory, num_parameters, budget) / 1e9
     rule = budget * inputs.data.topology.world_size / 1e9 / 3
     yield (
-        f"largest model of this kind: about {about:.1f} B parameters by scaling this one ({num_parameters / 1e9:.2f} B); "
+        f"largest model of this kind: about {about:.1f} B parameters, by scaling its {num_parameters / 1e9:.2f} B; "
         f"DeepSpeed-Chat's rule, GPU memory / 3, says {rule:.1f} B (for ZeRO-3, checkpointing and LoRA)"
     )
 

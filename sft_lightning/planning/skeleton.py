@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,10 +78,11 @@ def build_skeleton(module: CausalLMModule, vocab_size: int, precision: str = "32
             model = add_adapter(base, _plain_start(module.adapter))
         elif module.trainable is not None:
             train_only(base, module.trainable)
-        model = model.to(_TRUE_PRECISION.get(precision))  # nothing is changed for others
+        if precision in _TRUE_PRECISION:
+            torch.nn.Module.to(model, _TRUE_PRECISION[precision])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = _make_fake(model, mode)
-    linears = frozenset(id(fake[id(layer.weight)]) for layer in layers if layer is not head)
+    _make_fake(model, mode)
+    linears = frozenset(id(layer.weight) for layer in layers if layer is not head)
     return Skeleton(model, mode, linears, num_matmul)
 
 
@@ -88,12 +90,8 @@ _TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Precisions in which the trainer converts the whole model."""
 
 
-def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> dict[int, torch.Tensor]:
-    """Turn the meta tensors of a model into fake ones on the CPU, whose operations allocate as real ones do.
-
-    Returns:
-        `id` of each meta tensor → its fake one; the tied ones of a model stay tied.
-    """
+def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Turn the meta tensors of a model into fake ones on the CPU, whose operations allocate as real ones do."""
     fake: dict[int, torch.Tensor] = {}
     kept: list[torch.Tensor] = []  # an id is only good as long as its tensor lives
 
@@ -108,10 +106,9 @@ def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> dict[int, torch.
 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
+            for name, tensor in list(tensors.items()):
                 if tensor is not None:
                     tensors[name] = of(tensor)  # type: ignore[assignment]  # a parameter for a parameter
-    return fake
 
 
 def _config_values(module: CausalLMModule, vocab_size: int) -> dict[str, Any]:
@@ -175,10 +172,14 @@ def quantized_bytes(numel: int, columns: int, quantization: QuantizationConfig) 
 def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     """Gradient checkpointing on or off inside."""
     options: Mapping[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    if enabled:
-        model.gradient_checkpointing_enable(**options)
-    try:
-        yield
-    finally:
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*will be removed in v6.*"
+        )  # the new names are not in older versions
         if enabled:
-            model.gradient_checkpointing_disable()
+            model.gradient_checkpointing_enable(**options)
+        try:
+            yield
+        finally:
+            if enabled:
+                model.gradient_checkpointing_disable()

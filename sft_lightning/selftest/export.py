@@ -31,7 +31,8 @@ def check_export(run: Run, folder: Path) -> Check:
         folder: Where to write.
     """
     module, data, device, precision = run.module, run.data, run.device, run.trainer.precision_plugin.forward_context
-    tolerance, model = max(_TOLERANCE, run.rounding), module.language_model.to(device)
+    tolerance, model = max(_TOLERANCE, run.rounding), module.language_model
+    module.to(device)
     try:
         if isinstance(model, PeftModel):
             report = export_adapter(model, data.tokenizer, folder, {"made_by": "selftest"}, precision=precision)

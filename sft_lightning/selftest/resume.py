@@ -84,4 +84,4 @@ def digests(run: Run) -> dict[str, str]:
 
 def _digest(tensor: torch.Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tuple(tensor.shape)} {tensor.dtype} {xxhash.xxh3_128(data).hexdigest()}"
+    return f"{tuple(tensor.shape)} {tensor.dtype} {xxhash.xxh3_128(data.data).hexdigest()}"

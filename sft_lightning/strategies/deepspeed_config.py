@@ -169,7 +169,8 @@ def resolve(config: Mapping[str, Any], yaml: FromYaml, *, source: str) -> dict[s
     resolved.setdefault("zero_allow_untested_optimizer", True)
     if offloads_optimizer(resolved):
         resolved.setdefault("zero_force_ds_cpu_optimizer", True)
-    return _without_auto(resolved)
+    cleaned: dict[str, Any] = _without_auto(resolved)
+    return cleaned
 
 
 def offloads_optimizer(config: Mapping[str, Any]) -> bool:

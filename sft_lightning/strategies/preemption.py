@@ -29,17 +29,18 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self._signalled = False
+        self._leaving = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the signal over; Lightning gives it back when the run ends."""
-        self._signalled = False
+        self._signalled = self._leaving = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave, if a process has been told to."""
+        """Save, if a process has been told to leave."""
         if trainer.fit_loop._should_accumulate():
             return
         if not trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
@@ -50,7 +51,20 @@ class Preemption(Callback):
         rank_zero_info(
             f"SIGTERM: {path} holds the run after optimizer step {trainer.global_step}; continue with --ckpt_path last"
         )
-        raise SystemExit(EXIT_STATUS if _is_seen_from_outside(trainer) else 0)
+        self._leaving = True  # once this step is logged, which comes after callbacks
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._leave(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        if self._leaving:
+            raise SystemExit(EXIT_STATUS if _is_seen_from_outside(trainer) else 0)
 
     def _note(self, signum: int, frame: Any) -> None:
         self._signalled = True

@@ -6,7 +6,7 @@ embedding is a group too; what is left (final norm, head, tied embedding) is gat
 
 from __future__ import annotations
 
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
@@ -25,13 +25,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: If the model has no list of modules.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise UserError(
             f"trainer.strategy: fsdp2 shards layer by layer, and {type(model).__name__} has no list of layers; use ddp"
         )
     checkpointed = [each for each in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in each)]
-    return list(max(checkpointed or lists, key=len))
+    return list(max(checkpointed or lists, key=lambda layers: len(layers)))
 
 
 def shard_groups(model: PreTrainedModel) -> list[nn.Module]:

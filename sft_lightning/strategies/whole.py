@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -131,5 +131,5 @@ def shard_like(parameter: torch.Tensor, value: Any) -> Any:
         return value
     if value.shape != parameter.shape:
         return value
-    local = cast("torch.Tensor", parameter.to_local())
+    local = parameter.to_local()
     return distribute_tensor(value.to(local.device), parameter.device_mesh, parameter.placements, src_data_rank=None)

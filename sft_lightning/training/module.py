@@ -20,11 +20,19 @@ from sft_lightning.data.prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapter_continuation import differences
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
-from sft_lightning.models.attention import prove_isolation
+from sft_lightning.models.bypassed import check_quantized
+from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.generation import GenerationConfig, base_model, generate
 from sft_lightning.models.head import Head, find_head
+from sft_lightning.models.isolation import describe_leak, measure_isolation, prove_isolation
 from sft_lightning.models.loading import DTypeName, load_model
-from sft_lightning.models.memory import decide_checkpointing, enable_gradient_checkpointing, free_memory_gib
+from sft_lightning.models.masked import choose_attention, keep_documents_apart
+from sft_lightning.models.memory import (
+    check_checkpointing,
+    decide_checkpointing,
+    enable_gradient_checkpointing,
+    free_memory_gib,
+)
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.models.overrides import ConfigOverrides
 from sft_lightning.models.quantization import QuantizationConfig
@@ -32,6 +40,7 @@ from sft_lightning.models.rope import RopeScalingConfig, check_packing
 from sft_lightning.models.trainable import base_names, train_only
 from sft_lightning.models.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
 from sft_lightning.training.checkpoint import check_trainable_state, random_state, set_random_state, trainable_state
+from sft_lightning.training.loss_scale import LossScale
 from sft_lightning.training.losses import (
     LossSums,
     Targets,
@@ -41,6 +50,7 @@ from sft_lightning.training.losses import (
     projected_cross_entropy,
 )
 from sft_lightning.training.metrics import TokenMeans
+from sft_lightning.training.nonfinite import NonfiniteLosses, nonfinite_error
 from sft_lightning.training.optim import (
     LRScheduleConfig,
     build_optimizer,
@@ -60,7 +70,8 @@ class CausalLMModule(LightningModule):
         from_config: Instead of it: `model_type` and that model's configuration keys, to build one from scratch.
         tokenizer_name_or_path: Folder or Hub id of the tokenizer; default: the model's.
         dtype: Type of the weights as loaded. Full fine-tuning wants float32 with `trainer.precision: bf16-mixed`.
-        attn_implementation: `auto` for packed attention, or a name that transformers knows.
+        attn_implementation: `auto` for attention that keeps the documents of a row apart, or a name that transformers
+            knows.
         trust_remote_code: Run code that comes with the model.
         rope_scaling: Stretch rotary position embeddings to a longer context; `null` for the model's own.
         dropout: Probability of every dropout that the model has; `null` for the model's own.
@@ -73,7 +84,10 @@ class CausalLMModule(LightningModule):
         trainable: Without an adapter: regular expressions, found in the names of the parameters that train; all others
             are frozen. `null` trains all.
         neftune_alpha: Noise on the embeddings while training, within ±alpha / sqrt(document length · width).
-        gradient_checkpointing: Recompute activations: `true`, `false`, or `auto`, off while they fit.
+        gradient_checkpointing: Recompute activations: `true`, `false`, `auto`, off while they fit, or a number k: those
+            of every k-th decoder layer.
+        torch_compile: Compile the decoder layers, each by itself.
+        max_nonfinite_losses: Optimizer steps in a row whose loss is NaN or infinite that stop the run; `null` never.
         optimizer: Class and arguments; the command line's default is fused AdamW at 2e-4.
         lr_scheduler: How the learning rate changes over the planned optimizer steps.
         generation: How `predict` generates answers.
@@ -100,7 +114,9 @@ class CausalLMModule(LightningModule):
         adapter: AdapterConfig | None = None,
         trainable: list[str] | None = None,
         neftune_alpha: float | None = None,
-        gradient_checkpointing: bool | Literal["auto"] = "auto",
+        gradient_checkpointing: bool | int | Literal["auto"] = "auto",
+        torch_compile: bool = False,
+        max_nonfinite_losses: int | None = 5,
         optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW,
         lr_scheduler: LRScheduleConfig = LRScheduleConfig(),  # noqa: B008 (frozen)
         generation: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
@@ -127,7 +143,11 @@ class CausalLMModule(LightningModule):
         self.adapter = adapter
         self.trainable = trainable
         self.embedding_noise = EmbeddingNoise(neftune_alpha) if neftune_alpha is not None else None
+        check_checkpointing(gradient_checkpointing)
         self.gradient_checkpointing = gradient_checkpointing
+        self.torch_compile = torch_compile
+        self.nonfinite_losses = NonfiniteLosses(max_nonfinite_losses)
+        self.loss_scale = LossScale()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.generation = generation
@@ -147,14 +167,21 @@ class CausalLMModule(LightningModule):
             self.model_name_or_path,
             from_config=self.from_config,
             dtype=self.model_dtype,
-            attn_implementation=self.attn_implementation,
+            attn_implementation=choose_attention(
+                self.attn_implementation,
+                self.model_name_or_path,
+                self.from_config,
+                trust_remote_code=self.trust_remote_code,
+            ),
             quantization=self.quantization,
             vocab_size=len(tokenizer),
             overrides=self.overrides,
             trust_remote_code=self.trust_remote_code,
         )
-        if self.overrides.rope_scaling is not None and self._data.packs:
+        if self.overrides.rope_scaling is not None and not self._data.packing_is_open and self._data.packs:
             check_packing(base.config, self.overrides.rope_scaling, self._data.max_length)
+        if self.quantization is not None:
+            check_quantized(base)
         rows, names = num_rows(base), embedding_names(base)
         unknown = resize_embeddings(
             base,
@@ -169,6 +196,8 @@ class CausalLMModule(LightningModule):
         check_new_tokens_train(base, unknown, names)
         if self.embedding_noise is not None:
             self.embedding_noise.attach(base)
+        if self.attn_implementation == "auto" and keep_documents_apart(self.model):
+            rank_zero_info(f"attention: {base.config.model_type}'s own, with a mask that keeps documents apart")
 
     def _choose_what_trains(self, base: PreTrainedModel, added_token_ids: list[int]) -> PreTrainedModel | PeftModel:
         """Put the adapter on the base, or freeze what `trainable` does not name."""
@@ -202,11 +231,27 @@ class CausalLMModule(LightningModule):
             )
         return datamodule
 
+    def _decide_packing(self) -> None:
+        """Settle `data.packing: auto` on the loaded model, before the number of optimizer steps is asked for."""
+        data = self._data
+        if not data.packing_is_open or data.limits.packing == "none":  # none: so decided by the run that is continued
+            data.decide_packing(data.limits.packing)
+            return
+        try:
+            if self.overrides.rope_scaling is not None:
+                check_packing(self.base_model.config, self.overrides.rope_scaling, data.max_length)
+            device = next(self.language_model.parameters()).device  # DeepSpeed moves the model only later
+            found = measure_isolation(self.language_model, len(data.tokenizer), device, max_length=data.max_length)
+            reason = None if found.proven else describe_leak(self.language_model, found)
+        except UserError as error:
+            reason = str(error)
+        rank_zero_info(f"packing: {'best_fit' if reason is None else 'none'} (auto: {reason or 'documents are apart'})")
+        data.decide_packing("best_fit" if reason is None else "none")
+
     def on_fit_start(self) -> None:
-        """Prove packing isolation on the loaded model, and decide on gradient checkpointing."""
+        """Prove packing isolation on the loaded model, decide on gradient checkpointing, and compile."""
         if self._data.packs:
-            difference = prove_isolation(self.language_model, len(self._data.tokenizer), self.device)
-            rank_zero_info(f"packing isolation: proven on this model; packed = separate logits to {difference:.1e}")
+            self._prove_packing()
         decision = decide_checkpointing(
             self.gradient_checkpointing,
             self.base_model.config,
@@ -216,7 +261,16 @@ class CausalLMModule(LightningModule):
         )
         rank_zero_info(f"gradient checkpointing: {'on' if decision.enabled else 'off'} ({decision.reason})")
         if decision.enabled:
-            enable_gradient_checkpointing(self.base_model)
+            enable_gradient_checkpointing(self.base_model, decision.every)
+        if self.torch_compile:
+            rank_zero_info(
+                f"torch_compile: {compile_layers(self.base_model)} decoder layers, compiled in the first steps"
+            )
+
+    def _prove_packing(self) -> None:
+        data = self._data
+        difference = prove_isolation(self.language_model, len(data.tokenizer), self.device, max_length=data.max_length)
+        rank_zero_info(f"packing isolation: proven on this model; packed = separate logits to {difference:.1e}")
 
     def forward(self, batch: Batch) -> LossSums:
         """Return the loss sums of a micro-batch."""
@@ -283,7 +337,26 @@ class CausalLMModule(LightningModule):
         self.log("train/loss", self._step_loss, sync_dist=several, reduce_fx=torch.sum)
         # The rate that the step was taken with; the schedule has already moved on.
         self.log("train/lr", self._lr)
+        self.nonfinite_losses.note(self._step_loss, self.trainer.global_step)
         self._step_loss = None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            self.log_dict(self.loss_scale.note(scaler))
+        if self.trainer.global_step % (self.trainer.log_every_n_steps or 1) == 0:  # metrics wait for the device then
+            self._stop_at_nonfinite_losses()
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the losses since the last logging interval."""
+        self._stop_at_nonfinite_losses()
+
+    def _stop_at_nonfinite_losses(self) -> None:
+        limit = self.nonfinite_losses.limit
+        if limit is None:
+            return
+        found = self.nonfinite_losses.found.to(self.device)
+        step = int(self.trainer.strategy.reduce(found, reduce_op="max"))  # all ranks stop, whoever found it
+        if step:
+            raise nonfinite_error(limit, step, self._data.describe_rows(step))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note the learning rate of the step."""
@@ -308,6 +381,7 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
+        self._decide_packing()
         adapter = self.adapter or AdapterConfig()
         groups = parameter_groups(
             self.language_model.named_parameters(),
@@ -323,6 +397,18 @@ class CausalLMModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # --- evaluation ------------------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Prove packing isolation where there was no training before."""
+        self._prove_packing_to_evaluate()
+
+    def on_test_start(self) -> None:
+        """Prove packing isolation."""
+        self._prove_packing_to_evaluate()
+
+    def _prove_packing_to_evaluate(self) -> None:
+        if self.trainer.state.fn != "fit" and not self._data.packing_is_open and self._data.limits.packing != "none":
+            self._prove_packing()
 
     def on_validation_epoch_start(self) -> None:
         self._metrics = [TokenMeans().to(self.device) for _ in self._data.val_names]

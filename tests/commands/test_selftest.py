@@ -77,7 +77,7 @@ def test_lora_passes_every_check_and_leaves_the_run_folder_alone(
     [
         ["--model.optimizer.init_args.lr=1e-4"],
         ["--model.adapter.r=4", "--model.quantization.bits=4"],
-        ["--model.adapter.r=4", "--model.dtype=bfloat16", "--data.packing=concat", "--trainer.precision=bf16-true"],
+        ["--model.adapter.r=4", "--model.dtype=bfloat16", "--data.packing=concat"],
         ["--model.adapter.r=4", "--model.gradient_checkpointing=true", "--trainer.precision=bf16-mixed"],
         ["--model.adapter={r: 4, use_dora: true, init: pissa}", "--model.neftune_alpha=5"],
     ],

@@ -282,3 +282,9 @@ def test_every_format_says_what_it_misses_in_an_empty_record() -> None:
     for name in FORMATS:
         with pytest.raises(Malformed, match=r"f\.json, record 0"):
             to_messages(record(), name)
+
+
+def test_half_of_a_surrogate_pair_is_malformed() -> None:
+    with pytest.raises(Malformed, match=r"half of a surrogate pair \('\\ud83d' at character 4\)") as error:
+        to_messages(record(instruction="ends\ud83d", output="a"), "alpaca")
+    assert error.value.reason == "broken_record"

@@ -279,3 +279,9 @@ def test_what_the_hub_refuses_is_said_in_one_line(raised: Exception, monkeypatch
         read("a/b", split="dev")
     assert str(raised).split("\n")[0] in str(error.value)
     assert "more" not in str(error.value)
+
+
+def test_a_bare_list_of_turns_is_a_conversation(write_json: Callable[..., Path]) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    [record] = read_records("s", SourceConfig(path=str(write_json("chats.json", [turns]))))
+    assert record.fields == {"messages": turns}

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention import PACKED, packed_attention, prove_isolation
+from sft_lightning.models.attention import PACKED, packed_attention
 
 LENGTHS = [[5, 3, 8], [16]]
 
@@ -68,31 +67,6 @@ def test_without_document_lengths_every_row_is_one_document(model_dir: Path) -> 
     ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(load(model_dir, PACKED)(ids).logits, load(model_dir, "sdpa")(ids).logits)
-
-
-def test_isolation_is_proven_on_a_model_that_isolates(model_dir: Path) -> None:
-    assert prove_isolation(load(model_dir, PACKED), 300, torch.device("cpu")) < 1e-5
-
-
-def test_isolation_is_refused_on_a_model_that_leaks(model_dir: Path) -> None:
-    class Leaking(torch.nn.Module):
-        """Passes neither positions nor lengths on, as a model without packed attention would."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = load(model_dir, "sdpa")
-
-        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-            return self.inner(input_ids=input_ids)
-
-    with pytest.raises(UserError, match="packed documents see each other"):
-        prove_isolation(Leaking(), 300, torch.device("cpu"))
-
-
-def test_the_proof_leaves_the_models_mode_as_it_was(model_dir: Path) -> None:
-    model = load(model_dir, PACKED).train()
-    prove_isolation(model, 300, torch.device("cpu"))
-    assert model.training
 
 
 @pytest.mark.gpu

@@ -1,10 +1,20 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from sft_lightning.models.memory import activation_gib, decide_checkpointing, free_memory_gib
+from sft_lightning.errors import UserError
+from sft_lightning.models.memory import (
+    activation_gib,
+    check_checkpointing,
+    decide_checkpointing,
+    decoder_layers,
+    enable_gradient_checkpointing,
+    free_memory_gib,
+)
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
@@ -29,3 +39,59 @@ def test_auto_checkpoints_when_activations_do_not_fit(setting: bool, free: float
 
 def test_free_memory_is_a_positive_number() -> None:
     assert free_memory_gib(torch.device("cpu")) > 0
+
+
+def llama(num_layers: int) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=num_layers, num_attention_heads=2
+    )
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (5, [0])])
+def test_every_kth_layer_is_recomputed_from_the_first(every: int, recomputed: list[int]) -> None:
+    model = llama(5)
+    assert enable_gradient_checkpointing(model, every) == len(recomputed)
+    flags = [layer.gradient_checkpointing for layer in decoder_layers(model)]
+    assert [number for number, flag in enumerate(flags) if flag] == recomputed
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_recomputing_some_layers_keeps_fewer_activations_and_changes_no_gradient(every: int) -> None:
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    def gradients(model: Any) -> tuple[list[torch.Tensor], int]:
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return [parameter.grad for parameter in model.parameters()], kept
+
+    plain, kept_plain = gradients(llama(3))
+    model = llama(3)
+    enable_gradient_checkpointing(model, every)
+    recomputed, kept = gradients(model)
+    assert kept < kept_plain
+    for one, other in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_number_of_layers_is_told_in_the_log() -> None:
+    decision = decide_checkpointing(3, LLAMA_7B, tokens=1, bytes_per_value=2, free_gib=1000.0)
+    assert (decision.enabled, decision.every, decision.reason) == (True, 3, "of every third decoder layer")
+
+
+def test_numbers_of_layers_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model.gradient_checkpointing: must be at least 1 .*got 0"):
+        check_checkpointing(0)
+    for fine in (True, False, "auto", 1, 4):
+        check_checkpointing(fine)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="6, but this llama model has 5 decoder layers"):
+        enable_gradient_checkpointing(llama(5), 6)

@@ -97,7 +97,7 @@ def test_a_run_of_one_process_continues_sharded(runs: Any, logged: Logged, tmp_p
 @pytest.mark.slow
 def test_a_checkpoint_is_validated_sharded(
     runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path
-) -> None:  # noqa: E501
+) -> None:
     one = alone("full")
     [checkpoint] = (one / "checkpoints").glob("last.ckpt")
     where = (f"--ckpt_path={checkpoint}",)
