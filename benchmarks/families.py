@@ -116,12 +116,13 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
         **MODES[mode],
     )
     trainer = Trainer(
-        max_steps=2, accumulate_grad_batches=8, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=2, accumulate_grad_batches=8, accelerator="cpu",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(module, data)
     language_model = module.language_model
-    changed = {name for name, p in language_model.named_parameters() if not torch.equal(p, module.before[name])}
+    changed = {name for name, p in language_model.named_parameters() if not _same_bytes(p, module.before[name])}
     report = None
     if isinstance(language_model, PeftModel):
         report = export_adapter(language_model, data.tokenizer, folder / "adapter", {})
@@ -139,6 +140,12 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
     )
 
 
+def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Compare bits, not numbers: packed 4-bit weights may read as NaN in the type that they are stored as."""
+    one, other = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (first, second))
+    return torch.equal(one, other)
+
+
 class _Watched(CausalLMModule):
     """Keeps the weights from before training, and the losses."""
 
@@ -148,7 +155,7 @@ class _Watched(CausalLMModule):
         self.losses: list[float] = []
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._step_loss is not None:
+        if self._step_loss is not None and not self.trainer.fit_loop._should_accumulate():
             self.losses.append(float(self._step_loss))
         super().on_train_batch_end(outputs, batch, batch_idx)
 
@@ -198,14 +205,18 @@ def document(outcomes: Sequence[Outcome | Refusal]) -> str:
     refusals = "".join(f"- **{each.family}, {each.mode}** is refused: «{each.reason}».\n" for each in refused)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     trained = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
+    wrong = [f"{each.family}, {each.mode}" for each in trained if each.changed != each.meant]
+    if wrong:
+        raise RuntimeError(f"other weights changed than were meant to: {'; '.join(wrong)}")
     largest = max((outcome.export_difference or 0.0 for outcome in trained), default=0.0)
     return f"""# Families of models
 
 Written by `python benchmarks/families.py > docs/families.md` ({versions}; CPU, float32).
 
-Each cell is a run of its own on a random two-layer model: two optimizer steps with AdamW, each on all of the
-same records. Losses are nats per supervised token. In every run exactly the weights that were meant to changed; every exported adapter was
-opened again by PEFT, and its logits differed from the live ones by {largest:.0e} at most.
+Each cell is a run of its own on a random two-layer model: two optimizer steps with AdamW, each on all of the same
+records. Losses are nats per supervised token, before each step. In every run exactly the weights that were meant to
+changed; every exported adapter was opened again by PEFT, and its logits differed from the live ones by {largest:.0e} at
+most.
 
 {table(outcomes)}
 

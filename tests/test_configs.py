@@ -19,6 +19,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"conversations": [{"from": "human", "value": f"Hi {i}"}, {"from": "gpt", "value": "Hello!"}] * 2}
         for i in range(80)
     ],
+    "preference": [{"prompt": f"Name {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(80)],
     "text": [{"text": f"Once upon a time there were {i} of them."} for i in range(80)],
 }
 

@@ -45,10 +45,10 @@ def choose_attention(
         return requested
     try:
         if from_config is not None:
-            config = AutoConfig.for_model(from_config.get("model_type"))
+            config = AutoConfig.for_model(str(from_config.get("model_type")))
         else:
             config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
-        family = AutoModelForCausalLM._model_mapping[type(config)]
+        family: Any = AutoModelForCausalLM._model_mapping[type(config)]
     except (OSError, ValueError, KeyError, ImportError, TypeError):
         return requested
     return requested if family._supports_attention_backend else "eager"

@@ -1,12 +1,12 @@
-"""DeepSpeed ZeRO on Lightning's strategy: one configuration that agrees with the YAML, on GPUs and, for tests, the CPU."""
+"""DeepSpeed ZeRO on Lightning's strategy: one configuration that agrees with the YAML; runs on the CPU too."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -34,7 +34,10 @@ _OF_OPTIMIZER = ("optimizer", "scheduler")
 
 
 class DeepSpeedZeRO(DeepSpeedStrategy):
-    """ZeRO stages 0 to 3 with offload (Rajbhandari et al., 2019, arXiv:1910.02054), by our keys or a DeepSpeed JSON.
+    """ZeRO stages 0 to 2 (Rajbhandari et al., 2019, arXiv:1910.02054), by our keys or a DeepSpeed JSON.
+
+    Checkpoints are DeepSpeed's folders, and continue on the same number of processes. Stage 3 is refused when the
+    module is connected: fsdp2 shards as much.
 
     Args:
         stage: See `ZeroOptions`, as all that follow.
@@ -77,8 +80,6 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         given = {key: value for key, value in copy.deepcopy(self._asked).items() if key not in _OF_OPTIMIZER}
         super().__init__(config=given, exclude_frozen_parameters=True)
-        self._hf_config: Any = None
-        self.grad_norm: float | None = None
 
     @property
     def sharding(self) -> Sharding:
@@ -144,16 +145,6 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             precision=str(self.precision_plugin.precision),
         )
 
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:
-        """Partition weights as they are loaded; transformers knows how while the configuration object lives."""
-        with super().model_sharded_context():
-            if self.zero_stage_3:
-                from transformers.integrations import HfDeepSpeedConfig
-
-                self._hf_config = HfDeepSpeedConfig(self.config)
-            yield
-
 
 def _asked(options: ZeroOptions, config: str | dict[str, Any] | None) -> dict[str, Any]:
     if config is None:
@@ -179,8 +170,9 @@ class _OnHost:
         name = type(made).__name__
         if name not in ("Adam", "AdamW"):
             raise UserError(f"model.optimizer: {name} has no version for the host; take AdamW, or do not offload it")
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        host_adam: Any = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
 
         keys: Mapping[str, Any] = {key: made.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
         rank_zero_info(f"optimizer: DeepSpeedCPUAdam takes {name}'s steps on the host, with its values")
-        return DeepSpeedCPUAdam(made.param_groups, adamw_mode=name == "AdamW", **keys)
+        on_host: Optimizer = host_adam(made.param_groups, adamw_mode=name == "AdamW", **keys)
+        return on_host

@@ -95,8 +95,9 @@ class FSDP2(ModelParallelStrategy):
         self.precision_plugin.convert_module(model)  # a type is changed before it is sharded
         shard_model(base_model(model), self._sharding_mesh, offload=self.offload)
         super().setup(trainer)
-        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(c, _WholeAtEnd) for c in trainer.callbacks):
-            trainer.callbacks.insert(0, _WholeAtEnd())  # type: ignore[attr-defined]
+        others: list[Callback] = vars(trainer)["callbacks"]
+        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(other, _WholeAtEnd) for other in others):
+            others.insert(0, _WholeAtEnd())
 
     def model_to_device(self) -> None:
         """Move what sharding has not moved; with `offload`, only what is not a parameter."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback  # noqa: TID251 (wiring)
 from lightning.pytorch.strategies import StrategyRegistry  # noqa: TID251
 from lightning.pytorch.utilities import rank_zero_info  # noqa: TID251
 
 from sft_lightning.errors import UserError
+from sft_lightning.strategies.deepspeed import DeepSpeedZeRO
 from sft_lightning.strategies.fsdp2 import FSDP2
 
 _FSDP1 = {"fsdp": "fsdp2", "fsdp_cpu_offload": "fsdp2_offload"}
@@ -18,6 +20,14 @@ def register_strategies() -> None:
     """Let `trainer.strategy` take our names; those of Lightning stay."""
     StrategyRegistry.register("fsdp2", FSDP2, "FSDP2, fully sharded", override=True)
     StrategyRegistry.register("fsdp2_offload", FSDP2, "FSDP2, shards in host memory", override=True, offload=True)
+    for stage in (1, 2, 3):
+        name = f"deepspeed_stage_{stage}"
+        StrategyRegistry.register(name, DeepSpeedZeRO, f"ZeRO stage {stage}", override=True, stage=stage)
+    offload: dict[str, Any] = {"override": True, "offload_optimizer": "cpu"}
+    StrategyRegistry.register(
+        "deepspeed_stage_2_offload", DeepSpeedZeRO, "ZeRO-2, Adam on the host", stage=2, **offload
+    )
+    StrategyRegistry.register("deepspeed_stage_3_offload", DeepSpeedZeRO, "ZeRO-3, refused", stage=3, **offload)
 
 
 def check_name(strategy: object) -> None:

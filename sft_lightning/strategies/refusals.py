@@ -64,12 +64,17 @@ def refusal(asked: Asked, sharding: Sharding) -> str | None:
             f"model.quantization.bits: {bits}, but trainer.strategy {name} keeps weights in host memory, away from "
             "the constants they are decoded with; use trainer.strategy: fsdp2, or model.quantization: null"
         )
+    if sharding.is_deepspeed and sharding.stage == 3:
+        return (
+            f"trainer.strategy: {name} partitions weights while they are loaded, and what is done to a loaded model "
+            "here (a resized vocabulary, adapters, exports) needs to see them; use fsdp2, which shards as much"
+        )
     if asked.prompt_learning and sharding.stage == 3:
         return (
             f"model.adapter.peft_config: virtual tokens are outside the model that trainer.strategy {name} shards, and "
             "would not be averaged over processes; use trainer.strategy: ddp"
         )
-    if not asked.only_adapter and asked.dtype != "float32" and sharding.stage == 3 and not sharding.is_deepspeed:
+    if not asked.only_adapter and asked.dtype != "float32" and sharding.stage == 3:
         return (
             f"model.adapter.only_adapter: false with model.dtype: {asked.dtype}, but trainer.strategy {name} reduces "
             "the gradients of a layer together, which must have one type, and the adapter's are float32; set "

@@ -25,13 +25,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises:
         UserError: If the model has no list of modules.
     """
-    lists: list[nn.ModuleList] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists: list[nn.ModuleList] = [
+        module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     if not lists:
         raise UserError(
             f"trainer.strategy: fsdp2 shards layer by layer, and {type(model).__name__} has no list of layers; use ddp"
         )
     checkpointed = [each for each in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in each)]
-    return list(max(checkpointed or lists, key=lambda layers: len(layers)))
+    return max(([*each] for each in checkpointed or lists), key=len)
 
 
 def shard_groups(model: PreTrainedModel) -> list[nn.Module]:

@@ -342,7 +342,9 @@ class CausalLMModule(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.log_dict(self.loss_scale.note(scaler))
-        if self.trainer.global_step % (self.trainer.log_every_n_steps or 1) == 0:  # metrics wait for the device then
+        if (
+            self.trainer.global_step % (getattr(self.trainer, "log_every_n_steps", 0) or 1) == 0
+        ):  # metrics wait for the device then
             self._stop_at_nonfinite_losses()
 
     def on_train_epoch_end(self) -> None:
@@ -369,6 +371,8 @@ class CausalLMModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, and log the norm before clipping: one computation for both, no device sync."""
+        if self.trainer.strategy.handles_gradient_accumulation:
+            return  # DeepSpeed has the gradients, and clips them itself
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)

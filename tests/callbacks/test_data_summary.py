@@ -22,7 +22,7 @@ def trainer(tmp_path: Path) -> Any:
     source.dropped["overlong"], source.dropped_at["overlong"] = 1, ["data/[x].json, record 1"]
     data.report = DataReport({"train/toy": source}, max_length=10, rows=2, optimizer_steps=1, fill=1.0)
     state = SimpleNamespace(fn="fit")
-    return SimpleNamespace(datamodule=data, log_dir=None, default_root_dir=str(tmp_path / "run"), state=state)
+    return SimpleNamespace(datamodule=data, logger=None, default_root_dir=str(tmp_path / "run"), state=state)
 
 
 def read(trainer: Any) -> dict[str, Any]:

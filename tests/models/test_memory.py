@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters import AdapterConfig, add_adapter
+from sft_lightning.models.loading import load_model
 from sft_lightning.models.memory import (
     activation_gib,
     check_checkpointing,
@@ -15,6 +18,7 @@ from sft_lightning.models.memory import (
     enable_gradient_checkpointing,
     free_memory_gib,
 )
+from sft_lightning.models.quantization import QuantizationConfig
 
 LLAMA_7B = LlamaConfig(
     hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
@@ -81,6 +85,35 @@ def test_recomputing_some_layers_keeps_fewer_activations_and_changes_no_gradient
     assert kept < kept_plain
     for one, other in zip(plain, recomputed, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_recomputing_every_second_layer_changes_no_gradient_in_any_mode(mode: str, model_dir: Path) -> None:
+    ids = torch.randint(300, (2, 12), generator=torch.Generator().manual_seed(1))
+
+    def gradients(every: int | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        base = load_model(
+            str(model_dir), from_config=None, dtype="float32", attn_implementation="auto", vocab_size=0,
+            quantization=QuantizationConfig() if mode == "qlora" else None,
+        )  # fmt: skip
+        model = base if mode == "full" else add_adapter(base, AdapterConfig(r=4, dropout=0.0))
+        if every:
+            assert enable_gradient_checkpointing(base, every) == 1
+        model.train()
+        model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, recomputed = gradients(None), gradients(2)
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_a_state_space_models_scan_is_counted() -> None:
+    config = MambaConfig(hidden_size=64, state_size=16, num_hidden_layers=2, vocab_size=100)
+    of_the_scan = 2 * 12 * config.intermediate_size * 16
+    assert activation_gib(config, tokens=1, bytes_per_value=2) * 2**30 > of_the_scan
 
 
 def test_a_number_of_layers_is_told_in_the_log() -> None:

@@ -25,6 +25,7 @@ ZERO3 = Sharding("deepspeed_stage_3", 3)
         (Asked(quantization_bits=8), ZERO3, "before they can be quantized", "use trainer.strategy: deepspeed_stage_2"),
         (Asked(quantization_bits=8), FSDP, "row scales", "use bits: 4 (QLoRA), or trainer.strategy: ddp"),
         (Asked(quantization_bits=4), OFFLOAD, "host memory", "use trainer.strategy: fsdp2,"),
+        (Asked(), ZERO3, "while they are loaded", "use fsdp2"),
         (Asked(prompt_learning=True), FSDP, "virtual tokens", "use trainer.strategy: ddp"),
         (Asked(only_adapter=False), FSDP, "must have one type", "set model.dtype: float32"),
     ],
@@ -44,7 +45,6 @@ def test_a_combination_that_cannot_work_is_refused_with_the_nearest_that_does(
     [
         (Asked(), FSDP),
         (Asked(), OFFLOAD),
-        (Asked(), ZERO3),
         (Asked(quantization_bits=4), FSDP),
         (Asked(quantization_bits=4), ZERO2),
         (Asked(quantization_bits=4), ZERO2_OFFLOAD),  # only the optimizer is offloaded

@@ -166,6 +166,18 @@ def test_rows_of_a_later_epoch_are_found(make: Make) -> None:
     assert len(data.describe_rows(10)) == 4
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_to_the_same_weights(make: Make) -> None:
+    trained = []
+    for compiled in (False, True):
+        trainer, module, data = make(torch_compile=compiled, trainer_max_steps=3)
+        trainer.fit(module, data)
+        trained.append({name: p.detach() for name, p in module.named_parameters()})
+    assert trained[0].keys() == trained[1].keys()
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(trained[1][name], parameter, rtol=0, atol=1e-5)
+
+
 def break_weights(module: CausalLMModule) -> None:
     """Make every loss NaN once the model is loaded."""
     configure = module.configure_model
