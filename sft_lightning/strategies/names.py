@@ -55,12 +55,9 @@ def without_samples(callbacks: Sequence[Callback], strategy: object) -> list[Cal
         callbacks: All callbacks of a run.
         strategy: The value of `trainer.strategy`.
     """
-    kept = [callback for callback in callbacks if not generates_alone(callback)] if is_sharded(strategy) else callbacks
+    if not is_sharded(strategy):
+        return list(callbacks)
+    kept = [callback for callback in callbacks if type(callback).__name__ != "SampleGeneration"]
     if len(kept) < len(callbacks):
         rank_zero_info("samples: off, because trainer.strategy leaves no process with the whole model to generate with")
-    return list(kept)
-
-
-def generates_alone(callback: Callback) -> bool:
-    """Whether a callback runs the model on rank 0 alone; one that runs it everywhere says so by `on_all_ranks`."""
-    return type(callback).__name__ == "SampleGeneration" and not getattr(callback, "on_all_ranks", False)
+    return kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info  # noqa: TID251  # wiring, as module.py
+from lightning.pytorch.utilities import rank_zero_info  # wiring, as module.py
 from peft import PeftModel
 
 from sft_lightning.data.pairs_collate import PairBatch

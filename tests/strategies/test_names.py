@@ -1,0 +1,46 @@
+"""What `trainer.strategy` may say."""
+
+from __future__ import annotations
+
+import pytest
+from lightning.pytorch.strategies import StrategyRegistry
+
+from callbacks import SampleGeneration, Throughput
+from sft_lightning.errors import UserError
+from sft_lightning.strategies import FSDP2, register_strategies
+from sft_lightning.strategies.names import check_name, without_samples
+
+
+def test_short_names_make_strategies() -> None:
+    register_strategies()
+    register_strategies()  # a second time changes nothing
+    assert not StrategyRegistry.get("fsdp2").offload
+    assert StrategyRegistry.get("fsdp2_offload").offload
+
+
+@pytest.mark.parametrize(("name", "instead"), [("fsdp", "'fsdp2'"), ("fsdp_cpu_offload", "'fsdp2_offload'")])
+def test_the_first_fsdp_is_refused_with_the_second_ones_name(name: str, instead: str) -> None:
+    with pytest.raises(UserError, match=instead):
+        check_name(name)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp2", FSDP2()])
+def test_other_values_are_let_through(strategy: object) -> None:
+    check_name(strategy)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", FSDP2()])
+def test_samples_of_one_process_are_left_out_where_it_has_a_part_of_the_model(strategy: object) -> None:
+    throughput = Throughput()
+    assert without_samples([SampleGeneration(), throughput], strategy) == [throughput]
+
+
+def test_samples_stay_where_every_process_has_the_model() -> None:
+    samples = SampleGeneration()
+    assert without_samples([samples], "ddp") == [samples]
+
+
+@pytest.mark.parametrize("replicas", [0, -1])
+def test_a_number_of_replicas_is_at_least_1(replicas: int) -> None:
+    with pytest.raises(UserError, match=r"replicas: must be at least 1"):
+        FSDP2(replicas=replicas)
