@@ -9,9 +9,9 @@ worker processes, packed and not, and its fastest way is what we are compared wi
 number of tokens, or the run stops.
 
 What is timed differs in the others' favour. For us it is everything from the raw rows to the plan, writing the store
-too; for the peers reading and preparing, for TRL with rows in its own format; for `encode_batch_fast` the call alone; for
-all with the tokenizer loaded. `command_seconds`, `cached_seconds` and `fixed_seconds` (sixteen rows) are of the whole
-command.
+too; for the peers reading and preparing, for TRL with rows in its own format; for `encode_batch_fast` the call alone;
+for all with the tokenizer loaded. `command_seconds`, `cached_seconds` and `fixed_seconds` (sixteen rows) are of the
+whole command.
 The real texts and the tokenizer are looked for in the folder that SFT_REAL_DATA names.
 Results, with hardware and versions, go to `benchmarks/results/`.
 """

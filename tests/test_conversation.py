@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sft_lightning.conversation import AnswerStreamer, Conversation
-from sft_lightning.data.binding import bind_template
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import GenerationConfig
 from sft_lightning.models.serving import LoadOptions, ServedModel, load_served

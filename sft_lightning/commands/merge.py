@@ -13,9 +13,9 @@ import yaml
 from sft_lightning.cli import SFTCommandLine, quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
-from sft_lightning.models.merge_base import read_manifest
-from sft_lightning.models.merging import MergeOptions, MergeReport, merge_adapters
-from sft_lightning.models.model_card import run_folder_of
+from sft_lightning.models.merging.base import read_manifest
+from sft_lightning.models.merging.merge import MergeOptions, MergeReport, merge_adapters
+from sft_lightning.models.merging.model_card import run_folder_of
 from sft_lightning.parsing import CommandParser
 
 _OF_THE_DATA = ("seed_everything", "task", "model", "data")

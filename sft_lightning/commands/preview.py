@@ -16,12 +16,12 @@ from sft_lightning.cli import SFTCommandLine, quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.encoder import TextEncoder
 from sft_lightning.data.examples import ALWAYS_DROPPED
-from sft_lightning.data.formats import Malformed, to_messages
+from sft_lightning.data.formats.registry import Malformed, to_messages
 from sft_lightning.data.highlight import ShownExample, ShownSource, ShownToken, show_tokens, visible
 from sft_lightning.data.preview_page import PreviewPage, render_page
 from sft_lightning.data.sources import SourceConfig, read_records
+from sft_lightning.data.templates.turn_formats import TURN_FORMATS
 from sft_lightning.data.tokenization import tokenize
-from sft_lightning.data.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
 from sft_lightning.types import Record
 

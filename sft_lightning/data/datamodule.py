@@ -18,7 +18,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.binding import bind_template, special_tokens, stop_token_id
 from sft_lightning.data.blending import BlendConfig
 from sft_lightning.data.collate import collate
 from sft_lightning.data.corpus import Corpora, Corpus, LengthLimits, Overlong
@@ -34,7 +33,8 @@ from sft_lightning.data.sources import SourceConfig, read_record
 from sft_lightning.data.splits import Compat
 from sft_lightning.data.stream_source import SourceStream, check_streamed, describe_streamed, share_unit
 from sft_lightning.data.streaming import StreamLoader, StreamWindows
-from sft_lightning.data.templates import DocumentTemplate, Template
+from sft_lightning.data.templates.binding import bind_template, special_tokens, stop_token_id
+from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import load_tokenizer
 from sft_lightning.types import Batch, LossOn, TokenizedExample

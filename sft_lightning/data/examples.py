@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.binding import special_tokens
 from sft_lightning.data.encoder import TextEncoder
-from sft_lightning.data.example_checks import check_examples
-from sft_lightning.data.formats import Malformed, find_format, to_messages
-from sft_lightning.data.templates import DocumentTemplate, Template
+from sft_lightning.data.formats.registry import Malformed, find_format, to_messages
+from sft_lightning.data.templates.binding import special_tokens
+from sft_lightning.data.templates.example_checks import check_examples
+from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.data.tokenization import Longs, TokenizedBatch, Tokens, join, weigh
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Record, Segment

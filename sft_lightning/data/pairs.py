@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from sft_lightning.data.deepspeed_chat import DATASETS
 from sft_lightning.data.examples import ALWAYS_DROPPED, ExampleBuilder, RecordLog, Rendered
-from sft_lightning.data.fields import Malformed, read_weight
-from sft_lightning.data.formats import find_format
-from sft_lightning.data.preference import preference_pair
-from sft_lightning.data.turn_order import settle
+from sft_lightning.data.formats.deepspeed_chat import DATASETS
+from sft_lightning.data.formats.fields import Malformed, read_weight
+from sft_lightning.data.formats.preference import preference_pair
+from sft_lightning.data.formats.registry import find_format
+from sft_lightning.data.formats.turn_order import settle
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Record, Segment
 

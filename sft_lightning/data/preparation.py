@@ -29,12 +29,12 @@ import transformers
 import xxhash
 from filelock import FileLock
 
-from sft_lightning.data.deepspeed_chat import dataset_format
 from sft_lightning.data.examples import ExampleBuilder, RecordLog, marks_of
+from sft_lightning.data.formats.deepspeed_chat import dataset_format
+from sft_lightning.data.formats.user_format import is_dotted_path, user_function
 from sft_lightning.data.sources import SourceConfig, is_saved_dataset, load_dataset, read_records, source_files
 from sft_lightning.data.store import DamagedStoreError, StoreWriter, TokenStore, hash_file, open_store
-from sft_lightning.data.templates import NamedTemplate
-from sft_lightning.data.user_format import is_dotted_path, user_function
+from sft_lightning.data.templates.template import NamedTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _tokenizer(builder: ExampleBuilder) -> str:
 def _own_code() -> str:
     versions = [f"{library.__name__} {library.__version__}" for library in (tokenizers, jinja2, transformers)]
     digest = xxhash.xxh3_128(" ".join(versions).encode())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
+    for module in sorted(Path(__file__).parent.rglob("*.py")):
         if module.stem not in _NOT_TOKENS:
             digest.update(module.read_bytes())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from sft_lightning.data.examples import ExampleBuilder
-from sft_lightning.data.formats import Malformed, to_messages
+from sft_lightning.data.formats.registry import Malformed, to_messages
 from sft_lightning.data.sources import SourceConfig
 from sft_lightning.types import Message, Record
 

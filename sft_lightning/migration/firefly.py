@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sft_lightning.data.turn_formats import TURN_FORMATS
+from sft_lightning.data.templates.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
 from sft_lightning.migration.data_keys import sources, unpacked
 from sft_lightning.migration.draft import Draft

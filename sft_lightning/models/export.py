@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.folders import replaced_folder
 from sft_lightning.models.generation import base_model
-from sft_lightning.models.probes import max_positions, random_ids
-from sft_lightning.models.shards import read_tensors, tensor_names, weight_files
+from sft_lightning.models.merging.folders import replaced_folder
+from sft_lightning.models.merging.probes import max_positions, random_ids
+from sft_lightning.models.merging.shards import read_tensors, tensor_names, weight_files
 from sft_lightning.models.twin import can_probe, export_difference
 
 MANIFEST = "run_manifest.json"

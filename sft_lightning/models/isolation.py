@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import base_model
-from sft_lightning.models.probes import max_positions
+from sft_lightning.models.merging.probes import max_positions
 
 _LENGTH = 16
 """Tokens of the document that is watched."""

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-from sft_lightning.data.templates import jinja_template
+from sft_lightning.data.templates.template import jinja_template
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import GenerationConfig, base_model, decode, generate_ids
 from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout

@@ -19,8 +19,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from sft_lightning.models.exported_adapter import attach_adapter, read_config
-from sft_lightning.models.probes import logits_of
+from sft_lightning.models.merging.exported_adapter import attach_adapter, read_config
+from sft_lightning.models.merging.probes import logits_of
 from sft_lightning.models.trainable import keep_float32_masters
 
 _STARTS_FROM_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica", "lora_ga", "eva")

@@ -8,11 +8,11 @@ from itertools import groupby, islice
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.encoder import TextEncoder
-from sft_lightning.data.example_checks import check_examples
 from sft_lightning.data.examples import ALWAYS_DROPPED
-from sft_lightning.data.formats import Malformed, to_messages
+from sft_lightning.data.formats.registry import Malformed, to_messages
 from sft_lightning.data.highlight import show_tokens
 from sft_lightning.data.sources import SourceConfig, read_records
+from sft_lightning.data.templates.example_checks import check_examples
 from sft_lightning.data.tokenization import tokenize
 from sft_lightning.errors import UserError
 from sft_lightning.selftest.checks import Check

@@ -58,9 +58,7 @@ def test_what_merging_must_know_of_the_base_lies_beside_the_adapter(fit: Callabl
     assert manifest["rope_parameters"]["rope_type"] == "default"
 
 
-def test_the_final_export_is_proven_by_its_logits(
-    fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_final_export_is_proven_by_its_logits(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("callbacks.adapter_export.rank_zero_info", said.append)
     fit("--trainer.max_steps=1")

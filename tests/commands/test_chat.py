@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from sft_lightning.__main__ import main
 from sft_lightning.commands.chat import checkpoint_defaults
-from sft_lightning.data.binding import bind_template
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.models.serving import LoadOptions, load_served
 
 

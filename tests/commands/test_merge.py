@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoConfig
 
 from sft_lightning.__main__ import main
-from sft_lightning.models.merging import MergeReport
-from sft_lightning.models.shards import weight_files
+from sft_lightning.models.merging.merge import MergeReport
+from sft_lightning.models.merging.shards import weight_files
 
 
 @pytest.fixture

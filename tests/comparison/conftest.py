@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sft_lightning.data.binding import bind_template
+from sft_lightning.data.templates.binding import bind_template
 
 
 @pytest.fixture(scope="session")

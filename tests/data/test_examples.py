@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data import examples
-from sft_lightning.data.binding import bind_template, special_tokens
 from sft_lightning.data.examples import ExampleBuilder, RecordLog, marks_of
-from sft_lightning.data.templates import DocumentTemplate
+from sft_lightning.data.templates.binding import bind_template, special_tokens
+from sft_lightning.data.templates.template import DocumentTemplate
 from sft_lightning.errors import UserError
 from sft_lightning.types import Record
 
@@ -194,6 +194,6 @@ def test_facts_are_everything_but_the_marks(builder: Any) -> None:
 def test_more_kinds_of_marks_than_bits_do_not_exist() -> None:
     from typing import get_args
 
-    from sft_lightning.data.fields import Reason
+    from sft_lightning.data.formats.fields import Reason
 
     assert len(get_args(Reason)) + len(("leading_answer", "trailing_user", "empty_turn", "rewritten")) <= 32

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sft_lightning.data.fields import Malformed
+from sft_lightning.data.formats.fields import Malformed
 from sft_lightning.data.pairs import UnfitPairError, make_pair
 from sft_lightning.types import Message, Record
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sft_lightning.data.fields import Malformed
+from sft_lightning.data.formats.fields import Malformed
 from sft_lightning.data.pairs import UnfitPairError
 from sft_lightning.data.pairs_datamodule import PairDataModule
 from sft_lightning.data.sources import SourceConfig

@@ -18,12 +18,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data import preparation
-from sft_lightning.data.binding import bind_template
 from sft_lightning.data.encoder import TextEncoder
 from sft_lightning.data.examples import ExampleBuilder
 from sft_lightning.data.preparation import Prepared, default_store_dir, prepare_source
 from sft_lightning.data.sources import SourceConfig
 from sft_lightning.data.store import DamagedStoreError, open_store
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import load_tokenizer
 
@@ -333,7 +333,7 @@ OTHER_PROCESS = """
 import json, os, sys
 from pathlib import Path
 from sft_lightning.data import examples
-from sft_lightning.data.binding import bind_template
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.data.preparation import prepare_source
 from sft_lightning.data.sources import SourceConfig
 from sft_lightning.models.loading import load_tokenizer

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.binding import bind_template
 from sft_lightning.data.corpus import LengthLimits
 from sft_lightning.data.examples import ExampleBuilder
 from sft_lightning.data.reading import Split, SplitOptions, SplitReader
 from sft_lightning.data.sources import SourceConfig
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
 
 Read = Callable[..., SplitReader]

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.commands.prepare import prepare
 from sft_lightning.data import stream_source, streaming
-from sft_lightning.data.binding import bind_template
 from sft_lightning.data.blending import BlendConfig
 from sft_lightning.data.corpus import LengthLimits
 from sft_lightning.data.datamodule import SFTDataModule
@@ -28,6 +27,7 @@ from sft_lightning.data.plan import EpochPlan, Topology
 from sft_lightning.data.sources import SourceConfig
 from sft_lightning.data.stream_source import RECORDS_AT_ONCE, Cursor, SourceStream
 from sft_lightning.data.streaming import StreamLoader, StreamWindows, Window, rows_per_window
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
 from sft_lightning.types import Record, TokenizedExample
 

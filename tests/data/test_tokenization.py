@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.binding import encoder
-from sft_lightning.data.templates import SpecialTokens, named_template
+from sft_lightning.data.templates.binding import encoder
+from sft_lightning.data.templates.template import SpecialTokens, named_template
 from sft_lightning.data.tokenization import tokenize
 from sft_lightning.types import Message, Segment, TokenizedExample
 

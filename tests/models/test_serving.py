@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sft_lightning.data.binding import bind_template
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import GenerationConfig
 from sft_lightning.models.serving import LoadOptions, ServedModel, load_served

@@ -15,10 +15,10 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.binding import bind_template, encoder
 from sft_lightning.data.encoder import TextEncoder
-from sft_lightning.data.example_checks import check_examples
-from sft_lightning.data.jinja import JinjaTemplate
+from sft_lightning.data.templates.binding import bind_template, encoder
+from sft_lightning.data.templates.example_checks import check_examples
+from sft_lightning.data.templates.jinja import JinjaTemplate
 from sft_lightning.data.tokenization import tokenize
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Segment

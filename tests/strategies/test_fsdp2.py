@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,22 @@ def test_a_checkpoint_is_validated_sharded(
     runs(tmp_path / "one", "full", *where, stage="validate")
     expected = logged(tmp_path / "one", "val/loss")
     assert logged(tmp_path / "two", "val/loss") == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_hybrid_sharding_learns_what_one_process_learns(
+    runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path
+) -> None:
+    hybrid = "sft_lightning.strategies.FSDP2"
+    runs(tmp_path / "two", "lora", "--trainer.strategy.replicas=2", processes=2, strategy=hybrid)
+    assert_same_losses(logged, tmp_path / "two", alone("lora"))
+
+
+@pytest.mark.slow
+def test_replicas_that_do_not_divide_the_processes_are_refused(runs: Any, tmp_path: Path) -> None:
+    command = runs.command(
+        tmp_path, "lora", "--trainer.strategy.replicas=3", processes=2, strategy="sft_lightning.strategies.FSDP2"
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "trainer.strategy.replicas: 3 does not divide the 2 processes" in done.stderr

@@ -1,0 +1,1 @@
+"""Messages → text segments, each supervised or not; templates as data, and Jinja."""

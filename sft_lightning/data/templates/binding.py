@@ -1,0 +1,167 @@
+"""A template bound to a tokenizer: what both must agree on before a single example is made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from sft_lightning.data.encoder import TextEncoder
+from sft_lightning.data.templates.jinja import Apply, Chat, JinjaTemplate, jinja_template
+from sft_lightning.data.templates.named import NamedTemplate, SpecialTokens, named_template
+from sft_lightning.data.templates.template import Template
+from sft_lightning.data.templates.turn_formats import TURN_FORMATS
+from sft_lightning.errors import UserError
+from sft_lightning.models.loading import adds_bos
+from sft_lightning.types import Message
+
+logger = logging.getLogger(__name__)
+
+_QUESTION = [Message("user", "question")]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
+    """Return the tokenizer's BOS, if it puts one before a text by itself, and its EOS."""
+    return SpecialTokens(str(tokenizer.bos_token) if adds_bos(tokenizer) else "", str(tokenizer.eos_token or ""))
+
+
+def bind_template(setting: str, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """Return the template of `data.template`, and make it the tokenizer's own: what is saved is what was trained.
+
+    Args:
+        setting: A named template, `chat_template`, or the path of a `.jinja` file.
+        tokenizer: Gets the template as its `chat_template`.
+
+    Raises:
+        UserError: If there is no such template, or its stop token is not one token of the tokenizer.
+    """
+    template: Template
+    if setting == "chat_template" or setting.endswith(".jinja"):
+        if setting != "chat_template":
+            tokenizer.chat_template = _read_template(setting)
+        if not tokenizer.chat_template:
+            raise UserError("data.template: the tokenizer has no chat_template; name a template, such as vicuna_v1.1")
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        template = jinja_template(setting, _applier(setting, tokenizer), tokenizer.get_added_vocab(), special)
+        if "strftime_now" in str(tokenizer.chat_template):
+            logger.warning(
+                "data.template: %s writes the date into every conversation; all are prepared with the date of now",
+                setting,
+            )
+    else:
+        template = named_template(setting, special_tokens(tokenizer))
+        tokenizer.chat_template = template.chat_template()
+    stop_token_id(template, tokenizer)
+    if adds_bos(tokenizer) and not template.generation_prompt(_QUESTION).startswith(str(tokenizer.bos_token)):
+        logger.warning(
+            "data.template: %s writes no %s, which this tokenizer puts before other texts; training and serving go "
+            "without it",
+            setting,
+            tokenizer.bos_token,
+        )
+    return template
+
+
+def stop_token_id(template: Template, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id of the token that ends an answer.
+
+    Raises:
+        UserError: If it is not exactly one token.
+    """
+    if not template.stop:
+        raise UserError(
+            f"data.template: {template.name} ends answers with the tokenizer's EOS, but it has none; set "
+            "`eos_token` in its tokenizer_config.json"
+        )
+    ids: list[int] = tokenizer(template.stop, add_special_tokens=False).input_ids
+    if len(ids) != 1 or tokenizer.decode(ids) != template.stop:
+        own = ", ".join(name for name, form in TURN_FORMATS.items() if form.stop == "{eos}")
+        raise UserError(
+            f"data.template: {template.name} ends answers with {template.stop!r}, which this tokenizer splits into "
+            f"{len(ids)} tokens ({tokenizer.convert_ids_to_tokens(ids)}), so the model could not learn to stop; use "
+            f"chat_template, or a template that ends answers with the tokenizer's EOS {tokenizer.eos_token!r}: {own}"
+        )
+    return ids[0]
+
+
+def check_serving(template: Template, tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> None:
+    """Prove on a conversation that what is served is the prompt that training taught.
+
+    Args:
+        template: The run's template.
+        tokenizer: With that template as its own.
+        messages: A conversation up to the turn to answer.
+
+    Raises:
+        RuntimeError: If `apply_chat_template` makes another prompt; a named template and its Jinja export, or our way
+            of rendering Jinja and transformers' own, have drifted apart.
+    """
+    trained = template.generation_prompt(messages)
+    tools: list[Any] = []
+    if isinstance(template, JinjaTemplate):
+        chat, tools = template.chat(messages), [dict(tool) for tool in messages[0].tools]
+    elif isinstance(template, NamedTemplate) and all(message.context is None for message in messages):
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+    else:
+        return  # documents are not served as chats, and Alpaca's `input` has no place in chat messages
+    served = tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, add_generation_prompt=True)
+    if served != trained and "strftime_now" not in str(tokenizer.chat_template):
+        raise RuntimeError(f"template {template.name}: trained on {trained!r}, but its chat template serves {served!r}")
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    """Return the tokenizer as a function on texts."""
+    return TextEncoder(tokenizer)
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"data.template: cannot read {path!r}: {reason}") from error
+
+
+def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> Apply:
+    """Return the tokenizer's chat template as a function.
+
+    It is what `apply_chat_template` renders with (transformers' own `ImmutableSandboxedEnvironment`, compiled once),
+    without the copying around it, which takes longer than the rendering; `check_serving` compares the two. The clock
+    stands still, so that a prompt and its conversation cannot come out with two dates.
+    """
+    now = datetime.now()
+    names: dict[str, Any] = {**tokenizer.special_tokens_map, "documents": None}
+    names["strftime_now"] = lambda form: now.strftime(form)
+    compiled: dict[bool, Any] = {}
+
+    def apply(chat: Chat, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]]) -> str:
+        has_tools = bool(tools)
+        if has_tools not in compiled:
+            compiled[has_tools] = _compile(name, tokenizer, tools)
+        given = list(tools) if has_tools else None
+        try:
+            return str(
+                compiled[has_tools].render(
+                    messages=chat, tools=given, add_generation_prompt=add_generation_prompt, **names
+                )
+            )
+        except (TemplateError, TypeError) as error:
+            raise UserError(f"data.template: {name} refuses a conversation: {error}") from error
+
+    return apply
+
+
+def _compile(name: str, tokenizer: PreTrainedTokenizerFast, tools: Sequence[Mapping[str, Any]]) -> Any:
+    """Compile the chat template; a tokenizer may have another one for conversations with tools."""
+    try:
+        return _compile_jinja_template(tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
+    except TemplateSyntaxError as error:
+        raise UserError(f"data.template: {name}, line {error.lineno} of the template: {error.message}") from error
+    except ValueError as error:
+        raise UserError(f"data.template: {name}: {error}") from error

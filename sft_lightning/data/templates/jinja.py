@@ -1,0 +1,221 @@
+"""Jinja templates: the tokenizer's own `chat_template`, or a user's `.jinja` file.
+
+No `{% generation %}` tags are needed. For every supervised answer, the template itself is asked for the generation
+prompt before it and for the conversation up to it; the difference is what the model has to write. That holds for
+whatever a template does with tools, thoughts and history, and is proven for each conversation: n answers cost 2n
+renderings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sft_lightning.data.templates.supervision import supervision
+from sft_lightning.errors import UserError
+from sft_lightning.types import LossOn, Message, Segment
+
+Chat = list[dict[str, Any]]
+"""Messages as chat templates read them: `role`, `content`, and what else `Message.extras` holds."""
+
+Apply = Callable[[Chat, bool, Sequence[Mapping[str, Any]]], str]
+"""(messages, add_generation_prompt, tools) → text."""
+
+_THOUGHT_TAG = re.compile("</?think>")
+
+
+@dataclass(frozen=True)
+class JinjaTemplate:
+    """A chat template in Jinja."""
+
+    name: str
+    apply: Apply
+
+    stop: str
+    """The token that ends an answer."""
+
+    trailer: str
+    """What the template writes after the stop token of every answer, such as a line feed; never supervised."""
+
+    call_stops: tuple[str, ...] = ()
+    """Other tokens that may end a turn which calls tools, as Llama 3.1's `<|eom_id|>` does."""
+
+    typed_parts: bool = False
+    """Whether the template reads contents as lists of typed parts only, as some multimodal ones do."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Every token that may end an answer."""
+        return (self.stop, *self.call_stops)
+
+    def render(self, messages: Sequence[Message], loss_on: LossOn) -> list[list[Segment]]:
+        """Render a conversation; a turn that later turns rewrite becomes a training text of its own.
+
+        Raises:
+            UserError: If the template refuses the conversation or leaves out a part of it, or its generation prompt
+                does not lead to its answers.
+        """
+        chat, tools = self.chat(messages), messages[0].tools
+        whole = self.apply(chat, False, tools)
+        if tools and whole == self.apply(chat, False, ()):
+            raise self._leaves_out("the tools on offer")
+        if loss_on == "all":
+            return [self._all_of(messages, whole)]
+        segments: list[Segment] = []
+        rewritten: list[list[Segment]] = []
+        position = 0
+        for i, (message, supervised) in enumerate(zip(messages, supervision(messages, loss_on), strict=True)):
+            if not supervised:
+                self._check_shown(i, message, whole, thoughts=False)
+                continue
+            if message.role != "assistant":
+                raise self._untrainable(message)
+            prompt = self.apply(chat[:i], True, tools)
+            up_to = whole if i == len(chat) - 1 else self.apply(chat[: i + 1], False, tools)
+            answer = self._answer(i, message, prompt, up_to)
+            self._check_shown(i, message, answer, thoughts=True)
+            supervised_part = Segment(answer, True, message.weight)
+            if len(prompt) >= position and whole.startswith(prompt) and whole.startswith(answer, len(prompt)):
+                segments += [Segment(whole[position : len(prompt)], False), supervised_part]
+                position = len(prompt) + len(answer)
+            else:
+                rewritten.append([Segment(prompt, False), supervised_part])
+        if segments:
+            rewritten.append([*segments, Segment(whole[position:], False)])
+        return rewritten or [[Segment(whole, False)]]
+
+    def generation_prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text after which the model writes the next answer; `messages` end with the user's turn."""
+        return self.apply(self.chat(messages), True, messages[0].tools)
+
+    def chat(self, messages: Sequence[Message]) -> Chat:
+        """Return messages as the template reads them."""
+        return [self._as_dict(message) for message in messages]
+
+    def _as_dict(self, message: Message) -> dict[str, Any]:
+        text = _content(message)
+        content = [{"type": "text", "text": text}] if self.typed_parts else text
+        turn: dict[str, Any] = {"role": message.role, "content": content}
+        if message.extras:
+            turn |= {key: value for key, value in message.extras.items() if value is not None}
+            if "reasoning_content" in turn:
+                turn["thinking"] = turn["reasoning_content"]  # the name that gpt-oss's template reads
+        return turn
+
+    def _all_of(self, messages: Sequence[Message], whole: str) -> list[Segment]:
+        if any(message.train is not None or message.weight != 1.0 for message in messages):
+            raise UserError(f"`train` and `weight` of a message do not go with loss_on: all and template {self.name}")
+        for i, message in enumerate(messages):
+            self._check_shown(i, message, whole, thoughts=False)
+        return [Segment(whole, True)]
+
+    def _answer(self, turn: int, message: Message, prompt: str, up_to: str) -> str:
+        """Return what the model has to write after `prompt`, up to and including the stop token."""
+        if not up_to.startswith(prompt):
+            raise UserError(
+                f"template {self.name}: the generation prompt of turn {turn} ({prompt[-40:]!r}) is not how the "
+                "template renders the turn itself, so the model would be served something else; fix the template"
+            )
+        ending = self.stop + self.trailer
+        if up_to.endswith(ending) and len(up_to) >= len(prompt) + len(ending):
+            return up_to[len(prompt) : len(up_to) - len(self.trailer)]
+        answer = up_to[len(prompt) :].rstrip()
+        if message.extras.get("tool_calls") and answer.endswith(self.stops):
+            return answer
+        raise UserError(
+            f"template {self.name}: the answer of turn {turn} does not end with {ending!r} but with "
+            f"{up_to[len(prompt) :][-20:]!r}; fix the template"
+        )
+
+    def _check_shown(self, turn: int, message: Message, text: str, *, thoughts: bool) -> None:
+        """Refuse a template that leaves a part of a message out, which would train something else in silence.
+
+        Args:
+            turn: The message's index.
+            message: The message.
+            text: Where it has to be: the conversation, or for a supervised answer that answer.
+            thoughts: Whether thoughts have to be there; of earlier turns, templates leave them out on purpose.
+        """
+        content = _content(message)
+        pieces = [content]
+        if "</think>" in content:
+            pieces = _THOUGHT_TAG.split(content) if thoughts else [content.rpartition("</think>")[2]]
+        if any(not _shown(piece, text) for piece in pieces):
+            raise self._leaves_out(f"{content[:60]!r}, the content of turn {turn} ({message.role})")
+        if not message.extras:
+            return
+        if thoughts and not _shown(message.extras.get("reasoning_content") or "", text):
+            raise self._leaves_out(f"`reasoning_content` of turn {turn}")
+        for call in message.extras.get("tool_calls") or ():
+            if not _shown(call["function"]["name"], text):
+                raise self._leaves_out(f"the call of {call['function']['name']!r} in turn {turn}")
+
+    def _leaves_out(self, what: str) -> UserError:
+        return UserError(
+            f"data.template: {self.name} leaves out {what}; use a template that writes it (a .jinja file), or remove "
+            "it from the data"
+        )
+
+    def _untrainable(self, message: Message) -> UserError:
+        if message.role == "tool":
+            return UserError(
+                "`train: true` on a tool turn: what a tool answers is not for the model to write; remove it"
+            )
+        return UserError(f"`train: true` on a {message.role} turn needs a named template, not {self.name}")
+
+
+def jinja_template(
+    name: str, apply: Apply, special_tokens: Iterable[str], call_stops: Iterable[str] = ()
+) -> JinjaTemplate:
+    """Return a Jinja template after asking it, on a probe, how it reads contents and how it ends an answer.
+
+    Args:
+        name: How messages call it.
+        apply: (messages, add_generation_prompt, tools) → text.
+        special_tokens: The tokenizer's added tokens, as text; the stop token is one of them.
+        call_stops: Those that may end a turn which calls tools, where the template itself writes them.
+
+    Raises:
+        UserError: If the template leaves contents out, or no added token follows the answer: nothing would teach the
+            model to stop.
+    """
+    typed_parts, after = _probe(name, apply)
+    for token in sorted(filter(None, special_tokens), key=len, reverse=True):
+        if after.lstrip().startswith(token):
+            others = tuple(stop for stop in call_stops if stop != token)
+            return JinjaTemplate(name, apply, token, after.lstrip()[len(token) :], others, typed_parts)
+    raise UserError(
+        f"data.template: {name} writes {after!r} after an answer, which does not begin with a special token of the "
+        "tokenizer, so the model could not learn to stop; use a template that ends answers with one"
+    )
+
+
+_PROBE = (Message("user", "question"), Message("assistant", "answer"))
+
+
+def _probe(name: str, apply: Apply) -> tuple[bool, str]:
+    """Return whether the template reads typed parts only, and what it writes after an answer."""
+    refusal: UserError | None = None
+    for typed_parts in (False, True):
+        try:
+            text = apply(JinjaTemplate(name, apply, "", "", typed_parts=typed_parts).chat(_PROBE), False, ())
+        except UserError as error:
+            refusal = refusal or error
+            continue
+        _, found, after = text.rpartition(_PROBE[1].content)
+        if found:
+            return typed_parts, after
+    raise refusal or UserError(f"data.template: {name} leaves out the answer of a conversation; use another template")
+
+
+def _content(message: Message) -> str:
+    return message.content if message.context is None else f"{message.content}\n{message.context}"
+
+
+def _shown(piece: str, text: str) -> bool:
+    """Whether a piece is part of a text: but for white space around it, and as it is or as JSON writes it."""
+    piece = piece.strip()
+    return piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text

@@ -1,0 +1,1 @@
+"""Adapters merged into their base, shard by shard, and what proves it."""

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from sft_lightning.data.templates.supervision import supervision
+from sft_lightning.types import LossOn, Message
+
+TURNS = [Message("user", "1"), Message("assistant", "a"), Message("user", "2"), Message("assistant", "b")]
+
+
+@pytest.mark.parametrize(
+    ("loss_on", "expected"),
+    [("assistant", [False, True, False, True]), ("last_turn", [False, False, False, True]), ("all", [True] * 4)],
+)
+def test_loss_on_says_which_messages_are_supervised(loss_on: LossOn, expected: list[bool]) -> None:
+    assert supervision(TURNS, loss_on) == expected
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
+def test_a_messages_own_train_flag_wins(loss_on: LossOn) -> None:
+    turns = [Message("user", "q", train=True), Message("assistant", "a", train=False)]
+    assert supervision(turns, loss_on) == [True, False]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
+def test_a_document_is_supervised_whole(loss_on: LossOn) -> None:
+    assert supervision([Message("text", "a")], loss_on) == [True]
+
+
+def test_of_a_prompt_and_its_completion_the_completion_is_supervised_or_with_all_both() -> None:
+    pieces = [Message("text", "2+2="), Message("text", "4")]
+    assert supervision(pieces, "assistant") == [False, True]
+    assert supervision(pieces, "last_turn") == [False, True]
+    assert supervision(pieces, "all") == [True, True]
