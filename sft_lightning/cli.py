@@ -89,8 +89,9 @@ class SFTCommandLine(LightningCLI):
     ) -> None:
         self._command = command
         self._add_options = add_options
+        self._own_optimizer = _brings_an_optimizer(args)
         run = self._runs = command in self.subcommands()
-        is_preference = _task_of(args) == "dpo"  # decides which keys there are, so it must be known before parsing
+        is_preference = _given(args, "task") == "dpo"  # decides which keys there are: known before parsing
         super().__init__(
             DPOModule if is_preference else CausalLMModule,
             PairDataModule if is_preference else SFTDataModule,
@@ -127,7 +128,8 @@ class SFTCommandLine(LightningCLI):
         )
         if self._add_options is not None:
             self._add_options(parser)
-        parser.set_defaults({"model.optimizer": DEFAULT_OPTIMIZER})
+        if not self._own_optimizer:
+            parser.set_defaults({"model.optimizer": DEFAULT_OPTIMIZER})
         parser.link_arguments("task", "data.task")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         for key in ("trust_remote_code", "add_tokens", "add_special_tokens"):
@@ -239,25 +241,35 @@ def _num_devices(devices: Any) -> int:
     return max(int(devices), 1) if known else 1
 
 
-def _task_of(args: Sequence[str]) -> str | None:
-    """Return the `task` that options and config files name, the last of them; the parser says what is wrong in them."""
-    task: str | None = None
+def _given(args: Sequence[str], key: str) -> Any:
+    """Return what options and config files set a key to, the last of them; the parser says what is wrong in them."""
+    found: Any = None
     for arg, following in zip(args, [*args[1:], ""], strict=True):
         option, given, value = arg.partition("=")
         value = value if given else following
-        if option == "--task":
-            task = value
+        if option == f"--{key}":
+            found = value
         elif option in ("--config", "-c"):
-            task = _task_in(Path(value)) or task
-    return task
+            in_file = _in_file(Path(value), key)
+            found = found if in_file is None else in_file
+    return found
 
 
-def _task_in(config: Path) -> str | None:
+def _in_file(config: Path, key: str) -> Any:
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return content.get("task") if isinstance(content, dict) else None
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def _brings_an_optimizer(args: Sequence[str]) -> bool:
+    """Whether another optimizer than our default is named, which must not inherit the default's arguments."""
+    named = [_given(args, f"model.optimizer{suffix}") for suffix in ("", ".class_path")]
+    classes = [value["class_path"] if isinstance(value, dict) and "class_path" in value else value for value in named]
+    return any(isinstance(each, str) and not each.endswith("torch.optim.AdamW") for each in classes)
 
 
 def _first_given(*values: str | None) -> str | None:

@@ -156,3 +156,17 @@ def test_ckpt_path_last_without_a_checkpoint_overwrites_nothing(
 ) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     assert "earlier run" in wrong(["fit", *fit_args, "--ckpt_path=last"], capsys)
+
+
+def test_another_optimizer_inherits_nothing_from_the_default(
+    fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lion.yaml"
+    file.write_text("model: {optimizer: {class_path: bitsandbytes.optim.Lion, init_args: {lr: 1.0e-4}}}")
+    for options in ([f"--config={file}"], ["--model.optimizer=bitsandbytes.optim.Lion", "--model.optimizer.lr=1e-4"]):
+        with pytest.raises(SystemExit):
+            main(["fit", *options, *fit_args, "--print_config"])
+        optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]
+        assert optimizer["class_path"] == "bitsandbytes.optim.Lion"
+        assert list(optimizer["init_args"].get("betas") or (0.9, 0.99)) == [0.9, 0.99]
+        assert optimizer["init_args"]["lr"] == 1e-4

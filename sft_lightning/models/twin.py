@@ -74,9 +74,19 @@ def export_difference(
         if getattr(config, "init_lora_weights", None) in _STARTS_FROM_BASE:
             config.init_lora_weights = True  # the live base has already been changed by it
         twin = attach_adapter(bare_twin(model.get_base_model()), folder, config=config, prepare=keep_float32_masters)
+        _compute_alike(twin, model)
         with precision():
             exported = logits_of(twin.eval(), input_ids)
     return float((live - exported).abs().max()), float(live.abs().max())
+
+
+def _compute_alike(twin: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Give the twin's adapter the live one's types: PEFT loads it in float32, `trainer.precision: bf16-true` trains it
+    in bfloat16. Nothing is rounded, because it was written in the live type."""
+    types = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    for name, parameter in twin.named_parameters():
+        if parameter.dtype != types.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(types[name])
 
 
 @contextmanager

@@ -65,6 +65,12 @@ def test_the_final_export_is_proven_by_its_logits(fit: Callable[..., Path], monk
     assert any("loaded by PEFT, its logits differ from the live ones by 0.0e+00" in line for line in said)
 
 
+def test_an_adapter_that_trains_in_bfloat16_is_proven_too(fit: Callable[..., Path]) -> None:
+    run = fit("--trainer.max_steps=2", "--model.dtype=bfloat16", "--trainer.precision=bf16-true")
+    weights = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
 def test_probing_exports_changes_nothing_that_is_learned(
     fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
