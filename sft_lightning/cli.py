@@ -128,8 +128,7 @@ class SFTCommandLine(LightningCLI):
         )
         if self._add_options is not None:
             self._add_options(parser)
-        if not self._own_optimizer:
-            parser.set_defaults({"model.optimizer": DEFAULT_OPTIMIZER})
+        parser.set_defaults({"model.optimizer": None if self._own_optimizer else DEFAULT_OPTIMIZER})
         parser.link_arguments("task", "data.task")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         for key in ("trust_remote_code", "add_tokens", "add_special_tokens"):
