@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -63,12 +64,18 @@ class Runs:
 
     def __call__(self, folder: Path, mode: str, *extra: str, **which: object) -> str:
         """Run to the end; return what was said."""
-        done = subprocess.run(
+        with subprocess.Popen(
             self.command(folder, mode, *extra, **which),  # type: ignore[arg-type]
-            capture_output=True, text=True, timeout=TIMEOUT, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-4000:]
-        return done.stdout + done.stderr
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        ) as process:  # fmt: skip
+            try:
+                said, _ = process.communicate(timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks that it started too, which hold the pipe
+                raise
+        assert process.returncode == 0, said[-5000:]
+        return said
 
 
 @pytest.fixture(scope="session")
