@@ -16,8 +16,11 @@ def strategy(options: Options, draft: Draft, *, quantized: bool) -> None:
     """Carry over the launcher's devices, DeepSpeed and FSDP."""
     devices(options, draft)
     name = _deepspeed(options, draft) if options.text("deepspeed") else _fsdp(options, draft)
-    if name and quantized and ("stage_3" in name or "fsdp" in name):
-        draft.leave(f"strategy {name}", "it would shard the quantized base, which it cannot; ddp holds a copy per GPU")
+    if name and quantized and name.startswith("fsdp2"):
+        if draft.values.get("model.quantization", {}).get("bits") == 4:
+            draft.set("trainer.strategy", "fsdp2", "shards the 4-bit base, without offload")
+        else:
+            draft.leave(f"strategy {name}", "an 8-bit base cannot be sharded; ddp holds a copy per GPU")
     elif name:
         draft.set("trainer.strategy", name, draft.remarks.pop("trainer.strategy", ""))
     elif options.has("ddp_find_unused_parameters") and options.flag("ddp_find_unused_parameters"):
@@ -42,8 +45,8 @@ def devices(options: Options, draft: Draft) -> None:
 
 
 def stage_name(stage: int, *, offload: bool) -> str | None:
-    """Return Lightning's name of a ZeRO stage; `None` for stage 0."""
-    name = {0: None, 1: "deepspeed_stage_1", 2: "deepspeed_stage_2", 3: "deepspeed_stage_3"}[stage]
+    """Return the strategy that does what a ZeRO stage does, `fsdp2` for stage 3; `None` for stage 0."""
+    name = {0: None, 1: "deepspeed_stage_1", 2: "deepspeed_stage_2", 3: "fsdp2"}[stage]
     return f"{name}_offload" if name and offload and stage > 1 else name
 
 
@@ -71,9 +74,9 @@ def _fsdp(options: Options, draft: Draft) -> str | None:
     if not words:
         return None
     if "full_shard" not in words:
-        draft.leave(options.shown("fsdp"), "only full_shard has a name here; give FSDPStrategy by class_path")
+        draft.leave(options.shown("fsdp"), "only full_shard is carried over; see docs/scaling.md")
         return None
-    return "fsdp_cpu_offload" if "offload" in words else "fsdp"
+    return "fsdp2_offload" if "offload" in words else "fsdp2"
 
 
 def _zero_section(path: Path) -> dict[str, Any]:

@@ -60,9 +60,9 @@ TRAINING_ARGUMENTS: tuple[Option, ...] = (
     joint("report_to", "trainer.logger", "tensorboard is the default; wandb; none: false"),
     joint("run_name", "trainer.logger (WandbLogger.name)", "a run is named by trainer.default_root_dir else"),
     joint("deepspeed", "trainer.strategy", "the stage and offload that the file says, or its name"),
-    joint("fsdp", "trainer.strategy", "full_shard: fsdp; with offload: fsdp_cpu_offload"),
-    left("fsdp_config", "see trainer.strategy: FSDPStrategy by class_path takes such settings"),
-    left("fsdp_transformer_layer_cls_to_wrap", "FSDPStrategy's auto_wrap_policy, by class_path"),
+    joint("fsdp", "trainer.strategy", "full_shard: fsdp2; with offload: fsdp2_offload"),
+    left("fsdp_config", "fsdp2 needs no such settings"),
+    left("fsdp_transformer_layer_cls_to_wrap", "the decoder layers are found from the model"),
     plain("neftune_noise_alpha", "model.neftune_alpha", "number"),
     joint(
         "ddp_find_unused_parameters", "trainer.strategy", "true: ddp_find_unused_parameters_true; false is the default"

@@ -74,6 +74,7 @@ def keep_float32_masters(model: PeftModel) -> None:
     Raises:
         UserError: If such a module is quantized, and so cannot be trained.
     """
+    found: list[tuple[torch.nn.Module, torch.dtype]] = []  # first all: tied modules share what the first one changes
     for name, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
@@ -85,9 +86,11 @@ def keep_float32_masters(model: PeftModel) -> None:
                 )
             dtype = next(module.parameters()).dtype
             if dtype in _HALF:
-                module.to(torch.float32)
-                module.register_forward_pre_hook(_to_own_dtype)
-                module.register_forward_hook(_ToDtype(dtype))
+                found.append((module, dtype))
+    for module, dtype in found:
+        module.to(torch.float32)
+        module.register_forward_pre_hook(_to_own_dtype)
+        module.register_forward_hook(_ToDtype(dtype))
 
 
 def _to_own_dtype(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

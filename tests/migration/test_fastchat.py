@@ -65,7 +65,7 @@ def test_the_forks_recipes_become_configurations(migrate: Migrate, accepted: Acc
     assert config["trainer"]["accumulate_grad_batches"] == row["accumulate"]
     assert config["trainer"]["max_epochs"] == row["epochs"]
     assert config["trainer"]["precision"] == "bf16-mixed"
-    assert config["trainer"]["strategy"] == f"deepspeed_stage_{row['stage']}"
+    assert config["trainer"]["strategy"] == {2: "deepspeed_stage_2", 3: "fsdp2"}[row["stage"]]
     assert config["trainer"]["callbacks"][0]["init_args"]["save_top_k"] == 3
     for option in ("--tf32 True", "--flash_attn True", "--logging_strategy steps", "--run_name a test"):
         assert f"#   {option}: " in found["text"]
@@ -83,7 +83,7 @@ def test_full_fine_tuning_has_no_adapter_and_float32_weights(migrate: Migrate, a
     config = accepted()
     assert config["model"]["adapter"] is None
     assert (config["model"]["dtype"], config["trainer"]["precision"]) == ("float32", "16-mixed")
-    assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("fsdp", 16)
+    assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("fsdp2", 16)
     assert config["trainer"]["val_check_interval"] == 24_000
     assert config["trainer"]["check_val_every_n_epoch"] is None
     assert "target_length: 2048" in found["text"]
@@ -103,10 +103,10 @@ def test_the_deepspeed_file_tells_stage_and_offload_where_it_is_there(migrate: M
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
     base = ["train_lora.py", "--model_name_or_path", "m", "--deepspeed", str(file)]
-    assert migrate("fastchat", base)["trainer"]["strategy"] == "deepspeed_stage_3_offload"
-    refused = migrate("fastchat", [*base, "--q_lora", "True"])
-    assert "strategy" not in refused["trainer"]
-    assert "cannot; ddp holds a copy" in refused["text"]
+    assert migrate("fastchat", base)["trainer"]["strategy"] == "fsdp2_offload"
+    quantized = migrate("fastchat", [*base, "--q_lora", "True"])
+    assert quantized["trainer"]["strategy"] == "fsdp2"
+    assert "shards the 4-bit base, without offload" in quantized["text"]
 
 
 @pytest.mark.parametrize(

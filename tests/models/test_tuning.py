@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.export import export_adapter, export_model
@@ -190,3 +190,14 @@ def test_alpha_1_is_deepspeed_chats_scaling(model_dir: Path) -> None:
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     scalings = {value for layer in layers for value in layer.scaling.values()}
     assert scalings == {1 / 4}
+
+
+def test_a_tied_head_computes_in_the_type_of_its_trained_matrix(tokenizer: PreTrainedTokenizerFast) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = add_adapter(base, AdapterConfig(r=2, modules_to_save=["embed_tokens"]))
+    logits = model(input_ids=torch.tensor([[1, 5, 7]])).logits
+    logits.float().sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert {p.dtype for name, p in model.named_parameters() if "modules_to_save" in name} == {torch.float32}
