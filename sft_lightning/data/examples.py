@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.encoder import TextEncoder
@@ -105,6 +107,13 @@ class ExampleBuilder:
     @functools.cached_property
     def _encoder(self) -> TextEncoder:
         return TextEncoder(self.tokenizer)
+
+    @functools.cached_property
+    def tokenizer_checksum(self) -> str:
+        """A hash of the tokenizer, special tokens included; made once, because a large vocabulary takes a while."""
+        digest = xxhash.xxh3_128(self.tokenizer.backend_tokenizer.to_str().encode())
+        digest.update(json.dumps(self.tokenizer.special_tokens_map, default=str, sort_keys=True).encode())
+        return digest.hexdigest()
 
     def format_of(self, record: Record, configured: str | None, path: str = "") -> str:
         """Return the format of a source: as configured, else as its path or first record tells.

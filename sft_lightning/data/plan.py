@@ -215,8 +215,11 @@ def source_amounts(rows: Rows, choice: Choice) -> npt.NDArray[np.float64]:
     """Return what each row has of each source, (R, sources); a part of an example counts by its tokens."""
     index, start, stop = rows.documents.T
     parts = choice.amounts[index] * (stop - start) / choice.lengths[index]
-    sums: npt.NDArray[np.float64] = rows.sums(_one_hot(parts, choice.sources[index]))
-    return sums
+    shape = (len(rows), int(choice.sources.max(initial=0)) + 1)
+    # Not through a table of documents by sources: there are many more documents than rows.
+    cells = np.repeat(np.arange(len(rows)), rows.counts) * shape[1] + choice.sources[index]
+    sums = np.bincount(cells, weights=parts, minlength=shape[0] * shape[1])
+    return sums.astype(np.float64, copy=False).reshape(shape)
 
 
 def _one_hot(amounts: npt.NDArray[np.float64], sources: Longs) -> npt.NDArray[np.float64]:

@@ -144,7 +144,7 @@ def _inputs(name: str, config: SourceConfig, builder: ExampleBuilder) -> dict[st
         "columns": config.columns,
         "max_examples": config.max_examples,
         "template": _template(builder),
-        "tokenizer": _tokenizer(builder),
+        "tokenizer": builder.tokenizer_checksum,
         "loss_on": builder.loss_on,
         "malformed": builder.malformed,
         "code": _own_code(),
@@ -183,12 +183,6 @@ def _template(builder: ExampleBuilder) -> str:
     if isinstance(template, NamedTemplate):
         return f"{template.name} {template.tokens}"
     return f"{template.name} {builder.tokenizer.chat_template}"
-
-
-def _tokenizer(builder: ExampleBuilder) -> str:
-    digest = xxhash.xxh3_128(builder.tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(json.dumps(builder.tokenizer.special_tokens_map, default=str, sort_keys=True).encode())
-    return digest.hexdigest()
 
 
 @functools.cache

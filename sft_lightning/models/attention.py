@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.isolation import prove_isolation as prove_isolation  # asked for here by others too
 
 PACKED = "packed"
 """Our name in transformers' registry of attention implementations."""

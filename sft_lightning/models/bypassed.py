@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.targets import _BYPASSED
+from sft_lightning.models.targets import BYPASSED
 
 
 def check_quantized(model: PreTrainedModel) -> None:
@@ -30,7 +30,7 @@ def check_quantized(model: PreTrainedModel) -> None:
             f"({', '.join(kinds) or 'none'}) are of a kind that transformers leaves as it is; set "
             "model.quantization: null, with a LoRA adapter on the base as it is"
         )
-    if found := sorted(_BYPASSED.get(family, set()) & quantized):
+    if found := sorted(BYPASSED.get(family, set()) & quantized):
         raise UserError(
             f"model.quantization: {family} models read the weights of {', '.join(found)} past their modules, which "
             "cannot be done with quantized ones; set model.quantization: null, with a LoRA adapter on the base as it is"

@@ -11,10 +11,10 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import reset_seed  # noqa: TID251 (wiring)
-from lightning.pytorch import LightningModule  # noqa: TID251
-from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: TID251
-from lightning.pytorch.utilities import rank_zero_info  # noqa: TID251
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: TID251 (wiring)
-from lightning.pytorch.core.optimizer import LightningOptimizer  # noqa: TID251
-from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: TID251
-from lightning.pytorch.trainer.states import TrainerFn  # noqa: TID251
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback  # noqa: TID251 (wiring)
-from lightning.pytorch.strategies import StrategyRegistry  # noqa: TID251
-from lightning.pytorch.utilities import rank_zero_info  # noqa: TID251
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
 
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.deepspeed import DeepSpeedZeRO

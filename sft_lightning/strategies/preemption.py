@@ -12,9 +12,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: TID251 (wiring)
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: TID251
-from lightning.pytorch.utilities import rank_zero_info  # noqa: TID251
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
 EXIT_STATUS = 128 + int(signal.SIGTERM)
 """What a process ends with that SIGTERM has ended, as shells count it: 143."""

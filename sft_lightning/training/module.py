@@ -275,12 +275,7 @@ class CausalLMModule(LightningModule):
     def forward(self, batch: Batch) -> LossSums:
         """Return the loss sums of a micro-batch."""
         targets = find_targets(batch["labels"], batch["loss_weights"])
-        inputs = {
-            "input_ids": batch["input_ids"],
-            "position_ids": batch["position_ids"],
-            "document_lengths": batch["document_lengths"],
-            "use_cache": False,
-        }
+        inputs = self._inputs(batch)
         head = self._head
         if head is None:
             return self._loss_of_logits(inputs, targets)
@@ -290,6 +285,16 @@ class CausalLMModule(LightningModule):
         return linear_cross_entropy(
             hidden, head.linear.weight, head.linear.bias, targets, scale=head.scale, softcap=head.softcap
         )
+
+    @staticmethod
+    def _inputs(batch: Batch) -> dict[str, Any]:
+        """Return what the decoder is called with."""
+        return {
+            "input_ids": batch["input_ids"],
+            "position_ids": batch["position_ids"],
+            "document_lengths": batch["document_lengths"],
+            "use_cache": False,
+        }
 
     @functools.cached_property
     def _head(self) -> Head | None:

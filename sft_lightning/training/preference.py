@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info  # wiring, as module.py
+from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
 from sft_lightning.data.pairs_collate import PairBatch
@@ -147,12 +147,7 @@ class DPOModule(CausalLMModule):
     def answers(self, batch: PairBatch) -> Answers:
         """Return the log-probabilities of a micro-batch's answers under the model as it is."""
         targets = find_targets(batch["labels"], batch["loss_weights"])
-        inputs: dict[str, Any] = {
-            "input_ids": batch["input_ids"],
-            "position_ids": batch["position_ids"],
-            "document_lengths": batch["document_lengths"],
-            "use_cache": False,
-        }
+        inputs = self._inputs(batch)
         head, routers = self._head, None
         if head is not None:
             hidden = head.decoder(**inputs).last_hidden_state.flatten(0, 1)[targets.positions]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import struct
 import subprocess
 from collections.abc import Callable
@@ -27,14 +26,6 @@ ANSWERS = [
 ]
 
 PROBE = "<script>document.title = [document.documentElement.scrollWidth, innerWidth].join(' of ')</script>"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
-    pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
 
 
 @pytest.fixture(scope="module")

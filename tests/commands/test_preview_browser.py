@@ -4,7 +4,6 @@ import functools
 import io
 import json
 import re
-import shutil
 import struct
 import subprocess
 from collections.abc import Callable
@@ -55,14 +54,6 @@ parent.postMessage(JSON.stringify({
 FRAME = """<!DOCTYPE html><script>onmessage = event => document.body.dataset.seen = event.data</script>
 <body><iframe src="changed.html" style="width: {width}px; height: 900px; border: 0"></iframe></body>"""
 """Holds the probed page, because no window gets as narrow as a telephone."""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
-    pytest.skip("no chromium, chromium-browser or google-chrome on PATH")
 
 
 @pytest.fixture(scope="module")

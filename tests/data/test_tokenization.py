@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.templates.binding import encoder
+from sft_lightning.data.encoder import TextEncoder
 from sft_lightning.data.templates.template import SpecialTokens, named_template
 from sft_lightning.data.tokenization import tokenize
 from sft_lightning.types import Message, Segment, TokenizedExample
@@ -21,7 +21,7 @@ def supervised_text(tokenizer: PreTrainedTokenizerFast, example: TokenizedExampl
 
 
 def example_of(tokenizer: PreTrainedTokenizerFast, segments: Sequence[Segment]) -> TokenizedExample:
-    [example] = tokenize([segments], encoder(tokenizer))
+    [example] = tokenize([segments], TextEncoder(tokenizer))
     return example
 
 
@@ -52,7 +52,7 @@ def test_weights_reach_the_tokens_of_their_segment(tokenizer: PreTrainedTokenize
 def test_a_token_that_would_straddle_the_border_is_cut_there() -> None:
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3, ".": 4}, [("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.Split("c", "isolated")
-    encode = encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+    encode = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend))
     [example] = tokenize([[Segment("ca", False), Segment("bc", True)]], encode)
     assert example.input_ids.tolist() == [3, 0, 1, 3]
     assert example.loss_weights.tolist() == [0, 0, 1, 1]
@@ -111,7 +111,7 @@ def test_a_batch_gives_each_example_what_it_gives_alone(tokenizer: PreTrainedTok
         [Segment("", True)],
         [Segment("é日本", True, 0.5), Segment("🙂", False)],
     ]
-    together = tokenize(examples, encoder(tokenizer))
+    together = tokenize(examples, TextEncoder(tokenizer))
     assert len(together) == len(examples)
     for segments, example in zip(examples, together, strict=True):
         alone = example_of(tokenizer, segments)
@@ -120,7 +120,7 @@ def test_a_batch_gives_each_example_what_it_gives_alone(tokenizer: PreTrainedTok
 
 
 def test_no_examples_make_no_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert list(tokenize([], encoder(tokenizer))) == []
+    assert list(tokenize([], TextEncoder(tokenizer))) == []
 
 
 def letters(*merges: tuple[str, str]) -> PreTrainedTokenizerFast:

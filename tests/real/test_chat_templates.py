@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.encoder import TextEncoder
-from sft_lightning.data.templates.binding import bind_template, encoder
+from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.data.templates.example_checks import check_examples
 from sft_lightning.data.templates.jinja import JinjaTemplate
 from sft_lightning.data.tokenization import tokenize
@@ -84,7 +84,7 @@ def bound(name: str, real_data: Path) -> tuple[JinjaTemplate, PreTrainedTokenize
     tokenizer.chat_template = config["chat_template"]
     template = bind_template("chat_template", tokenizer)
     assert isinstance(template, JinjaTemplate)
-    return template, tokenizer, encoder(tokenizer)
+    return template, tokenizer, TextEncoder(tokenizer)
 
 
 def served(name: str, real_data: Path, messages: list[Message], **options: Any) -> Any:

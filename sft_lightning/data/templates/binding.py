@@ -12,7 +12,6 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from sft_lightning.data.encoder import TextEncoder
 from sft_lightning.data.templates.jinja import Apply, Chat, JinjaTemplate, jinja_template
 from sft_lightning.data.templates.named import NamedTemplate, SpecialTokens, named_template
 from sft_lightning.data.templates.template import Template
@@ -113,11 +112,6 @@ def check_serving(template: Template, tokenizer: PreTrainedTokenizerFast, messag
     served = tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, add_generation_prompt=True)
     if served != trained and "strftime_now" not in str(tokenizer.chat_template):
         raise RuntimeError(f"template {template.name}: trained on {trained!r}, but its chat template serves {served!r}")
-
-
-def encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    """Return the tokenizer as a function on texts."""
-    return TextEncoder(tokenizer)
 
 
 def _read_template(path: str) -> str:

@@ -7,7 +7,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.templates.binding import bind_template, encoder, special_tokens
+from sft_lightning.data.encoder import TextEncoder
+from sft_lightning.data.templates.binding import bind_template, special_tokens
 from sft_lightning.data.templates.example_checks import check_examples
 from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.errors import UserError
@@ -26,7 +27,7 @@ def own(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def check(
     template: Template, own: PreTrainedTokenizerFast, messages: Sequence[Message], loss_on: LossOn = "assistant"
 ) -> None:
-    check_examples(template, own, encoder(own), [("chat.jsonl, line 1", messages)], loss_on)
+    check_examples(template, own, TextEncoder(own), [("chat.jsonl, line 1", messages)], loss_on)
 
 
 def of_jinja(own: PreTrainedTokenizerFast, source: str) -> Template:
@@ -97,7 +98,7 @@ def test_a_stop_token_that_the_tokenizer_joins_with_its_text_is_an_error() -> No
     template = bind_template("chat_template", serving)
     turns = [Message("user", "b"), Message("assistant", "ba")]
     with pytest.raises(UserError, match="does not end with its stop token, but with the tokens"):
-        check_examples(template, serving, encoder(joins), [("line 1", turns)], "assistant")
+        check_examples(template, serving, TextEncoder(joins), [("line 1", turns)], "assistant")
 
 
 def test_spaces_at_the_end_of_a_prompt_are_trained_as_they_are_served() -> None:

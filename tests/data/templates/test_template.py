@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sft_lightning.data.encoder import TextEncoder
-from sft_lightning.data.templates.binding import encoder, special_tokens
+from sft_lightning.data.templates.binding import special_tokens
 from sft_lightning.data.templates.template import (
     DocumentTemplate,
     JinjaTemplate,
@@ -83,7 +83,7 @@ def tokenizer_at_hand(name: str, real: Path) -> tuple[PreTrainedTokenizerFast, T
 
 def with_stops(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedTokenizerFast, TextEncoder]:
     tokenizer.add_special_tokens({"extra_special_tokens": STOPS})
-    return tokenizer, encoder(tokenizer)
+    return tokenizer, TextEncoder(tokenizer)
 
 
 def expected_answers(template: NamedTemplate, turns: list[Message]) -> str:
