@@ -33,7 +33,6 @@ from sft_lightning.training.checkpoint import AtomicCheckpointIO
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference import DPOModule
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 register_strategies()
 
 DEFAULT_OPTIMIZER = {
@@ -90,6 +89,8 @@ class SFTCommandLine(LightningCLI):
         self._command = command
         self._add_options = add_options
         self._own_optimizer = _brings_an_optimizer(args)
+        # Reading the sources for what they say of each key takes a quarter of a second, and only help shows it.
+        set_parsing_settings(docstring_parse_attribute_docstrings=_shows_help(args))
         run = self._runs = command in self.subcommands()
         is_preference = _given(args, "task") == "dpo"  # decides which keys there are: known before parsing
         super().__init__(
@@ -196,7 +197,9 @@ def _with_default_callbacks(config: Any) -> list[Callback]:
     given = config["callbacks"] or []
     given = list(given) if isinstance(given, Iterable) else [given]
     defaults: list[Callback] = [
+        observers.HyperParameters(),
         observers.DataSummary(),
+        observers.FirstStep(),
         observers.SampleGeneration(),
         observers.AdapterExport(),
         observers.ModelExport(),
@@ -262,6 +265,10 @@ def _in_file(config: Path, key: str) -> Any:
     for part in key.split("."):
         content = content.get(part) if isinstance(content, dict) else None
     return content
+
+
+def _shows_help(args: Sequence[str]) -> bool:
+    return any(arg == "-h" or arg.startswith(("--help", "--print_config=comments")) for arg in args)
 
 
 def _brings_an_optimizer(args: Sequence[str]) -> bool:

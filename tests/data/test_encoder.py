@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import unicodedata
 from typing import Any
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.encoder import TextEncoder, bytes_of_tokens
+from sft_lightning.data.encoder import TextEncoder, bytes_of_tokens, without_normalizer
 from sft_lightning.data.tokenization import Tokens, byte_length, split
 from sft_lightning.errors import UserError
 
@@ -265,3 +266,25 @@ def test_a_text_that_no_anchor_can_stand_before_is_an_error() -> None:
 
 def test_nothing_encodes_to_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [len(column) for column in TextEncoder(tokenizer).encode([])] == [0, 0, 0, 0]
+
+
+def test_the_copy_without_a_normalizer_knows_the_added_tokens_by_the_same_ids(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    own = changed(tokenizer, normalizer=normalizers.NFC())
+    own.add_tokens([AddedToken("<added>", normalized=True), AddedToken("<raw>", normalized=False, lstrip=True)])
+    texts = ["x<added>y", "x  <raw> y", "<s>é<added></s>", "e\u0301<added>"]
+    encoder = TextEncoder(own)
+    check_same(encoder.encode(texts), by_offsets(encoder, texts), texts)
+
+
+def test_added_tokens_with_gaps_between_their_ids_keep_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["normalizer"] = {"type": "NFC"}
+    highest = max(state["model"]["vocab"].values())
+    state["added_tokens"].append({**state["added_tokens"][-1], "id": highest + 100, "content": "<far>"})
+    backend = Tokenizer.from_str(json.dumps(state))
+    fast = without_normalizer(backend)
+    assert fast.get_added_tokens_decoder() == backend.get_added_tokens_decoder()
+    assert fast.encode("a<far>", add_special_tokens=False).ids == backend.encode("a<far>", add_special_tokens=False).ids
+    assert fast.normalizer is None
