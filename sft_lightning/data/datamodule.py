@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.blending import BlendConfig
@@ -23,18 +20,19 @@ from sft_lightning.data.collate import collate
 from sft_lightning.data.corpus import Corpora, Corpus, LengthLimits, Overlong
 from sft_lightning.data.examples import ExampleBuilder, MalformedPolicy
 from sft_lightning.data.loader import Collate, EvaluationLoader, TrainLoader
-from sft_lightning.data.plan import Choice, EpochPlan, Packing, PackingSetting, Topology, plan_epoch
-from sft_lightning.data.planner import EpochPlanner
+from sft_lightning.data.plan import EpochPlan, Packing, PackingSetting, Topology
+from sft_lightning.data.planner import EpochPlanner, plan_evaluation
 from sft_lightning.data.preparation import Prepared, default_store_dir
-from sft_lightning.data.prompts import PromptBatch, make_prompts
+from sft_lightning.data.prompts import PromptBatch, PromptLoader, make_prompts
 from sft_lightning.data.reading import Sources, Split, SplitOptions, SplitReader
 from sft_lightning.data.report import DataReport
-from sft_lightning.data.sources import SourceConfig, read_record
+from sft_lightning.data.sources import SourceConfig
 from sft_lightning.data.splits import Compat
 from sft_lightning.data.stream_source import SourceStream, check_streamed, describe_streamed, share_unit
-from sft_lightning.data.streaming import StreamLoader, StreamWindows
+from sft_lightning.data.streaming import StreamLoader
 from sft_lightning.data.templates.binding import bind_template, special_tokens, stop_token_id
 from sft_lightning.data.templates.template import DocumentTemplate, Template
+from sft_lightning.data.training_rows import PlannedRows, RunLength, StreamedRows, TrainingRows
 from sft_lightning.errors import UserError
 from sft_lightning.models.loading import load_tokenizer
 from sft_lightning.types import Batch, LossOn, TokenizedExample
@@ -139,7 +137,6 @@ class SFTDataModule(LightningDataModule):
             overlong=overlong,
             packing="best_fit" if packing == "auto" else packing,
         )
-        self.max_length = max_length
         self.blend = blend
         self.malformed: MalformedPolicy = malformed
         self.batch_size = batch_size
@@ -154,6 +151,12 @@ class SFTDataModule(LightningDataModule):
         self.topology = Topology(batch_size=batch_size)
         """How rows are dealt out where there is no trainer to say so."""
         self._corpora: dict[Split, list[Corpus]] = {}
+        self._streams: list[SourceStream] = []
+
+    @property
+    def max_length(self) -> int:
+        """Tokens per packed row."""
+        return self.limits.max_length
 
     # --- tokenizer and template ------------------------------------------------------------------------------------
 
@@ -244,11 +247,8 @@ class SFTDataModule(LightningDataModule):
 
     def _open_streams(self) -> None:
         """Find the format of every streamed source; their records are read when they are trained on."""
-        if self.trainer is not None and self.trainer.max_steps == -1:
-            raise UserError(
-                "trainer.max_steps: not set, but data.sources are streamed and have no end; set the number of "
-                "optimizer steps, or leave out `streaming`"
-            )
+        if self.trainer is not None:
+            _ = self.num_optimizer_steps  # an error if the run has no end
         if not any(name.startswith("train/") for name in self.report.sources):
             rank_zero_info(describe_streamed(self.sources, self.blend))
             # Tokenizing runs beside training, where samples are tokenized: each needs a tokenizer of its own.
@@ -256,22 +256,6 @@ class SFTDataModule(LightningDataModule):
             self._streams = [SourceStream(name, config, builder, self.limits) for name, config in self.sources.items()]
             self.report.blend_unit = share_unit(self.blend)
             self.report.sources |= {f"train/{stream.name}": stream.report for stream in self._streams}
-
-    def _stream_loader(self) -> StreamLoader:
-        windows = StreamWindows(
-            self._streams,
-            self.blend,
-            self.limits,
-            rows_per_step=self._topology.rows_per_step,
-            seed=self.seed,
-        )
-        loader = StreamLoader(
-            windows, self._topology, lambda window: self._collate(window.store.example), self.num_optimizer_steps
-        )
-        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
-        if limit != 1.0 and not (isinstance(limit, int) and limit >= len(loader)):
-            raise UserError(f"trainer.limit_train_batches: {limit} with streamed sources; use trainer.max_steps alone")
-        return loader
 
     # --- the plan --------------------------------------------------------------------------------------------------
 
@@ -309,12 +293,27 @@ class SFTDataModule(LightningDataModule):
             self.planner.report(self.report)
 
     @property
-    def packs(self) -> bool:
-        """Whether any row of the first epoch holds more than one document; of a stream, whether one may."""
+    def rows(self) -> TrainingRows:
+        """What is trained on, row by row, as the trainer is set now."""
         if self.streams:
-            return self.limits.packing != "none"
-        plan = self.plan(0)
-        return len(plan.documents) > plan.num_rows
+            return StreamedRows(
+                self._streams, self.sources, self.blend, self.limits, self._topology, self._run_length, self.seed
+            )
+        return PlannedRows(self.planner, self.sources, self._topology, self._run_length)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold more than one document; if rows are planned, whether one does."""
+        return self.rows.packs
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps that the run will take."""
+        return self.rows.num_optimizer_steps
+
+    def describe_rows(self, optimizer_step: int, limit: int = 8) -> list[str]:
+        """Return where the records of an optimizer step's rows stand; steps count from 1."""
+        return self.rows.describe(optimizer_step, limit)
 
     @property
     def _topology(self) -> Topology:
@@ -329,50 +328,11 @@ class SFTDataModule(LightningDataModule):
         )
 
     @property
-    def num_optimizer_steps(self) -> int:
-        """Optimizer steps that the run will take, from the plan and the trainer's limits."""
+    def _run_length(self) -> RunLength:
         trainer = self.trainer
         if trainer is None:
-            return self.plan(0).num_steps
-        if self.streams:
-            return trainer.max_steps
-        if trainer.max_epochs == -1:
-            if trainer.max_steps == -1:
-                raise UserError("trainer: set max_steps or max_epochs; the learning-rate schedule needs an end")
-            return trainer.max_steps
-        epochs = range(trainer.max_epochs or 1)
-        if self.planner.repeats:
-            steps = len(epochs) * self._steps_of(0)
-        else:  # a part of a source that is another in every epoch does not always fill as many rows
-            steps = sum(self._steps_of(epoch) for epoch in epochs)
-        return steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
-
-    def _steps_of(self, epoch: int) -> int:
-        return math.ceil(self._micro_batches_of(epoch) / self._topology.accumulate)
-
-    def _micro_batches_of(self, epoch: int) -> int:
-        """Micro-batches of an epoch within `trainer.limit_train_batches`, which must not cut a step in two."""
-        whole = self.plan(epoch).num_micro_batches(self._topology)
-        limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
-        limited = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
-        if limited < whole and limited % self._topology.accumulate:
-            raise UserError(
-                f"trainer.limit_train_batches: {limit} stops in the middle of an optimizer step; "
-                f"use a multiple of accumulate_grad_batches ({self._topology.accumulate})"
-            )
-        return limited
-
-    def micro_batches_done(self, position: Mapping[str, int]) -> int:
-        """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
-        if self.streams:
-            return position["rows"] // self._topology.rows_per_step * self._topology.accumulate
-        return self.plan(position["epoch"]).micro_batches_done(position["rows"], self._topology)
-
-    def is_within_epoch(self, position: Mapping[str, int]) -> bool:
-        """Whether rows of its epoch come after a loader's position; a stream is one epoch as long as the run."""
-        if self.streams:
-            return position["rows"] < self.num_optimizer_steps * self._topology.rows_per_step
-        return position["rows"] < self.plan(position["epoch"]).num_rows
+            return RunLength()
+        return RunLength(trainer.max_epochs, trainer.max_steps, trainer.limit_train_batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the order of the rows depends on, for a checkpoint."""
@@ -383,7 +343,7 @@ class SFTDataModule(LightningDataModule):
             "global batch (rows)": self._topology.rows_per_step,
             "blend": f"{self.blend.by}, temperature {self.blend.temperature}",
             "weights": [(source.weight, source.max_epochs) for source in self.sources.values()],
-            "tokens": self._content,
+            "tokens": self.rows.content if self.streams or "train" in self._corpora else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -402,34 +362,6 @@ class SFTDataModule(LightningDataModule):
                 "values, or start a new run from its weights with model.adapter.path (or model.model_name_or_path)"
             )
 
-    @property
-    def _content(self) -> str | None:
-        """What the tokens are; of a stream, what decides which are seen (the loader knows those of its window)."""
-        if self.streams:
-            taken = [(name, config.max_examples) for name, config in self.sources.items()]
-            return f"streamed: {taken}, min_length {self.limits.min_length}, overlong {self.limits.overlong}"
-        return self.planner.fingerprint if "train" in self._corpora else None
-
-    def describe_rows(self, optimizer_step: int, limit: int = 8) -> list[str]:
-        """Return where the records of an optimizer step's rows stand, of all ranks.
-
-        Args:
-            optimizer_step: Its number in the run, from 1.
-            limit: Places at most; the last entry tells of more.
-        """
-        if self.streams:
-            return [f"rows {(optimizer_step - 1) * self._topology.rows_per_step} and following of the streamed sources"]
-        epoch, step = 0, optimizer_step - 1
-        while step >= self._steps_of(epoch):
-            step -= self._steps_of(epoch)
-            epoch += 1
-        plan, size = self.plan(epoch), self._topology.rows_per_step
-        rows = range(step * size, min((step + 1) * size, plan.num_rows))
-        examples = dict.fromkeys(int(document[0]) for row in rows for document in plan.row(row))
-        found = list(dict.fromkeys(self.planner.corpora.record(example) for example in examples))
-        places = [f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]]
-        return places if len(found) <= limit else [*places, f"and {len(found) - limit} more records"]
-
     # --- loaders ---------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> TrainLoader | StreamLoader:
@@ -446,10 +378,8 @@ class SFTDataModule(LightningDataModule):
             raise UserError(
                 "trainer.callbacks: GradientAccumulationScheduler would change the plan; use a fixed number"
             )
-        if self.streams:
-            return self._stream_loader()
-        loader = TrainLoader(self.plan, self._topology, self._collate(self.planner.corpora.example))
-        if trainer is not None and not self.planner.repeats:
+        loader = self.rows.loader(self._collate)
+        if isinstance(loader, TrainLoader) and trainer is not None and not self.planner.repeats:
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # Lightning takes every epoch to be as long as the first
             loader.set_epoch(trainer.current_epoch)
         return loader
@@ -462,13 +392,13 @@ class SFTDataModule(LightningDataModule):
         """Return a loader for each test source."""
         return [self._evaluation_loader(corpus) for corpus in self._corpora["test"]]
 
-    def predict_dataloader(self) -> DataLoader[dict[str, str]]:
-        """Return prompts in batches."""
+    def predict_dataloader(self) -> PromptLoader:
+        """Return this rank's prompts in batches."""
         prompts = self.prompts()
         if not prompts:
             raise UserError("data: set predict_sources, val_sources or val_fraction; there is nothing to predict on")
-        # A list is a data set too; typed as torch wants it.
-        return DataLoader(cast("Dataset[dict[str, str]]", prompts), batch_size=self.batch_size, collate_fn=list)
+        topology = self._topology
+        return PromptLoader(prompts, self.batch_size, rank=topology.rank, world_size=topology.world_size)
 
     @property
     def val_names(self) -> list[str]:
@@ -497,18 +427,14 @@ class SFTDataModule(LightningDataModule):
         return list(islice(prompts, limit))
 
     def _evaluation_loader(self, corpus: Corpus) -> EvaluationLoader:
-        topology = Topology(batch_size=self.batch_size, world_size=self._topology.world_size, rank=self._topology.rank)
-        corpora, examples = Corpora([corpus]), corpus.examples
-        lengths = corpus.kept[examples]
-        plan = plan_epoch(
-            Choice(examples, np.zeros_like(examples), lengths, lengths.astype(np.float64)),
-            corpora.weigh,
+        topology = replace(self._topology, accumulate=1)
+        plan = plan_evaluation(
+            corpus,
             packing="none" if self.packing_is_open else self.limits.packing,  # no model has decided: it is not trained
             max_length=self.limits.max_length,
             rows_per_step=topology.rows_per_step,
-            shuffle=None,
         )
-        return EvaluationLoader(plan, topology, self._collate(corpora.example))
+        return EvaluationLoader(plan, topology, self._collate(Corpora([corpus]).example))
 
     def _collate(self, example: Callable[[int, int, int], TokenizedExample]) -> Collate:
         pad = self.tokenizer.pad_token_id

@@ -136,3 +136,23 @@ class EpochPlanner:
             amounts[corpus.examples + first] = corpus.amounts(unit)
         sources = np.repeat(np.arange(len(self._corpora)), np.diff(self.corpora.firsts))
         return Choice(np.arange(len(amounts)), sources, self.corpora.kept, amounts)
+
+
+def plan_evaluation(corpus: Corpus, *, packing: Packing, max_length: int, rows_per_step: int) -> EpochPlan:
+    """Plan every example of a corpus once, in order.
+
+    Args:
+        corpus: What is evaluated on.
+        packing: How examples share rows.
+        max_length: Tokens per row.
+        rows_per_step: Rows that all ranks take together.
+    """
+    examples, lengths = corpus.examples, corpus.kept[corpus.examples]
+    return plan_epoch(
+        Choice(examples, np.zeros_like(examples), lengths, lengths.astype(np.float64)),
+        Corpora([corpus]).weigh,
+        packing=packing,
+        max_length=max_length,
+        rows_per_step=rows_per_step,
+        shuffle=None,
+    )
