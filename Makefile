@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-all test-gpu test-browser check bench bench-data wheel clean
+.PHONY: help setup demo test test-all test-gpu test-browser check docs bench bench-data equality wheel clean
 
 help:  ## Show this list (the default)
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,11 +34,18 @@ check: setup  ## Lint, check the formatting, check the types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: setup  ## Write the pages of docs/ that are made from the code
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sft_lightning migrate --table > docs/migrating.md
+
 bench: setup  ## Run the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/train.py
 
 bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (makes their environments; an hour)
 	$(BIN)/python benchmarks/data.py
+
+equality: setup  ## Compare gradients over splits and resumed runs with whole ones; writes docs/equality.md (5 minutes)
+	$(BIN)/python benchmarks/equality.py > docs/equality.md.new && mv docs/equality.md.new docs/equality.md
 
 test-browser: setup  ## Run the tests that need headless Chromium
 	$(BIN)/python -m pytest -m browser

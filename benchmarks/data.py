@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import sys
 from datetime import date
 from pathlib import Path
@@ -34,7 +33,7 @@ sys.path.insert(0, str(_HERE / "peers"))
 
 from environments import PEERS, environment  # noqa: E402
 from job import SYSTEM, Answer, Job  # noqa: E402
-from processes import NUM_CORES, empty_folder, fastest, measure, use_two_cores  # noqa: E402
+from processes import empty_folder, fastest, hardware, measure, use_two_cores  # noqa: E402
 from rows import alpaca_like  # noqa: E402
 from table import show  # noqa: E402
 
@@ -153,13 +152,6 @@ def compare(result: dict[str, Any]) -> dict[str, float]:
     others: dict[str, Answer] = {"tokenizers": result["tokenizers"]} if "tokenizers" in result else {}
     others |= {name: result[name][0] for name in PEERS if name in result}
     return {name: round(other["seconds"] / result["ours"]["seconds"], 3) for name, other in others.items()}
-
-
-def hardware() -> str:
-    """Name the processor, the cores used and the memory."""
-    named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{named[1] if named else platform.machine()}, {NUM_CORES} cores, {memory:.0f} GiB"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

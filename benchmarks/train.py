@@ -1,171 +1,192 @@
-"""Tokens per second of a training step: ours beside a bare PyTorch loop on the same rows, model, attention and loss.
+"""Tokens per second of a training step: ours beside a bare PyTorch loop and beside TRL, each in a process of its own.
 
-    python benchmarks/train.py [--dtype bfloat16] [--repeats 3]
+    python benchmarks/train.py [--dtype bfloat16] [--repeats 3] [--only ours bare trl]
 
-A 19.5 M parameter Llama (hidden 256, 4 layers, vocabulary 32000), 256 documents of Alpaca-like lengths packed to 2048,
-fused AdamW, eight steps of which the first is dropped. The two take turns, the best of each counts, and their losses
-are compared.
-Results, with hardware and versions, go to `benchmarks/results/`.
+A 19.5 M parameter Llama (hidden 256, 4 layers, vocabulary 32000) from one folder, 256 documents of Alpaca-like lengths
+from one JSONL file, packed to 2048, a row a step, fused AdamW, two threads, eight steps of which the first is dropped.
+
+Ours is the whole `fit` command with all its callbacks. The bare loop has our rows, our attention and our loss, and
+nothing else; its losses must be ours. TRL has an environment of its own (`peers/environments.py`), made at the first
+run, and is measured packed and not; its fastest way is what we are compared with. The ways take turns, the best of each
+counts. Results, with hardware and versions, go to `benchmarks/results/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import time
-import warnings
-from collections.abc import Sequence
+import sys
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from callbacks import Throughput
-from sft_lightning.cli import quiet_libraries
-from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.examples import Corpus
-from sft_lightning.data.report import SourceReport
-from sft_lightning.data.sources import SourceConfig
-from sft_lightning.data.store import TokenStore
-from sft_lightning.models.attention import PACKED
-from sft_lightning.training.losses import predicting_columns, weighted_cross_entropy
-from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.optim import LRScheduleConfig
-from sft_lightning.types import Batch, TokenizedExample
+_HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE / "peers"))
 
-CONFIG = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 32000,
-}  # fmt: skip
+from environments import PEERS, environment  # noqa: E402
+from job import Answer, Job  # noqa: E402
+from processes import NUM_CORES, empty_folder, fastest, hardware, measure, use_two_cores  # noqa: E402
+
+RESULTS = _HERE / "results"
+VOCABULARY = 32_000
+NUM_DOCUMENTS = 256
+MAX_LENGTH = 2048
 STEPS = 8
-RESULTS = Path(__file__).parent / "results"
+LR = 1e-4
+LARGEST_LOSS_DIFFERENCE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""What two ways of adding up the same numbers may differ by, over eight steps."""
 
 
-class SyntheticData(SFTDataModule):
-    """Random token ids of Alpaca-like lengths, every token supervised."""
-
-    def __init__(self) -> None:
-        super().__init__(sources={"random": SourceConfig(path="-")}, max_length=2048)
-        backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
-        self.__dict__["tokenizer"] = PreTrainedTokenizerFast(
-            tokenizer_object=backend, pad_token="<pad>", eos_token="</s>"
-        )
-
-    def setup(self, stage: str) -> None:
-        generator = np.random.default_rng(1)
-        lengths = generator.lognormal(4.8, 0.8, 256).astype(np.int64).clip(16, 1024)
-        examples = [
-            TokenizedExample(generator.integers(2, 32000, n).astype(np.int32), np.ones(n, np.float32)) for n in lengths
-        ]
-        store = TokenStore.from_examples(examples)
-        self._train = [Corpus("random", store, store.lengths, SourceReport("train"))]
-
-
-class StepTimes(Callback):
-    """Seconds and loss of each optimizer step."""
-
-    def __init__(self) -> None:
-        self.marks: list[float] = []
-        self.losses: list[float] = []
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        self.marks.append(time.perf_counter())
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.losses.append(float(outputs["loss"]))
-
-    def on_train_end(self, *args: Any) -> None:
-        self.marks.append(time.perf_counter())
-
-
-def adamw(parameters: Any) -> torch.optim.AdamW:
-    """Return the optimizer of both."""
-    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
-
-
-def ours(dtype: str) -> tuple[list[float], list[float]]:
-    """Train with the trainer; return the seconds and the loss of each step."""
+def write_model(folder: Path) -> None:
+    """Write the model and a tokenizer whose words are numbers."""
     torch.manual_seed(0)
-    module = CausalLMModule(
-        from_config=CONFIG,
-        dtype=dtype,
-        gradient_checkpointing=False,
-        optimizer=adamw,
-        lr_scheduler=LRScheduleConfig(name="constant"),
-    )
-    times = StepTimes()
-    trainer = Trainer(
-        max_steps=STEPS, max_epochs=-1, callbacks=[times, Throughput()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=1.0, log_every_n_steps=10,
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    trainer.fit(module, SyntheticData())
-    return np.diff(times.marks).tolist(), times.losses
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {"<pad>": 0, "</s>": 1, **{str(index): index for index in range(2, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
 
 
-def bare(dtype: str, batches: Sequence[Batch]) -> tuple[list[float], list[float]]:
-    """Train with a loop of a dozen lines; return the seconds and the loss of each step."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(**CONFIG)
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=PACKED).train()
-    optimizer = adamw(model.parameters())
-    marks, losses = [time.perf_counter()], []
-    for batch in batches:
-        columns = predicting_columns(batch["labels"])
-        out = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"],
-            document_lengths=batch["document_lengths"], logits_to_keep=columns, use_cache=False,
-        )  # fmt: skip
-        sums = weighted_cross_entropy(out.logits, columns, batch["labels"], batch["loss_weights"])
-        loss = sums.loss / batch["denominator"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-        marks.append(time.perf_counter())
-    return np.diff(marks).tolist(), losses
+def write_documents(file: Path) -> None:
+    """Write random documents of Alpaca-like lengths."""
+    generator = np.random.default_rng(1)
+    lengths = generator.lognormal(4.8, 0.8, NUM_DOCUMENTS).astype(np.int64).clip(16, 1023)
+    with file.open("w") as out:
+        for length in lengths:
+            text = " ".join(map(str, generator.integers(2, VOCABULARY, length)))
+            out.write(json.dumps({"text": text}) + "\n")
+
+
+def configuration(folder: Path, dtype: str) -> dict[str, Any]:
+    """Return our configuration; JSON is YAML."""
+    return {
+        "task": "pretrain",
+        "model": {
+            "model_name_or_path": str(folder / "model"),
+            "dtype": dtype,
+            "adapter": None,
+            "gradient_checkpointing": False,
+            "optimizer": {
+                "class_path": "torch.optim.AdamW",
+                "init_args": {"lr": LR, "weight_decay": 0.0, "fused": True},
+            },
+            "lr_scheduler": {"name": "constant"},
+        },
+        "data": {
+            "sources": {"numbers": {"path": str(folder / "rows.jsonl")}},
+            "max_length": MAX_LENGTH,
+            "store_dir": str(folder / "stores"),
+        },
+    }
+
+
+def write_jobs(folder: Path, dtype: str) -> dict[str, tuple[str, Job]]:
+    """Write what is measured on; return script and job of each way."""
+    write_model(folder / "model")
+    write_documents(folder / "rows.jsonl")
+    config = configuration(folder, dtype)
+    prepare, fit = folder / "prepare.yaml", folder / "fit.yaml"
+    prepare.write_text(json.dumps(config))
+    trainer = {
+        "max_steps": STEPS, "accelerator": "cpu", "default_root_dir": str(folder / "runs"), "limit_val_batches": 0,
+        "callbacks": [{"class_path": "watch.Watch"}],
+    }  # fmt: skip
+    fit.write_text(json.dumps({**config, "trainer": trainer}))
+    job = {
+        "config": str(fit), "prepare": str(prepare), "model": str(folder / "model"), "rows": str(folder / "rows.jsonl"),
+        "dtype": dtype, "steps": STEPS, "lr": LR, "max_length": MAX_LENGTH, "threads": NUM_CORES,
+    }  # fmt: skip
+    return {
+        "ours": ("run_ours_training.py", job),
+        "bare": ("run_bare_training.py", job),
+        "trl, packed": ("run_trl_training.py", {**job, "packing": True}),
+        "trl, 8 padded rows": ("run_trl_training.py", {**job, "packing": False, "batch_size": 8}),
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Answer]:
+    """Measure every way, in turns; return the fastest of each."""
+    python = environment(PEERS["trl"], args.envs) if "trl" in args.only else None
+    use_two_cores()
+    answers: dict[str, list[Answer]] = {}
+    with empty_folder() as folder:
+        jobs = write_jobs(folder, args.dtype)
+        for _ in range(args.repeats):
+            for name, (script, job) in jobs.items():
+                peer = name.startswith("trl")
+                if name.split(",")[0] in args.only:
+                    answers.setdefault(name, []).append(measure(script, job, python=python if peer else None))
+    return {name: fastest(found) for name, found in answers.items()}
+
+
+def speed(answer: Answer) -> float:
+    """Return tokens per second."""
+    return float(answer["tokens"] / answer["seconds"])
+
+
+def check_same_losses(ways: dict[str, Answer], dtype: str) -> float:
+    """Return the largest difference between our losses and the bare loop's.
+
+    Raises:
+        SystemExit: If they did not train on the same; there is nothing to compare then.
+    """
+    pairs = zip(ways["ours"]["losses"], ways["bare"]["losses"], strict=True)
+    difference = max(abs(one - other) for one, other in pairs)
+    if difference > LARGEST_LOSS_DIFFERENCE[dtype]:
+        raise SystemExit(f"not the same training: our losses differ from the bare loop's by up to {difference}")
+    return float(difference)
+
+
+def show(ways: dict[str, Answer]) -> None:
+    """Print the table."""
+    table = Table("", "tokens/s", "ours is … times as fast", "peak MiB above imports", "first and last loss")
+    for name, answer in ways.items():
+        ratio = f"{speed(ways['ours']) / speed(answer):.3f}" if "ours" in ways and name != "ours" else ""
+        losses = answer["losses"]
+        peak = f"{answer['peak_bytes_above_imports'] / 2**20:,.0f}"
+        table.add_row(name, f"{speed(answer):,.0f}", ratio, peak, f"{losses[0]:.4f} {losses[-1]:.4f}")
+    Console().print(table)
 
 
 def main() -> None:
-    """Take turns, print the table, write the results."""
+    """Measure, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="Fresh processes of each way; the best counts.")
+    parser.add_argument("--only", nargs="+", choices=["ours", "bare", "trl"], default=["ours", "bare", "trl"])
+    parser.add_argument("--envs", type=Path, default=_HERE.parent / ".bench-envs", help="Environments of the peers.")
     args = parser.parse_args()
-    quiet_libraries()
-    warnings.filterwarnings("ignore")
-    data = SyntheticData()
-    data.setup("fit")
-    batches = [batch for _, batch in zip(range(STEPS), data.train_dataloader(), strict=False)]
-    tokens = sum(batch["num_tokens"] for batch in batches[1:])
-    best = {"ours": float("inf"), "bare loop": float("inf")}
-    losses: dict[str, list[float]] = {}
-    for _ in range(args.repeats):
-        for name in best:
-            seconds, losses[name] = ours(args.dtype) if name == "ours" else bare(args.dtype, batches)
-            best[name] = min(best[name], sum(seconds[1:]))
-    result = {
+    ways = run(args)
+    result: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers", "lightning")},
+        "hardware": hardware(),
+        "python": platform.python_version(),
+        "threads": NUM_CORES,
         "dtype": args.dtype,
-        "tokens_per_second": {name: round(tokens / seconds) for name, seconds in best.items()},
-        "ours_over_bare": round(best["bare loop"] / best["ours"], 3),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+        "repeats": args.repeats,
+        "tokens_per_second": {name: round(speed(answer)) for name, answer in ways.items()},
+        "ways": ways,
     }
+    if {"ours", "bare"} <= set(ways):
+        result["largest_loss_difference_to_bare"] = check_same_losses(ways, args.dtype)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"train_cpu_{args.dtype}_{result['date']}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    show(ways)
+    print(f"written to {os.path.relpath(file)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,13 @@ NUM_CORES = 2
 def use_two_cores() -> None:
     """Keep this process and all that it starts on two cores, as the targets are stated for two."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
+
+
+def hardware() -> str:
+    """Name the processor, the cores used and the memory."""
+    named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{named[1] if named else platform.machine()}, {NUM_CORES} cores, {memory:.0f} GiB"
 
 
 @contextmanager

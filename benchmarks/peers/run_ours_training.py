@@ -1,0 +1,28 @@
+"""Ours: `python -m sft_lightning fit` as its user runs it, with every default callback, on the job's configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+
+import torch
+from job import Answer, Job, peak_memory, run, versions
+from step_times import StepTimes
+from watch import Watch
+
+from sft_lightning.cli import SFTCommandLine, quiet_libraries
+
+
+def measure(job: Job) -> Answer:
+    """Train as the job's `config` says."""
+    torch.set_num_threads(job["threads"])
+    Watch.times = StepTimes(peak_memory())
+    quiet_libraries()
+    with contextlib.redirect_stdout(io.StringIO()):
+        SFTCommandLine("fit", ["--config", str(Path(job["config"]))])
+    return {**Watch.times.answer(), "versions": versions("sft-lightning", "torch", "transformers", "lightning")}
+
+
+if __name__ == "__main__":
+    run(measure)

@@ -1,0 +1,93 @@
+"""What one process of a sharded run did: when it loaded, how long its steps took, what it sent, what it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.profiler import ProfilerActivity, profile
+
+PROFILED = 1
+"""The step whose collectives are counted; it is not timed."""
+
+
+def own_bytes() -> int:
+    """Return the memory of this process: what it shares with others counted in shares (PSS)."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+
+
+class ScalingWatch(Callback):
+    """Writes `<rank>.json` into the folder that `SCALING_FOLDER` names."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._sent: Counter[str] = Counter()
+        self._marks: dict[str, float] = {}
+        self._profiler: profile | None = None
+        self._before = self._after = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the memory of an empty process: the model is loaded next."""
+        self._before = own_bytes()
+        self._mark("before loading")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark("loaded")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        trainer.strategy.barrier("together")
+        if batch_idx == PROFILED:
+            self._profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+            self._profiler.__enter__()
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seconds = time.perf_counter() - self._start
+        if self._profiler is None:
+            self._seconds.append(seconds)
+            return
+        self._profiler.__exit__(None, None, None)
+        for event in self._profiler.events():
+            if event.name.startswith("c10d::"):
+                self._sent[event.name.removeprefix("c10d::")] += largest_input(event)
+        self._profiler = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._after = own_bytes()
+        answer = {
+            "seconds": self._seconds,
+            "bytes_by_collective": dict(self._sent),
+            "marks": self._marks,
+            "bytes_before_loading": self._before,
+            "bytes_after_training": self._after,
+        }
+        folder = Path(os.environ["SCALING_FOLDER"])
+        (folder / f"{trainer.global_rank}.json").write_text(json.dumps(answer))
+
+    def _mark(self, name: str) -> None:
+        self._marks[name] = time.time()
+
+
+def largest_input(event: Any) -> int:
+    """Return the bytes of a collective's largest tensor: the whole of what is gathered, scattered or reduced."""
+    sizes = [_numel(shape) for shape in event.input_shapes or [] if shape]
+    return max(sizes, default=0) * torch.float32.itemsize
+
+
+def _numel(shape: Any) -> int:
+    """Count the elements of a shape, or of a list of shapes."""
+    if any(isinstance(each, (list, tuple)) for each in shape):
+        return sum(_numel(each) for each in shape)
+    count = 1
+    for each in shape:
+        count *= int(each)
+    return count
