@@ -26,7 +26,6 @@ from peft import PeftModel
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources import SourceConfig
-from sft_lightning.errors import UserError
 from sft_lightning.models.adapters import AdapterConfig
 from sft_lightning.models.export import export_adapter
 from sft_lightning.models.isolation import Isolation, measure_isolation
@@ -72,23 +71,6 @@ class Outcome:
 
     export_difference: float | None
     """Largest difference between the logits of the exported adapter and the live ones; `None` without an adapter."""
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A mode that a family does not have."""
-
-    family: str
-    mode: str
-    reason: str
-
-
-def attempt(family: str, mode: str, model: Path, folder: Path) -> Outcome | Refusal:
-    """Train as `run` does, if the family has the mode."""
-    try:
-        return run(family, mode, model, folder)
-    except UserError as error:
-        return Refusal(family, mode, str(error))
 
 
 def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
@@ -160,14 +142,11 @@ class _Watched(CausalLMModule):
         super().on_train_batch_end(outputs, batch, batch_idx)
 
 
-def table(outcomes: Iterable[Outcome | Refusal]) -> str:
+def table(outcomes: Iterable[Outcome]) -> str:
     """Return the outcomes as a Markdown table, a row for each family."""
     by_family: dict[str, list[Outcome]] = {}
     cells: dict[tuple[str, str], str] = {}
     for outcome in outcomes:
-        if isinstance(outcome, Refusal):
-            cells[outcome.family, outcome.mode] = "refused"
-            continue
         by_family.setdefault(outcome.family, []).append(outcome)
         cells[outcome.family, outcome.mode] = " → ".join(f"{loss:.3f}" for loss in outcome.losses)
     lines = [
@@ -199,16 +178,13 @@ def _loss(row: Sequence[Outcome]) -> str:
     return "chunked" if all(outcome.chunked_loss for outcome in row) else "the model's logits"
 
 
-def document(outcomes: Sequence[Outcome | Refusal]) -> str:
+def document(outcomes: Sequence[Outcome]) -> str:
     """Return `docs/families.md`."""
-    refused = [outcome for outcome in outcomes if isinstance(outcome, Refusal)]
-    refusals = "".join(f"- **{each.family}, {each.mode}** is refused: «{each.reason}».\n" for each in refused)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    trained = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
-    wrong = [f"{each.family}, {each.mode}" for each in trained if each.changed != each.meant]
+    wrong = [f"{each.family}, {each.mode}" for each in outcomes if each.changed != each.meant]
     if wrong:
         raise RuntimeError(f"other weights changed than were meant to: {'; '.join(wrong)}")
-    largest = max((outcome.export_difference or 0.0 for outcome in trained), default=0.0)
+    largest = max((outcome.export_difference or 0.0 for outcome in outcomes), default=0.0)
     return f"""# Families of models
 
 Written by `python benchmarks/families.py > docs/families.md` ({versions}; CPU, float32).
@@ -227,9 +203,11 @@ most.
   three modes.
 - **attention**: «ours» is `model.attn_implementation: auto` where the family uses transformers' attention interface;
   «its own, our mask» is `auto` where it does not, so that only the mask keeps documents apart.
-- **loss**: «chunked» never makes logits of positions without a loss; the others let the model make the logits of
-  supervised positions, all at once: Mixtral's, to add the loss of its routers.
-{refusals}"""
+- **loss**: «chunked» never makes logits of positions without a loss, nor those of all others at once; Mixtral's has the
+  loss of its routers added.
+- **QLoRA** quantizes what a family calls by its modules: of Mamba that is `in_proj` alone, because its kernels read the
+  weights of `x_proj`, `dt_proj` and `out_proj` past their modules.
+"""
 
 
 def main() -> None:
@@ -243,7 +221,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for family in only:
             model = save_family(family, Path(temporary))
-            outcomes += [attempt(family, mode, model, model / mode) for mode in MODES]
+            outcomes += [run(family, mode, model, model / mode) for mode in MODES]
     print(document(outcomes), end="")
 
 

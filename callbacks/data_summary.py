@@ -1,4 +1,4 @@
-"""What became of the data, as tables in the terminal and as `data_report.json`."""
+"""What became of the data: tables in the terminal, `data_report.json`, and text in the loggers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,30 @@ import json
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
+from rich.text import Text
 
 from callbacks.run_folder import datamodule_of, run_folder
 from callbacks.terminal import console
+from callbacks.text_logging import fenced, log_text
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.highlight import ShownToken, show_tokens
+from sft_lightning.data.marked_text import FRAME, around_the_first_answer, marked_text
 from sft_lightning.data.report_table import report_tables
+
+_TOKENS_IN_THE_TERMINAL = 256
+"""Of the example; the loggers get all of them."""
 
 
 class DataSummary(Callback):
-    """Reports records, examples, tokens, lengths, shares of the blend, and drops and repairs of every source."""
+    """Reports records, examples, tokens, lengths, shares of the blend, and drops and repairs of every source.
+
+    With them goes the first example of training, decoded, its supervised tokens marked: to the terminal and as
+    `run/example`. The report is text too, `run/data_report`. Of streamed data there is no example before training.
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(trainer)
+        self._show_example(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if datamodule_of(trainer).streams:  # what they hold is known only now
@@ -37,4 +50,30 @@ class DataSummary(Callback):
             out.print(part, markup=False, highlight=False)
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "data_report.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(report.as_dict(), indent=2)
+        (folder / "data_report.json").write_text(f"{text}\n", encoding="utf-8")
+        if trainer.state.fn == "fit":
+            log_text(trainer, "run/data_report", fenced(text, "json"))
+
+    @rank_zero_only
+    def _show_example(self, trainer: Trainer) -> None:
+        tokens = _first_example(datamodule_of(trainer))
+        if not tokens:
+            return
+        num_supervised = sum(token.weight > 0 for token in tokens)
+        counts = f"{len(tokens):,} tokens, {num_supervised:,} of them supervised"
+        out = console()
+        shown = around_the_first_answer(tokens, _TOKENS_IN_THE_TERMINAL)
+        part = f"; tokens {shown[0].position:,} to {shown[-1].position:,}" if len(shown) < len(tokens) else ""
+        marked = "green" if out.is_terminal else "between " + " and ".join(FRAME)
+        out.print(Text(f"first example: {counts}{part}; supervised text is {marked}", "bold"), soft_wrap=True)
+        out.print(marked_text(shown, colours=out.is_terminal), soft_wrap=True)
+        log_text(trainer, "run/example", f"{counts}\n\n{fenced(marked_text(tokens, colours=False).plain)}")
+
+
+def _first_example(data: SFTDataModule) -> list[ShownToken]:
+    """Return the tokens of the example that training begins with; none of streamed data."""
+    if data.streams:
+        return []
+    first = data.plan(0).row(0)[0].tolist()
+    return show_tokens(data.planner.corpora.example(*first), data.tokenizer)

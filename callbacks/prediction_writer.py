@@ -1,29 +1,62 @@
-"""Predictions to `predictions.jsonl`."""
+"""Predictions to `predictions.jsonl`, in the order of the data; a run that was killed goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+import xxhash
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.run_folder import run_folder
+from callbacks.partial_predictions import PartialPredictions
+from callbacks.run_folder import datamodule_of, run_folder
+from sft_lightning.data.prompts import PromptLoader
+from sft_lightning.errors import UserError
+from sft_lightning.models.fingerprint import model_fingerprint
+from sft_lightning.strategies.names import is_sharded
+from sft_lightning.training.module import CausalLMModule
+
+_NAME = "predictions.jsonl"
 
 
 class PredictionWriter(Callback):
-    """Writes each prediction of `predict` as a line; the file gets its name when all are written."""
+    """Writes each prediction of `predict` as a line; the file gets its name when all are written.
+
+    Until then the lines stand in `predictions.jsonl.partial` (each of several processes has its own), under a line that
+    says what they were made with. The same command continues a run that was killed: what is answered there is not
+    answered again, and the rest gets the answers that it would have got. Where weights, prompts or how answers are
+    generated have changed, the run is refused: no file has answers of two models.
+    """
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict" and trainer.world_size > 1 and is_sharded(trainer.strategy):
+            raise UserError(
+                "trainer.strategy: FSDP2 leaves no process with the whole model, and in `predict` each answers prompts "
+                "of its own; use trainer.strategy: ddp, or trainer.devices: 1, or the command `compare`"
+            )
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, CausalLMModule):
+            raise TypeError(f"PredictionWriter works with a CausalLMModule, not {type(pl_module).__name__}")
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self._target = folder / "predictions.jsonl"
-        self._file = self._target.with_suffix(".jsonl.partial").open("w", encoding="utf-8")
+        loader = _loader(trainer)
+        partial = PartialPredictions(_parts(folder, trainer.world_size)[trainer.global_rank])
+        partial.check_alone(_parts(folder, trainer.world_size))
+        partial.check_made_with(_made_with(trainer, pl_module, loader))
+        trainer.strategy.barrier("predictions checked")  # before one process writes what another would refuse
+        loader.num_answered, num_rows = partial.whole_batches(loader.batch_lengths)
+        if num_rows:
+            rank_zero_info(f"predictions: going on after {num_rows:,} that are in {partial.path}")
+        self._file = partial.open_after(num_rows)
 
     def on_predict_batch_end(
         self,
@@ -39,7 +72,67 @@ class PredictionWriter(Callback):
             self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._file is None:
+            return
+        self._close()
+        trainer.strategy.barrier("predictions written")
+        if trainer.is_global_zero:
+            folder = run_folder(trainer)
+            _join(_parts(folder, trainer.world_size), _loader(trainer).batch_size, folder / _NAME)
+            rank_zero_info(f"predictions: {folder / _NAME}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
-            Path(self._file.name).replace(self._target)
-            rank_zero_info(f"predictions: {self._target}")
+            self._file = None
+
+
+def _loader(trainer: Trainer) -> PromptLoader:
+    loader = trainer.predict_dataloaders
+    if not isinstance(loader, PromptLoader):
+        raise TypeError(f"expected a PromptLoader, found a {type(loader).__name__}")
+    return loader
+
+
+def _parts(folder: Path, world_size: int) -> list[Path]:
+    """Return where each process writes."""
+    if world_size == 1:
+        return [folder / f"{_NAME}.partial"]
+    return [folder / f"{_NAME}.partial-{rank}-of-{world_size}" for rank in range(world_size)]
+
+
+def _made_with(trainer: Trainer, module: CausalLMModule, loader: PromptLoader) -> dict[str, Any]:
+    """Return what answers depend on, under the words in which a change of it is told."""
+    prompts = json.dumps([prompt["prompt"] for prompt in loader.prompts]).encode()
+    return {
+        "the model": model_fingerprint(module.language_model),
+        "model.generation": asdict(module.generation),
+        "trainer.precision": str(trainer.precision),
+        "the tokenizer": datamodule_of(trainer).builder.tokenizer_checksum,
+        "the prompts": xxhash.xxh3_128(prompts).hexdigest(),
+        "data.batch_size": loader.batch_size,
+    }
+
+
+def _join(parts: Sequence[Path], batch_size: int, target: Path) -> None:
+    """Write the rows of all processes in the order of the data, whole or not at all."""
+    files = [path.open(encoding="utf-8") for path in parts]
+    joined = target.with_suffix(".jsonl.joined")
+    try:
+        for file in files:
+            next(file)  # the line that says what they were made with
+        with joined.open("w", encoding="utf-8") as out:
+            for number in count():
+                rows = list(islice(files[number % len(files)], batch_size))
+                if not rows:
+                    break
+                out.writelines(rows)
+    finally:
+        for file in files:
+            file.close()
+    joined.replace(target)
+    for path in parts:
+        path.unlink()

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from peft import PeftModel
 from rich.markup import escape
 
 from callbacks.run_folder import datamodule_of, run_folder
 from callbacks.terminal import console
+from callbacks.text_logging import fenced, log_text
 from sft_lightning.data.prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import GenerationConfig, generate
+from sft_lightning.strategies.names import is_sharded
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import Message
 
@@ -24,7 +24,7 @@ from sft_lightning.types import Message
 class SampleGeneration(Callback):
     """Generates answers at the start, every N optimizer steps and at the end.
 
-    They go to the terminal, to `samples.jsonl` and to TensorBoard (`samples/<number>`). With an adapter, the base
+    They go to the terminal, to `samples.jsonl` and to loggers of text (`samples/<number>`). With an adapter, the base
     model's answer stands beside the tuned one. The run's random state is left as it is.
 
     Args:
@@ -66,13 +66,15 @@ class SampleGeneration(Callback):
         if self.every_n_steps and step != self._sampled_at and step % self.every_n_steps == 0:
             self._sample(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not when training ends: then whole weights stand in for shards, for exports, and no forward pass may run.
         if trainer.global_step != self._sampled_at:
             self._sample(trainer, pl_module)
 
-    @rank_zero_only
     def _sample(self, trainer: Trainer, module: LightningModule) -> None:
         self._sampled_at = trainer.global_step
+        if not (trainer.is_global_zero or is_sharded(trainer.strategy)):
+            return  # of a sharded model every process generates the same, together
         if not isinstance(module, CausalLMModule):
             raise TypeError(f"SampleGeneration works with a CausalLMModule, not {type(module).__name__}")
         examples = self._examples(trainer)
@@ -87,7 +89,8 @@ class SampleGeneration(Callback):
             with module.language_model.disable_adapter():
                 for row, answer in zip(rows, self._answers(trainer, module, examples), strict=True):
                     row["base_answer"] = answer
-        self._write(trainer, rows)
+        if trainer.is_global_zero:
+            self._write(trainer, rows)
 
     def _examples(self, trainer: Trainer) -> PromptBatch:
         datamodule = datamodule_of(trainer)
@@ -119,11 +122,9 @@ class SampleGeneration(Callback):
             for key, label in (("base_answer", "base  "), ("answer", "answer"), ("reference", "wanted")):
                 if key in row:
                     out.print(f"  [dim]{label}[/dim] {escape(repr(row[key]))}")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for number, row in enumerate(rows):
-                    logger.experiment.add_text(f"samples/{number}", _markdown(row), trainer.global_step)
+        for number, row in enumerate(rows):
+            log_text(trainer, f"samples/{number}", _markdown(row))
 
 
 def _markdown(row: dict[str, Any]) -> str:
-    return "\n\n".join(f"**{key}**\n\n```\n{value}\n```" for key, value in row.items() if key != "step")
+    return "\n\n".join(f"**{key}**\n\n{fenced(str(value))}" for key, value in row.items() if key != "step")

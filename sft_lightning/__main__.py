@@ -24,7 +24,7 @@ options:
   --version    show the version
   --debug      after COMMAND: show a traceback also for what you got wrong
 
-Start with: python -m sft_lightning fit --config configs/llama2_13b.yaml"""
+Start with: python -m sft_lightning fit --config configs/qwen3_8b.yaml"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,9 +27,9 @@ from sft_lightning.data.pairs_datamodule import PairDataModule
 from sft_lightning.data.plan import Topology
 from sft_lightning.errors import UserError
 from sft_lightning.parsing import CommandParser, clear_message, known_keys
-from sft_lightning.strategies.names import check_name, register_strategies, without_samples
+from sft_lightning.strategies.names import check_name, register_strategies
 from sft_lightning.strategies.preemption import Preemption
-from sft_lightning.training.checkpoint import AtomicCheckpointIO
+from sft_lightning.training.checkpoint import AtomicCheckpointIO, check_run_folder
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference import DPOModule
 
@@ -60,6 +60,8 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
     )
+    # LLM.int8 rounds float32 to float16 on its way and says so at every matrix product.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         disable_progress_bar()
     for message in (
@@ -179,12 +181,10 @@ class SFTCommandLine(LightningCLI):
         self._get(self.config, "trainer")["default_root_dir"] = str(root)  # for config.yaml, which can be run again
         if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
             config["max_epochs"] = 1
-        resuming = self._get(self.config, "ckpt_path")
-        starting = not resuming or (resuming == "last" and not list(root.glob("checkpoints/last*.ckpt")))
-        if self._command == "fit" and starting and not config["fast_dev_run"]:
-            _refuse_to_overwrite(root)
+        if self._command == "fit" and not config["fast_dev_run"]:
+            check_run_folder(root, self._get(self.config, "ckpt_path"))
         check_name(config["strategy"])
-        config["callbacks"] = without_samples(_with_default_callbacks(config), config["strategy"])
+        config["callbacks"] = _with_default_callbacks(config)
         if self._command != "fit":
             self.save_config_callback = None
         trainer = super().instantiate_trainer(**kwargs)
@@ -209,28 +209,26 @@ def _with_default_callbacks(config: Any) -> list[Callback]:
     ]
     if config["enable_progress_bar"] is not False:
         defaults.append(observers.RunProgress())
-    if config["enable_checkpointing"] is not False:
-        defaults.append(ModelCheckpoint(filename="{step}", auto_insert_metric_name=True, save_last=True))
-    kinds = (ProgressBar, ModelCheckpoint)
     for default in defaults:
-        kind = next((kind for kind in kinds if isinstance(default, kind)), type(default))
+        kind = ProgressBar if isinstance(default, ProgressBar) else type(default)
         if not any(isinstance(callback, kind) for callback in given):
             given.append(default)
-    return given
+    return given if config["enable_checkpointing"] is False else [*given, *_default_checkpoints(given)]
+
+
+def _default_checkpoints(given: Sequence[Callback]) -> list[Callback]:
+    """Return what saves at every epoch's end and, in long epochs, by the clock: nothing beside the user's own."""
+    brought = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+    if not all(isinstance(callback, observers.TimedCheckpoint) for callback in brought):
+        return []
+    timed = [] if brought else [observers.TimedCheckpoint()]
+    # Both write `last.ckpt`: without a version counter, which would make it `last-v1.ckpt`.
+    return [ModelCheckpoint(filename="{step}", save_last=True, enable_version_counter=False), *timed]
 
 
 def _default_run_folder(config_files: Sequence[Any] | None) -> str:
     """`runs/` and the name of the first config file."""
     return f"runs/{Path(str(config_files[0])).stem if config_files else 'sft'}"
-
-
-def _refuse_to_overwrite(root: Path) -> None:
-    results = [name for name in ("checkpoints", "adapter", "model") if (root / name).exists()]
-    if results:
-        raise UserError(
-            f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; "
-            "continue it with --ckpt_path last, choose another folder, or remove it"
-        )
 
 
 def _num_devices(devices: Any) -> int:

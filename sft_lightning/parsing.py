@@ -31,6 +31,8 @@ _UNION = re.compile(
 )
 _CHOICES = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<value>.*)")
 _TYPE = re.compile(r"Expected a <class '(?P<type>\w+)'>\. Got value: (?P<value>.*)")
+_MISSING_PACKAGE = re.compile(r"class_path '(?P<path>[\w.]+)':\s+Requirement '(?P<needed>(?P<name>[\w-]+)[^']*)' not met")
+_EXTRAS = ("wandb", "deepspeed")
 
 
 def clear_message(message: str, keys: Sequence[str]) -> str:
@@ -46,6 +48,10 @@ def clear_message(message: str, keys: Sequence[str]) -> str:
     if before:
         key = before["key"] if before["key"].startswith(prefix) else prefix + before["key"]
         return f"{key}: no such key.{before['near']}"
+    missing = _MISSING_PACKAGE.search(message)
+    if missing:
+        extra = f"sft-lightning[{missing['name']}]" if missing["name"] in _EXTRAS else missing["needed"]
+        return f"{missing['path']}: needs {missing['needed']}, which is not installed; run pip install '{extra}'"
     unknown = _UNKNOWN_KEY.search(message)
     if unknown:
         key = unknown["quoted"] or unknown["argument"]

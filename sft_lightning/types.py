@@ -79,6 +79,40 @@ class TokenizedExample:
     loss_weights: npt.NDArray[np.float32]
     """Loss weight of each token as a prediction target, (L,); 0 where it has no loss."""
 
+    @property
+    def length(self) -> int:
+        """Its length in tokens as a document of a row."""
+        return len(self.input_ids)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """Position of each token, (L,)."""
+        return np.arange(len(self.input_ids))
+
+
+class SharedPrompt(int):
+    """The length, in tokens, of two documents that begin alike and share that beginning.
+
+    They stand in a row as what they have in common, the rest of the first, the rest of the second. The second's rest
+    sees the beginning and itself, as if the first's were not there. Wherever only the length of a document counts, this
+    is one.
+    """
+
+    common: int
+    """Tokens that both begin with."""
+
+    first: int
+    """Tokens of the first one's rest."""
+
+    def __new__(cls, common: int, first: int, second: int) -> SharedPrompt:
+        """Make it of the tokens in common, and of those of the two rests."""
+        length = super().__new__(cls, common + first + second)
+        length.common, length.first = common, first
+        return length
+
+    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]  # for copies and pickles
+        return self.common, self.first, int(self) - self.common - self.first
+
 
 class Batch(TypedDict):
     """A micro-batch of packed rows, padded at the end to the longest row."""
@@ -96,7 +130,8 @@ class Batch(TypedDict):
     """Positions restarting at 0 in each document, (B, S) int64."""
 
     document_lengths: list[list[int]]
-    """Tokens of each document of each row; a row's padding is its last document, so that every row adds up to S."""
+    """Tokens of each document of each row; a row's padding is its last document, so that every row adds up to S. Two
+    documents may be one entry, a `SharedPrompt`."""
 
     denominator: float
     """Supervised weight of the whole optimizer step that this micro-batch belongs to, over all ranks."""

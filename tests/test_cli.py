@@ -155,6 +155,7 @@ def test_ckpt_path_last_without_a_checkpoint_overwrites_nothing(
     fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").touch()
     assert "earlier run" in wrong(["fit", *fit_args, "--ckpt_path=last"], capsys)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -11,16 +12,28 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-PROFILED = 1
-"""The step whose collectives are counted; it is not timed."""
+_COLLECTIVES = ("gloo:all_reduce", "c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
+"""As the profiler names them, each in one place of the two that it passes through."""
 
 
 def own_bytes() -> int:
     """Return the memory of this process: what it shares with others counted in shares (PSS)."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     return next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+
+
+def live_bytes() -> int:
+    """Return the bytes of all tensors that are alive, each storage once."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.Tensor) and each.device.type == "cpu":
+            local = each.to_local() if isinstance(each, DTensor) else each
+            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 class ScalingWatch(Callback):
@@ -31,19 +44,27 @@ class ScalingWatch(Callback):
         self._sent: Counter[str] = Counter()
         self._marks: dict[str, float] = {}
         self._profiler: profile | None = None
-        self._before = self._after = 0
+        self._before = self._live = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the memory of an empty process: the model is loaded next."""
-        self._before = own_bytes()
-        self._mark("before loading")
+        """Note the memory of an empty process when the model is loaded next."""
+        configure_model: Any = pl_module.configure_model
+
+        def marked() -> None:
+            self._before = own_bytes()
+            self._mark("empty")
+            configure_model()
+            self._mark("loaded")
+
+        pl_module.configure_model = marked  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark("loaded")
+        self._mark("ready")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         trainer.strategy.barrier("together")
-        if batch_idx == PROFILED:
+        if trainer.global_step == trainer.max_steps - 1:  # counted, not timed
+            self._live = live_bytes()
             self._profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
             self._profiler.__enter__()
         self._start = time.perf_counter()
@@ -57,18 +78,17 @@ class ScalingWatch(Callback):
             return
         self._profiler.__exit__(None, None, None)
         for event in self._profiler.events():
-            if event.name.startswith("c10d::"):
-                self._sent[event.name.removeprefix("c10d::")] += largest_input(event)
+            if event.name in _COLLECTIVES:
+                self._sent[event.name.rpartition(":")[2]] += largest_input(event)
         self._profiler = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._after = own_bytes()
         answer = {
             "seconds": self._seconds,
             "bytes_by_collective": dict(self._sent),
             "marks": self._marks,
-            "bytes_before_loading": self._before,
-            "bytes_after_training": self._after,
+            "bytes_empty": self._before,
+            "bytes_live": self._live,
         }
         folder = Path(os.environ["SCALING_FOLDER"])
         (folder / f"{trainer.global_rank}.json").write_text(json.dumps(answer))

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Several nodes with torchrun: run this on every node, with the same arguments.
-#   HEAD=node-0:29500 NODES=2 GPUS=8 sh configs/launch/torchrun.sh --config configs/llama2_13b.yaml --trainer.strategy fsdp2
+#   HEAD=node-0:29500 NODES=2 GPUS=8 sh configs/launch/torchrun.sh --config configs/llama2_70b_qlora_fsdp2.yaml
 # Tokens are prepared before processes meet, so that nobody waits in a collective while one tokenizes. With a cache of
 # its own (no shared file system) every node prepares; with a shared one the first does, and the others find it done.
 set -eu

@@ -14,8 +14,9 @@ from sft_lightning.cli import SFTCommandLine, quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.models.merging.base import read_manifest
-from sft_lightning.models.merging.merge import MergeOptions, MergeReport, merge_adapters
+from sft_lightning.models.merging.merge import MergeOptions, merge_adapters
 from sft_lightning.models.merging.model_card import run_folder_of
+from sft_lightning.models.merging.report import MergeReport
 from sft_lightning.parsing import CommandParser
 
 _OF_THE_DATA = ("seed_everything", "task", "model", "data")
@@ -57,7 +58,8 @@ def merge(adapters: Sequence[str], output_dir: str, options: MergeOptions) -> No
 
 
 def _lines(report: MergeReport, num_examples: int) -> Iterator[str]:
-    yield f"merged into {report.output_dir} ({report.dtype})"
+    layout = ", in Meta's layout" if report.format == "pth" else ""
+    yield f"merged into {report.output_dir} ({report.dtype}{layout})"
     if report.difference is None:
         yield "not verified, because --verify is false"
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -16,17 +15,15 @@ from sft_lightning.cli import SFTCommandLine, quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.encoder import TextEncoder
 from sft_lightning.data.examples import ALWAYS_DROPPED
-from sft_lightning.data.formats.registry import Malformed, to_messages
-from sft_lightning.data.highlight import ShownExample, ShownSource, ShownToken, show_tokens, visible
+from sft_lightning.data.formats.registry import Malformed
+from sft_lightning.data.highlight import ShownExample, ShownSource, show_tokens
+from sft_lightning.data.marked_text import FRAME, marked_text
 from sft_lightning.data.preview_page import PreviewPage, render_page
 from sft_lightning.data.sources import SourceConfig, read_records
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
 from sft_lightning.data.tokenization import tokenize
 from sft_lightning.errors import UserError
 from sft_lightning.types import Record
-
-_FRAME = ("⟦", "⟧")
-"""Around supervised text where there are no colours."""
 
 
 def main(args: Sequence[str]) -> None:
@@ -65,7 +62,8 @@ def preview(data: SFTDataModule, *, num: int, html: str | None = None) -> None:
         stop=data.template.stop,
         loss_on=data.loss_on,
         max_length=data.max_length,
-        overlong=None if data.limits.packing == "concat" else data.limits.overlong,
+        # With concat no example is too long by itself; of a pair both conversations count together.
+        overlong=None if data.limits.packing == "concat" or data.task == "dpo" else data.limits.overlong,
         sources=[
             _show_source(data, split, name, config, num)
             for split, sources in (("train", data.sources), ("val", data.val_sources))
@@ -97,22 +95,25 @@ def _show_source(data: SFTDataModule, split: str, name: str, config: SourceConfi
 
 def _show_record(data: SFTDataModule, record: Record, format_name: str) -> list[ShownExample]:
     repairs: Counter[str] = Counter()
-    messages = to_messages(record, format_name, repairs=repairs)
-    rendered = data.builder.render(record, messages)
-    return [
-        ShownExample(
-            location=record.location,
-            number=number,
-            num_of_record=len(rendered),
-            repairs=list(repairs),
-            messages=messages,
-            segments=segments,
-            tokens=show_tokens(example, data.tokenizer),
-        )
-        for number, (segments, example) in enumerate(
-            zip(rendered, tokenize(rendered, TextEncoder(data.tokenizer)), strict=True), start=1
-        )
-    ]
+    shown: list[ShownExample] = []
+    for name, messages in data.builder.conversations(record, format_name, repairs).items():
+        rendered = data.builder.render(record, messages)
+        shown += [
+            ShownExample(
+                location=record.location,
+                name=name,
+                number=number,
+                num_of_record=len(rendered),
+                repairs=list(repairs),
+                messages=messages,
+                segments=segments,
+                tokens=show_tokens(example, data.tokenizer),
+            )
+            for number, (segments, example) in enumerate(
+                zip(rendered, tokenize(rendered, TextEncoder(data.tokenizer)), strict=True), start=1
+            )
+        ]
+    return shown
 
 
 def _write(page: PreviewPage, file: Path) -> None:
@@ -127,7 +128,7 @@ def _write(page: PreviewPage, file: Path) -> None:
 
 def _print(page: PreviewPage, console: Console) -> None:
     coloured = console.is_terminal and not console.no_color
-    legend = "green" if coloured else "between " + " and ".join(_FRAME)
+    legend = "green" if coloured else "between " + " and ".join(FRAME)
     _line(console, Text(f"template {page.template}; an answer ends with {page.stop!r}; supervised text is {legend}"))
     for source in page.sources:
         share = source.num_supervised / max(1, source.num_tokens)
@@ -135,7 +136,7 @@ def _print(page: PreviewPage, console: Console) -> None:
         _line(console, Text.assemble("\n", (source.name, "bold"), f"  {source.format}; {counts}"))
         for example in source.examples:
             _line(console, Text(f"\n{_heading(example)}", "bold"))
-            _line(console, _coloured(example.tokens, ("", "") if coloured else _FRAME))
+            _line(console, marked_text(example.tokens, colours=coloured))
         for reason in source.left_out:
             _line(console, Text(f"\nleft out: {reason}", "yellow"))
 
@@ -149,21 +150,6 @@ def _heading(example: ShownExample) -> str:
     repairs = "; repaired: " + ", ".join(example.repairs) if example.repairs else ""
     roles = ", ".join(message.role for message in example.messages)
     return (
-        f"{example.location}{part}: {len(example.tokens):,} tokens, {example.num_supervised:,} supervised; "
+        f"{example.title}{part}: {len(example.tokens):,} tokens, {example.num_supervised:,} supervised; "
         f"messages: {roles}{repairs}"
     )
-
-
-def _coloured(tokens: Sequence[ShownToken], frame: tuple[str, str]) -> Text:
-    """Return the text, each run of tokens in the colour of what happens to it; supervised runs between the frames."""
-    text = Text()
-    for weight, run in groupby(tokens, key=lambda token: token.weight):
-        supervised = weight > 0
-        if weight not in (0, 1):
-            text.append(f"×{weight:g} ", "yellow")
-        text.append(frame[0] if supervised else "")
-        for token in run:
-            style = ("bold green" if supervised else "dim") + (" reverse" if token.special else "")
-            text.append("".join(piece.text for piece in visible(token.text, spaces=False)), style)
-        text.append(frame[1] if supervised else "")
-    return text

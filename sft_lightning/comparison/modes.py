@@ -17,15 +17,34 @@ class DecodingOptions:
     """What the user set; `None` takes the default of each mode that uses it."""
 
     max_new_tokens: int = 100
+    """Tokens per answer at most."""
+
     temperature: float | None = None
+    """Of sampling and beam_sampling (default: 1)."""
+
     top_k: int | None = None
+    """Sample among this many tokens (default: all); candidates of contrastive (default: 4)."""
+
     top_p: float | None = None
+    """Sample among the most likely tokens that together have this probability (default: 1)."""
+
     repetition_penalty: float | None = None
+    """Divides logits of tokens that have occurred (default: 1, none)."""
+
     num_beams: int | None = None
+    """Beams of the beam searches (default: 4)."""
+
     num_beam_groups: int | None = None
+    """Groups of diverse_beam (default: a group a beam)."""
+
     diversity_penalty: float | None = None
+    """What a group pays for a token that an earlier one chose (default: 1)."""
+
     penalty_alpha: float | None = None
+    """Of contrastive: 0 is greedy, 1 only avoids likeness (default: 0.6)."""
+
     seed: int = 0
+    """Seed of the sampling."""
 
 
 DEFAULTS: Mapping[DecodingMode, Mapping[str, Any]] = {

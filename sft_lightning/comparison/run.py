@@ -25,6 +25,8 @@ class RunOptions:
     """How the models are asked."""
 
     num_return_sequences: int = 1
+    """Answers to each prompt; greedy and contrastive have one."""
+
     batch_size: int = 8
     """Prompts at a time."""
 

@@ -39,11 +39,11 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
             input_ids[r, start:end] = ids
             labels[r, start:end] = torch.where(weights > 0, ids, IGNORE_INDEX)
             loss_weights[r, start:end] = weights
-            position_ids[r, start:end] = torch.arange(end - start)
+            position_ids[r, start:end] = torch.from_numpy(document.positions)
             start = end
         padding = width - start
         position_ids[r, start:] = torch.arange(padding)
-        document_lengths.append([len(d.input_ids) for d in row] + ([padding] if padding else []))
+        document_lengths.append([document.length for document in row] + ([padding] if padding else []))
     return Batch(
         input_ids=input_ids,
         labels=labels,

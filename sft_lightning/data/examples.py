@@ -38,7 +38,7 @@ _CONVERSATIONS_CHECKED = 32
 _LOCATIONS_KEPT = 20
 """Places of dropped records to remember, for each reason."""
 
-ALWAYS_DROPPED = ("no_answer", "no_question")
+ALWAYS_DROPPED = ("no_answer", "no_question", "same_answers")
 """Reasons for which a record is left out whatever `data.malformed` says: it is well formed, but teaches nothing."""
 
 
@@ -134,6 +134,21 @@ class ExampleBuilder:
     def template_for(self, messages: Sequence[Message]) -> Template:
         """Return the run's template; plain documents have none."""
         return self._documents if messages[0].role == "text" else self.template
+
+    def conversations(
+        self, record: Record, format_name: str, repairs: Counter[str] | None = None
+    ) -> dict[str, Sequence[Message]]:
+        """Return the conversations that a record's examples are made of, by name; the only one of a record has none.
+
+        Args:
+            record: The row.
+            format_name: The source's format, found.
+            repairs: Counts what was repaired in the record.
+
+        Raises:
+            Malformed: If the record makes no example.
+        """
+        return {"": to_messages(record, format_name, repairs=repairs)}
 
     def render(self, record: Record, messages: Sequence[Message]) -> list[list[Segment]]:
         """Render a record's messages; the error of a template that refuses them names the record."""

@@ -55,6 +55,9 @@ class ShownExample:
     location: str
     """Where its record stands."""
 
+    name: str = ""
+    """Which conversation of its record it is, `chosen` or `rejected`; empty for the only one."""
+
     number: int
     """Which of its record's examples it is, from 1."""
 
@@ -67,6 +70,11 @@ class ShownExample:
     messages: Sequence[Message]
     segments: Sequence[Segment]
     tokens: Sequence[ShownToken]
+
+    @property
+    def title(self) -> str:
+        """What stands above it."""
+        return f"{self.location}, {self.name}" if self.name else self.location
 
     @property
     def num_supervised(self) -> int:

@@ -36,17 +36,6 @@ class Pair(NamedTuple):
     rejected: list[Message]
 
 
-class UnfitPairError(UserError):
-    """Two conversations that cannot be compared; `data.malformed: drop` leaves them out, counted under `reason`."""
-
-    def __init__(self, message: str, reason: str = "", *, always_dropped: bool = False) -> None:
-        super().__init__(message)
-        self.reason = reason
-        """`different_prompts`, `same_answers` or `rewritten_pair`."""
-        self.always_dropped = always_dropped
-        """Whether the record is well formed, only that it teaches nothing."""
-
-
 def make_pair(
     record: Record, *, history: PairHistory = "own", loss_on: LossOn = "assistant", repairs: Counter[str] | None = None
 ) -> Pair:
@@ -59,8 +48,8 @@ def make_pair(
         repairs: Counts what was repaired; see `turn_order.settle`.
 
     Raises:
-        Malformed: If the record has no pair, or its turns are out of order.
-        UnfitPairError: If the two answer different prompts, or say the same.
+        Malformed: If the record has no pair, its turns are out of order, or the two answer different prompts or say the
+            same.
     """
     chosen, rejected = (settle(record, turns, repairs=repairs) for turns in preference_pair(record))
     if history == "chosen":
@@ -69,10 +58,10 @@ def make_pair(
     parting = _parting(chosen, rejected)
     if parting == len(chosen) == len(rejected):
         said = f"{record.location}: both answers are the same, so there is nothing to prefer"
-        raise UnfitPairError(said, "same_answers", always_dropped=True)
+        raise Malformed(said, "same_answers")
     firsts = {turns[parting].role for turns in (chosen, rejected) if parting < len(turns)}
     if firsts != {"assistant"} or parting in (len(chosen), len(rejected)):
-        raise UnfitPairError(
+        raise Malformed(
             f"{record.location}: the conversations part in turn {parting}, and not at an answer, so the two are not "
             f"answers to one prompt; {_WAY_OUT}, or set data.pair_history: chosen to put both after the chosen one's",
             "different_prompts",
@@ -124,6 +113,12 @@ class PairBuilder(ExampleBuilder):
             )
         return name
 
+    def conversations(
+        self, record: Record, format_name: str, repairs: Counter[str] | None = None
+    ) -> dict[str, Sequence[Message]]:
+        """Return the `chosen` and the `rejected` conversation of a record."""
+        return dict(make_pair(record, history=self.history, loss_on=self.loss_on, repairs=repairs)._asdict())
+
     def _render_all(
         self, records: Iterable[Record], configured_format: str | None, path: str, log: RecordLog
     ) -> Iterator[Rendered]:
@@ -135,17 +130,17 @@ class PairBuilder(ExampleBuilder):
             log.marks.append(0)
             repairs.clear()
             try:
-                pair = make_pair(record, history=self.history, loss_on=self.loss_on, repairs=repairs)
-                rendered = [self._render_one(record, messages) for messages in pair]
-            except (Malformed, UnfitPairError) as error:
-                if self.malformed == "error" and not _teaches_nothing(error):
+                pair = self.conversations(record, log.format, repairs)
+                rendered = [self._render_one(record, messages) for messages in pair.values()]
+            except Malformed as error:
+                if self.malformed == "error" and error.reason not in ALWAYS_DROPPED:
                     raise
                 log.drop(error.reason, record.location)
                 continue
             for repair in repairs:
                 log.mark(repair)
             if not checked:
-                first += [(record.location, messages) for messages in pair]
+                first += [(record.location, messages) for messages in pair.values()]
                 if len(first) >= _CONVERSATIONS_CHECKED:
                     self._check(first)
                     checked = True
@@ -157,13 +152,9 @@ class PairBuilder(ExampleBuilder):
     def _render_one(self, record: Record, messages: Sequence[Message]) -> list[Segment]:
         rendered = self.render(record, messages)
         if len(rendered) > 1:
-            raise UnfitPairError(
+            raise Malformed(
                 f"{record.location}: template {self.template.name} renders the answers of this conversation as "
                 f"{len(rendered)} texts, but an answer to compare is one; set data.loss_on: last_turn, or {_WAY_OUT}",
                 "rewritten_pair",
             )
         return rendered[0]
-
-
-def _teaches_nothing(error: Malformed | UnfitPairError) -> bool:
-    return error.always_dropped if isinstance(error, UnfitPairError) else error.reason in ALWAYS_DROPPED

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from sft_lightning.data.collate import collate
-from sft_lightning.data.pairs_store import PairExample
-from sft_lightning.types import Batch
+from sft_lightning.data.pairs_store import PairExample, share_prompt
+from sft_lightning.types import Batch, TokenizedExample
 
 
 class PairBatch(Batch):
@@ -25,7 +25,12 @@ class PairBatch(Batch):
 
 
 def collate_pairs(
-    rows: Sequence[Sequence[tuple[int, PairExample]]], *, together: bool, pad_token_id: int, denominator: float
+    rows: Sequence[Sequence[tuple[int, PairExample]]],
+    *,
+    together: bool,
+    pad_token_id: int,
+    denominator: float,
+    share: bool = False,
 ) -> PairBatch:
     """Lay rows of pairs out as one padded micro-batch.
 
@@ -35,9 +40,11 @@ def collate_pairs(
             whose documents would see each other.
         pad_token_id: Id to fill the end of shorter rows with.
         denominator: Weight of all pairs of the optimizer step.
+        share: Whether what both conversations of a pair begin with stands there once; only packed attention knows how
+            to read that.
     """
     pairs = [pair for row in rows for pair in row]
-    documents = [[half for _, pair in row for half in pair.halves()] for row in rows]
+    documents = [[document for _, pair in row for document in _documents(pair, share)] for row in rows]
     if not together:
         documents = [[document] for row in documents for document in row]
     batch = collate(documents, pad_token_id=pad_token_id, denominator=denominator)
@@ -47,3 +54,8 @@ def collate_pairs(
         pair_weights=torch.tensor([pair.weight for _, pair in pairs], dtype=torch.float32),
         answer_lengths=[int((document.loss_weights[1:] > 0).sum()) for _, pair in pairs for document in pair.halves()],
     )
+
+
+def _documents(pair: PairExample, share: bool) -> Sequence[TokenizedExample]:
+    shared = share_prompt(pair) if share else None
+    return pair.halves() if shared is None else [shared]

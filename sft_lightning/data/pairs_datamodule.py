@@ -63,6 +63,8 @@ class PairDataModule(SFTDataModule):
         self._check_keys()
         self.shortening = self._shortening(max_prompt_length)
         """How long pairs are shortened; `None`: not at all."""
+        self.shares_prompts = False
+        """Whether batches have the prompt of a pair once for both of its answers; for the model to say."""
 
     def _check_keys(self) -> None:
         if self.loss_on == "all":
@@ -150,7 +152,13 @@ class PairDataModule(SFTDataModule):
 
         def make(plan: EpochPlan, rows: Sequence[int], denominator: float) -> PairBatch:
             pairs = [[pair(document) for document in plan.row(row).tolist()] for row in rows]
-            return collate_pairs(pairs, together=self.packs, pad_token_id=pad_token_id, denominator=denominator)
+            return collate_pairs(
+                pairs,
+                together=self.packs,
+                pad_token_id=pad_token_id,
+                denominator=denominator,
+                share=self.shares_prompts,
+            )
 
         return make
 

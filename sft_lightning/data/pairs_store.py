@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_lightning.data.store import TokenStore
-from sft_lightning.types import TokenizedExample
+from sft_lightning.types import SharedPrompt, TokenizedExample
 
 Longs = npt.NDArray[np.int64]
 
@@ -31,6 +31,46 @@ class PairExample(TokenizedExample):
             TokenizedExample(self.input_ids[first], self.loss_weights[first]),
             TokenizedExample(self.input_ids[second], self.loss_weights[second]),
         )
+
+
+@dataclass(frozen=True)
+class SharedPair(TokenizedExample):
+    """A pair as one document: what both conversations begin with, the rest of the chosen one, that of the rejected."""
+
+    shared: SharedPrompt
+    """How long they are."""
+
+    @property
+    def length(self) -> int:
+        """Its length in tokens, and how it is made up."""
+        return self.shared
+
+    @property
+    def positions(self) -> Longs:
+        """Position of each token in its conversation, (L,)."""
+        end = self.shared.common + self.shared.first
+        return np.concatenate([np.arange(end), np.arange(self.shared.common, self.shared.common + self.shared - end)])
+
+
+def share_prompt(pair: PairExample) -> SharedPair | None:
+    """Return a pair with what both conversations begin with only once; `None` if there is nothing to share.
+
+    The token before an answer stays with the answer, in both of them: the answer's first token is predicted from it, and
+    a label is predicted from what stands before it in the row.
+    """
+    chosen, rejected = pair.halves()
+    shorter = min(len(chosen.input_ids), len(rejected.input_ids))
+    differ = np.flatnonzero(chosen.input_ids[:shorter] != rejected.input_ids[:shorter])
+    answers = [np.flatnonzero(half.loss_weights[1:] > 0) for half in (chosen, rejected)]  # from 0: the token before
+    common = min([int(differ[0]) if len(differ) else shorter, *(int(found[0]) for found in answers if len(found))])
+    if common < 1:
+        return None
+    rests = len(chosen.input_ids) - common, len(rejected.input_ids) - common
+    return SharedPair(
+        np.concatenate([chosen.input_ids, rejected.input_ids[common:]]),
+        np.concatenate([chosen.loss_weights, rejected.loss_weights[common:]]),
+        SharedPrompt(common, *rests),
+    )
 
 
 @dataclass(frozen=True)

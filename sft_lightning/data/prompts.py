@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,42 @@ PromptBatch = list[dict[str, str]]
 
 _BEGINNING = 80
 """Characters of a document that it is continued from: what a reader takes in at a glance."""
+
+
+class PromptLoader:
+    """Prompts in batches, dealt to the ranks by turns.
+
+    Args:
+        prompts: All of them, in the order of the data.
+        batch_size: Prompts at a time.
+        rank: Whose batches these are.
+        world_size: Ranks that share the prompts.
+    """
+
+    def __init__(self, prompts: PromptBatch, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self.num_answered = 0
+        """Of this rank's batches, how many of the first ones come empty, because they were answered before."""
+
+    def __len__(self) -> int:
+        """Batches, for every rank the same; the last one may be empty."""
+        return math.ceil(len(self.prompts) / (self.batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for number in range(len(self)):
+            yield [] if number < self.num_answered else self._batch(number)
+
+    @property
+    def batch_lengths(self) -> list[int]:
+        """Prompts of each of this rank's batches."""
+        return [len(self._batch(number)) for number in range(len(self))]
+
+    def _batch(self, number: int) -> PromptBatch:
+        start = (number * self._world_size + self._rank) * self.batch_size
+        return self.prompts[start : start + self.batch_size]
 
 
 def make_prompts(builder: ExampleBuilder, records: Iterable[Record], source: SourceConfig) -> Iterator[dict[str, str]]:

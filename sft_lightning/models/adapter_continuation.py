@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.save_and_load import load_peft_weights
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapter_folder import AdapterError, base_name, load_weights, read_config, read_weights
 from sft_lightning.models.targets import PRESETS
+from sft_lightning.models.trainable import base_names
 
 if TYPE_CHECKING:
     from sft_lightning.models.adapters import AdapterConfig
@@ -25,20 +26,21 @@ _COMPARED = {
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
     "layers_to_transform": "layers_to_transform",
+    "trainable_token_indices": "trainable_token_indices",
 }
 """Our key, and PEFT's."""
 
 
 def read_adapter_config(path: str, *, drop_modules_to_save: bool) -> PeftConfig:
-    """Return the configuration in an adapter folder, ready for training.
+    """Return an adapter's configuration, ready for training.
 
     Raises:
         UserError: If there is none, or it has no modules to drop.
     """
     try:
-        config: Any = PeftConfig.from_pretrained(path)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.adapter.path: cannot load an adapter from {path!r}: {error}") from error
+        config = read_config(path)
+    except AdapterError as error:
+        raise UserError(f"model.adapter.path: {error}") from error
     config.inference_mode = False
     if drop_modules_to_save:
         if not getattr(config, "modules_to_save", None):
@@ -49,52 +51,55 @@ def read_adapter_config(path: str, *, drop_modules_to_save: bool) -> PeftConfig:
     return config  # type: ignore[no-any-return]
 
 
-def load_adapter_weights(model: PeftModel, path: str, *, drop_modules_to_save: bool) -> None:
-    """Load an adapter's weights into a model that was wrapped with its configuration.
+def continue_weights(model: PeftModel, config: AdapterConfig) -> None:
+    """Load a continued adapter's weights, and those of the base that trained beside it.
 
     Args:
-        model: The wrapped model.
-        path: Adapter folder.
-        drop_modules_to_save: Leave out what belongs to modules trained in full.
+        model: The base, wrapped with the adapter's configuration; what is to train does.
+        config: With `path`.
 
     Raises:
-        UserError: If the file holds other tensors than the model wants, in name or shape.
+        UserError: If the file holds other tensors than the model wants, in name or shape, or weights of the base that
+            would not be saved again, because they do not train.
     """
+    path = str(config.path)
     try:
-        weights: dict[str, Any] = load_peft_weights(path, device="cpu")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.adapter.path: cannot load an adapter from {path!r}: {error}") from error
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if drop_modules_to_save:
-        # What the configuration no longer asks for; a tensor of the adapter's method itself is never left out.
-        prefix = model.base_model.prefix
-        weights = {name: tensor for name, tensor in weights.items() if name in wanted}
-        extra = [name for name in extra if str(prefix) in name]
-    if missing or extra:
-        raise UserError(
-            f"model.adapter.path: the adapter in {path!r} does not fit this model: {len(missing)} tensors are missing "
-            f"({', '.join(missing[:3])}), {len(extra)} are unknown ({', '.join(extra[:3])})"
-        )
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
+        weights = read_weights(path)
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+        if config.drop_modules_to_save:
+            dropped = [f".{name}." for name in read_config(path).modules_to_save]
+            gone = {key for key in weights.keys() - wanted.keys() if any(name in f".{key}" for name in dropped)}
+            weights = {key: tensor for key, tensor in weights.items() if key not in gone}
+        names = {base_name(name) for name, _ in model.named_parameters()}
+        trained = {base_name(name) for name in base_names(model)}
+        frozen = sorted(n for k in weights.keys() - wanted.keys() if (n := base_name(k)) in names - trained)
+        if frozen:
             raise UserError(
-                f"model.adapter.path: {name} in {path!r} is {tuple(tensor.shape)}, the model wants "
-                f"{tuple(wanted[name].shape)}; is it of another base, or does model.add_tokens differ?"
+                f"model.adapter.only_adapter: the adapter in {path!r} was trained together with {len(frozen)} weights "
+                f"of its base ({frozen[0]} …), which would be frozen here and missing in the next export; set "
+                "model.adapter.only_adapter: false, or merge the adapter first and start from the merged model"
             )
-    set_peft_model_state_dict(model, weights)
+        load_weights(model, weights, source=path, of_the_base=trained)
+    except AdapterError as error:
+        raise UserError(f"model.adapter.path: {error}") from error
 
 
 def differences(model: PeftModel, config: AdapterConfig) -> list[str]:
     """Return one line for every key of `model.adapter` that the continued adapter's own configuration overrides."""
-    own: Any = model.active_peft_config
     if config.path is None:
         return []
+    own: Any = model.active_peft_config
     lines = []
     for key, peft_key in _COMPARED.items():
-        ours, theirs = _plain(getattr(config, key)), _plain(getattr(own, peft_key, None))
+        ours = _plain(getattr(config, key))
         # What a preset stood for is written out in the adapter, and cannot be compared with its name.
-        if ours != theirs and ours not in PRESETS:
+        if ours in (*PRESETS, "added"):
+            continue
+        if not hasattr(own, peft_key):
+            if ours != _plain(getattr(type(config), key, None)):
+                kind = getattr(own.peft_type, "value", own.peft_type)
+                lines.append(f"model.adapter.{key}: {ours!r} is not used; the {kind} adapter in {config.path} has none")
+        elif ours != (theirs := _plain(getattr(own, peft_key))):
             lines.append(
                 f"model.adapter.{key}: {theirs!r}, as in {config.path}; the {ours!r} of this configuration is not used"
             )

@@ -13,9 +13,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, replace_lora
 from transformers import PreTrainedModel
 
 from sft_lightning.errors import UserError, one_of
-from sft_lightning.models.adapter_continuation import load_adapter_weights, read_adapter_config
+from sft_lightning.models.adapter_continuation import continue_weights, read_adapter_config
+from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.quantized_adapters import check_quantized_base, prepare_adapted
 from sft_lightning.models.targets import PRESETS, check_names, check_targets, resolve_preset
-from sft_lightning.models.trainable import keep_float32_masters, train_base
+from sft_lightning.models.trainable import train_base
 from sft_lightning.models.vocabulary import embedding_names, tied_names
 
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "mica", "loftq")
@@ -188,16 +190,35 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, *, added_token_id
     Raises:
         UserError: If a target matches no module, PEFT refuses the configuration, or `path` holds no adapter that fits.
     """
-    if config.path is not None:
-        wrapped = _wrap(model, read_adapter_config(config.path, drop_modules_to_save=config.drop_modules_to_save))
-        load_adapter_weights(wrapped, config.path, drop_modules_to_save=config.drop_modules_to_save)
-    else:
+    if config.path is None:
         wrapped = _wrap(model, _resolve(model, config, added_token_ids))
         if config.init == "loftq":
             _start_at_quantization_error(wrapped)
+    else:
+        wrapped = _wrap(model, read_adapter_config(config.path, drop_modules_to_save=config.drop_modules_to_save))
     if not config.only_adapter:
         train_base(wrapped)
+    if config.path is not None:
+        continue_weights(wrapped, config)
     return wrapped
+
+
+def check_base_of_adapter(config: AdapterConfig, quantization: QuantizationConfig, dtype: str) -> None:
+    """Check that PEFT can put an adapter on a quantized base, before anything is loaded.
+
+    Args:
+        config: The adapter.
+        quantization: How the base is stored.
+        dtype: `model.dtype`.
+
+    Raises:
+        UserError: If PEFT cannot.
+    """
+    if config.path is None:
+        check_quantized_base(config.to_peft(), quantization, dtype)
+    else:
+        continued = read_adapter_config(config.path, drop_modules_to_save=config.drop_modules_to_save)
+        check_quantized_base(continued, quantization, dtype)
 
 
 def _resolve(model: PreTrainedModel, config: AdapterConfig, added_token_ids: Sequence[int]) -> PeftConfig:
@@ -234,7 +255,7 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         raise UserError(f"model.adapter: PEFT refuses {type(peft_config).__name__}: {error}") from error
     if not isinstance(wrapped, PeftModel):
         raise TypeError(f"PEFT returned a {type(wrapped).__name__}")
-    keep_float32_masters(wrapped)  # before weights are loaded into them, which would be rounded
+    prepare_adapted(wrapped)  # before weights are loaded, which would be rounded
     return wrapped
 
 

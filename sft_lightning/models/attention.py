@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from sft_lightning.errors import UserError
+from sft_lightning.types import SharedPrompt
 
 PACKED = "packed"
 """Our name in transformers' registry of attention implementations."""
@@ -54,7 +55,8 @@ def packed_attention(
         attention_mask: Ignored; the documents say it all.
         scaling: Factor on the scores; default 1/sqrt(head_dim).
         dropout: Dropout on the attention weights.
-        document_lengths: Tokens of each document of each row, adding up to S. `None`: every row is one document.
+        document_lengths: Tokens of each document of each row, adding up to S; of two documents that begin alike, a
+            `SharedPrompt`. `None`: every row is one document.
         sliding_window: Tokens that a token sees, itself included.
         softcap: Cap on the scores: softcap · tanh(score / softcap).
 
@@ -77,33 +79,46 @@ def packed_attention(
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     rows = []
     for r, lengths in enumerate(document_lengths):
-        q, k, v = (torch.split(x[r : r + 1], list(lengths), dim=2) for x in (query, key, value))
+        q, k, v = (torch.split(x[r : r + 1], [int(n) for n in lengths], dim=2) for x in (query, key, value))
         documents = [
-            _document(*qkv, scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap)
-            for qkv in zip(q, k, v, strict=True)
+            (_two_documents if isinstance(length, SharedPrompt) else _document)(
+                *qkv, length, scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap
+            )
+            for *qkv, length in zip(q, k, v, lengths, strict=True)
         ]
         rows.append(torch.cat(documents, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
+
+
+def _two_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: SharedPrompt, **options: Any
+) -> torch.Tensor:
+    """Causal attention of two documents that share their beginning; (1, heads, L, head_dim) in and out."""
+    end = length.common + length.first
+    first = _document(query[:, :, :end], key[:, :, :end], value[:, :, :end], end, **options)
+    seen = (torch.cat([x[:, :, : length.common], x[:, :, end:]], dim=2) for x in (key, value))
+    return torch.cat([first, _document(query[:, :, end:], *seen, int(length) - end, **options)], dim=2)
 
 
 def _document(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    length: int,
     *,
     scaling: float | None,
     dropout: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of one document; (1, heads, L, head_dim) in and out."""
-    length = query.shape[2]
-    windowed = sliding_window is not None and sliding_window < length
-    if softcap is None and not windowed:
+    """Causal attention of a document's last `length` tokens; (1, heads, length, head_dim) out."""
+    before = key.shape[2] - length
+    windowed = sliding_window is not None and sliding_window < key.shape[2]
+    if softcap is None and not windowed and not before:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
-    mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(before)
     if windowed:
-        mask = mask.triu(1 - sliding_window)  # type: ignore[operator]
+        mask = mask.triu(before + 1 - sliding_window)  # type: ignore[operator]
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
@@ -125,16 +140,43 @@ def _varlen(
 
     batch, heads, width, head_dim = query.shape
     flat = [length for lengths in document_lengths for length in lengths]
-    ends = torch.tensor([0, *accumulate(flat)], dtype=torch.int32, device=query.device)
     q, k, v = (x.transpose(1, 2).reshape(batch * width, x.shape[1], head_dim) for x in (query, key, value))
+    asking = seen = [int(length) for length in flat]
+    if any(isinstance(length, SharedPrompt) for length in flat):
+        asking, seen, pieces = _of_shared(flat)
+        k, v = (torch.cat([x[piece] for piece in pieces]) for x in (k, v))
+    starts, starts_seen = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device) for lengths in (asking, seen)
+    )
     options: dict[str, Any] = {"scale": scaling, "window_size": ((sliding_window or 0) - 1, 0)}
     if k.shape[1] != heads:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
-    out = cast(torch.Tensor, varlen_attn(q, k, v, ends, ends, max(flat), max(flat), **options))
+    out = cast(torch.Tensor, varlen_attn(q, k, v, starts, starts_seen, max(asking), max(seen), **options))
     return out.view(batch, width, heads, head_dim)
+
+
+def _of_shared(lengths: Sequence[int]) -> tuple[list[int], list[int], list[slice]]:
+    """Return how many tokens ask, how many they see, and where those stand; a shared beginning is seen twice."""
+    asking: list[int] = []
+    seen: list[int] = []
+    pieces: list[slice] = []
+    start = 0
+    for length in lengths:
+        end = start + int(length)
+        if isinstance(length, SharedPrompt):
+            rest = start + length.common + length.first
+            asking += [rest - start, end - rest]
+            seen += [rest - start, length.common + end - rest]
+            pieces += [slice(start, rest), slice(start, start + length.common), slice(rest, end)]
+        else:
+            asking.append(length)
+            seen.append(length)
+            pieces.append(slice(start, end))
+        start = end
+    return asking, seen, pieces
 
 
 AttentionInterface.register(PACKED, packed_attention)

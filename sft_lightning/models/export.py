@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sft_lightning.errors import UserError
+from sft_lightning.models.adapter_folder import AdapterError
 from sft_lightning.models.generation import base_model
 from sft_lightning.models.merging.folders import replaced_folder
 from sft_lightning.models.merging.probes import max_positions, random_ids
@@ -133,8 +133,8 @@ def _verify_answers(model: PeftModel, folder: Path, precision: Callable[[], Abst
     probe = random_ids(config.get_text_config().vocab_size, rows=1, length=min(16, max_positions(config)))
     try:
         difference, scale = export_difference(model, folder, probe.to(model.device), precision=precision)
-    except UserError as error:
-        raise RuntimeError(f"{folder}: cannot be loaded again: {error}") from error
+    except AdapterError as error:
+        raise RuntimeError(f"cannot load the export again: {error}") from error
     if not difference <= 1e-4 * max(scale, 1.0):  # not-a-number included
         raise RuntimeError(
             f"{folder}: the base under the exported adapter answers otherwise than the live model: logits differ by "

@@ -207,11 +207,16 @@ def generate_ids(
                 pad_token_id=pad_token_id,
                 num_return_sequences=num_return_sequences,
                 streamer=streamer,
+                synced_gpus=_is_sharded(model),  # all processes take the steps of the one that takes the most
                 **_options(config),
             )[:, width:]
     stops = set(stop_token_ids)
     answers = [_cut(row, stops) for row in out.tolist()]
     return [answers[i : i + num_return_sequences] for i in range(0, len(answers), num_return_sequences)]
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _search(
@@ -262,16 +267,25 @@ def _cut(row: list[int], stops: set[int]) -> Generated:
 
 @contextmanager
 def _serving(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Evaluation mode, masked attention (packed attention knows no left padding), and no defaults of the checkpoint."""
+    """Evaluation mode, masked attention (packed attention knows no left padding), and no defaults of the checkpoint.
+
+    Nor the routers' loss of a mixture of experts, which transformers cannot sum over cached tokens.
+    """
     base = base_model(model)
+    config: Any = base.config.get_text_config()
+    routers = getattr(config, "output_router_logits", False)
     implementation, training, defaults = base.config._attn_implementation, model.training, base.generation_config
     model.eval()
     base.generation_config = TransformersGenerationConfig()
     if implementation == "packed":
         base.set_attn_implementation("sdpa")
+    if routers:
+        config.output_router_logits = False
     try:
         yield
     finally:
+        if routers:
+            config.output_router_logits = True
         base.generation_config = defaults
         if implementation == "packed":
             base.set_attn_implementation(implementation)

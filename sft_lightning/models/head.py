@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sft_lightning.models.generation import base_model
+from sft_lightning.models.routers import find_router_loss
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch
         device: Where the model is.
 
     Returns:
-        The head; `None` if the model does something else, or its weights are sharded and gathered only within its own
-        forward.
+        The head; `None` if the model does something else, with the loss of its routers too, or its weights are sharded
+        and gathered only within its own forward.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return None  # its own forward puts virtual tokens before the text
@@ -70,8 +71,8 @@ def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch
     if output is None or decoder is base or any(_is_sharded(parameter) for parameter in base.parameters()):
         return None
     config = base.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        return None  # the model's own forward adds up the loss of the routers
+    if getattr(config, "output_router_logits", False) and find_router_loss(base) is None:
+        return None  # only the model's own forward knows the loss of its routers
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     head = Head(decoder, output, scale, getattr(config, "final_logit_softcapping", None))
     return head if _gives_the_models_logits(base, head, vocab_size, device) else None
@@ -93,7 +94,11 @@ def _gives_the_models_logits(model: PreTrainedModel, head: Head, vocab_size: int
     training = model.training
     model.eval()
     try:
-        expected, found = model(**inputs).logits, head.project(head.decoder(**inputs).last_hidden_state)
+        own, below = model(**inputs), head.decoder(**inputs)
+        expected, found = own.logits, head.project(below.last_hidden_state)
+        routers = find_router_loss(model)
+        if routers is not None and not torch.allclose(routers(below), routers.coefficient * own.aux_loss):
+            return False
     finally:
         model.train(training)
     if expected.shape != found.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import base_model
 from sft_lightning.models.merging.probes import max_positions
+from sft_lightning.models.quantization import rounding_each_token_alone
+from sft_lightning.models.rope import RopeScalingConfig, check_packing
 
 _LENGTH = 16
 """Tokens of the document that is watched."""
@@ -60,9 +63,10 @@ def measure_isolation(
     training = model.training
     model.eval()
     try:
-        alone = _logits(model, second, [_LENGTH])
-        packed = _logits(model, torch.cat([first, second], 1), [before, _LENGTH])[:, before:]
-        moved = _logits(model, torch.cat([other, second], 1), [before, _LENGTH])[:, before:]
+        with rounding_each_token_alone(model):
+            alone = _logits(model, second, [_LENGTH])
+            packed = _logits(model, torch.cat([first, second], 1), [before, _LENGTH])[:, before:]
+            moved = _logits(model, torch.cat([other, second], 1), [before, _LENGTH])[:, before:]
     finally:
         model.train(training)
     return Isolation(
@@ -93,6 +97,35 @@ def prove_isolation(
     if not found.proven:
         raise UserError(f"data.packing: {describe_leak(model, found)}; {_way_out(model)}")
     return found.difference
+
+
+def choose_packing(
+    model: PreTrainedModel | PeftModel,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    max_length: int,
+    rope_scaling: RopeScalingConfig | None,
+) -> tuple[Literal["best_fit", "none"], str]:
+    """Settle `data.packing: auto` on the loaded model.
+
+    Args:
+        model: The model, adapters included.
+        vocab_size: Ids to draw from.
+        device: Where the model is.
+        max_length: Tokens per row.
+        rope_scaling: What its positions are stretched by.
+
+    Returns:
+        The packing, and why.
+    """
+    try:
+        if rope_scaling is not None:
+            check_packing(base_model(model).config, rope_scaling, max_length)
+        found = measure_isolation(model, vocab_size, device, max_length=max_length)
+    except UserError as error:
+        return "none", str(error)
+    return ("best_fit", "documents are apart") if found.proven else ("none", describe_leak(model, found))
 
 
 def describe_leak(model: torch.nn.Module, found: Isolation) -> str:

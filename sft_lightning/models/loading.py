@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention import PACKED
+from sft_lightning.models.masked import choose_attention
 from sft_lightning.models.overrides import ConfigOverrides
-from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
+from sft_lightning.models.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.vocabulary import add_tokens
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -76,59 +84,69 @@ def load_model(
         name_or_path: Folder or Hub id.
         from_config: Instead: `model_type` and the keys of that model's configuration; random weights.
         dtype: Type of the weights that are not quantized.
-        attn_implementation: `auto` for our packed attention, or a name that transformers knows.
+        attn_implementation: `auto` for attention that keeps documents apart, or a name that transformers knows.
         quantization: How the base weights are stored; `None` as they are.
         vocab_size: The tokenizer's, used by `from_config` where it names none.
         overrides: What to change in the model's configuration.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: If not exactly one of the two is given, or nothing can be loaded from it.
+        UserError: If not exactly one of the two is given, nothing can be loaded from it, or it is no causal language
+            model.
     """
     if (name_or_path is None) == (from_config is None):
         raise UserError("model: set either model_name_or_path or from_config")
-    options = {
-        "dtype": getattr(torch, dtype),
-        "attn_implementation": PACKED if attn_implementation == "auto" else attn_implementation,
-        "trust_remote_code": trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if from_config is not None:
-        return _build(from_config, vocab_size, quantization, overrides, options)
-    if quantization is not None:
-        options["quantization_config"] = quantization.to_transformers(options["dtype"])
-    with _loading("model", str(name_or_path)):
-        config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+        if quantization is not None:
+            raise UserError(
+                "model.quantization: a model built by from_config is random; train and export it, then quantize"
+            )
+        config = _config_of(from_config, vocab_size)
+    else:
+        with _loading("model", str(name_or_path)):
+            config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    _check_causal("model.model_name_or_path" if from_config is None else "model.from_config", config)
     overrides.apply(config)
+    options["attn_implementation"] = choose_attention(attn_implementation, config)
+    if from_config is not None:
+        return _checked(AutoModelForCausalLM.from_config(config, **options))
     with _loading("model", str(name_or_path)):
-        model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
-    keep_weight_layout(model)
+        if quantization is not None:
+            model = load_quantized(str(name_or_path), quantization, config=config, **options)
+        else:
+            model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there
     return model
 
 
-def _build(
-    from_config: dict[str, Any],
-    vocab_size: int,
-    quantization: QuantizationConfig | None,
-    overrides: ConfigOverrides,
-    options: dict[str, Any],
-) -> PreTrainedModel:
-    if quantization is not None:
-        raise UserError(
-            "model.quantization: a model built by from_config is random; train and export it, then quantize"
-        )
+def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig:
     values = {"vocab_size": vocab_size, **copy.deepcopy(from_config)}
     model_type = values.pop("model_type", None)
     try:
-        config = AutoConfig.for_model(model_type, **values)
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.from_config: transformers refuses {from_config}: {error}") from error
     if config.vocab_size < vocab_size:
         raise UserError(
             f"model.from_config.vocab_size: {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
         )
-    overrides.apply(config)
-    return _checked(AutoModelForCausalLM.from_config(config, **options))
+    return config
+
+
+def _check_causal(key: str, config: PretrainedConfig) -> None:
+    """Check that each token of a model sees only those before it, and that all text goes in on one side."""
+    looks_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    if config.is_encoder_decoder:
+        kind = "an encoder-decoder"
+    elif looks_ahead:
+        kind = "a masked language model"
+    elif not known:
+        kind = "no language model that transformers knows"
+    else:
+        return
+    raise UserError(f"{key}: {config.model_type!r} is {kind}; only causal (decoder-only) language models are trained")
 
 
 def _checked(model: object) -> PreTrainedModel:
@@ -155,6 +173,8 @@ def _loading(what: str, name_or_path: str) -> Iterator[None]:
         )
     try:
         yield
+    except UserError:
+        raise
     except (OSError, ValueError, ImportError, TypeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{key}: cannot load a {what} from {name_or_path!r}: {first_line}") from error

@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
+from sft_lightning.models.attention import PACKED
 from sft_lightning.models.generation import base_model
 
 MASKED = "masked_documents"
@@ -26,32 +33,20 @@ _document_lengths: ContextVar[Sequence[Sequence[int]] | None] = ContextVar("docu
 """Documents of the rows that a model is looking at; not every model hands keyword arguments on to its masks."""
 
 
-def choose_attention(
-    requested: str, name_or_path: str | None, from_config: dict[str, Any] | None, *, trust_remote_code: bool = False
-) -> str:
-    """Return the attention implementation to load a model with.
+def choose_attention(requested: str, config: PretrainedConfig) -> str:
+    """Return transformers' name of the attention to load a model with.
 
     Args:
         requested: `model.attn_implementation`.
-        name_or_path: Folder or Hub id of the model.
-        from_config: Instead of it: `model_type` and other keys.
-        trust_remote_code: Run code that comes with the model.
+        config: The model's.
 
     Returns:
-        `requested`, but `eager` for `auto` where the family does its own attention. Of a model that cannot be found,
-        `requested` too: loading it says what is wrong.
+        `requested`; for `auto` our packed attention, and `eager` where the family does its own.
     """
     if requested != "auto":
         return requested
-    try:
-        if from_config is not None:
-            config = AutoConfig.for_model(str(from_config.get("model_type")))
-        else:
-            config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
-        family: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    except (OSError, ValueError, KeyError, ImportError, TypeError):
-        return requested
-    return requested if family._supports_attention_backend else "eager"
+    family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return PACKED if family is None or family._supports_attention_backend else "eager"
 
 
 def keep_documents_apart(model: PreTrainedModel | PeftModel) -> bool:

@@ -18,7 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from sft_lightning.data.templates.template import jinja_template
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import GenerationConfig, base_model, decode, generate_ids
-from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
+from sft_lightning.models.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.quantized_adapters import keep_input_dtype
 from sft_lightning.models.vocabulary import resize_embeddings
 
 ServedDType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -150,12 +151,13 @@ def load_served(option: str, path: str | None, adapter: str | None, options: Loa
     with _loading(option, where):
         tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
     with _loading(option, base):
-        model: Any = AutoModelForCausalLM.from_pretrained(base, **_model_options(options))
-    keep_weight_layout(model)
+        load: Any = AutoModelForCausalLM.from_pretrained if options.quantization is None else load_quantized
+        model: Any = load(base, **_model_options(options))
     if adapter is not None:
         resize_embeddings(model, tokenizer, (), any_size=True)  # the adapter may have tokens of its own
         with _loading("--adapter", adapter):
             model = PeftModel.from_pretrained(model, adapter)
+        keep_input_dtype(model)
     return ServedModel(model.eval(), tokenizer)
 
 
@@ -184,10 +186,7 @@ def _model_options(options: LoadOptions) -> dict[str, Any]:
             raise UserError(f"--quantization: must be 4 or 8 (got {options.quantization})")
         own = torch.float16 if options.quantization == 8 else torch.bfloat16  # LLM.int8 casts its inputs to float16
         compute = own if options.dtype == "auto" else dtype
-        found |= {
-            "dtype": compute,
-            "quantization_config": QuantizationConfig(bits=options.quantization).to_transformers(compute),
-        }
+        found |= {"dtype": compute, "quantization": QuantizationConfig(bits=options.quantization)}
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: cuda, but torch sees no GPU here; leave it out to use the CPU")
     if options.device != "cpu" and torch.cuda.is_available():

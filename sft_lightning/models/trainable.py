@@ -14,7 +14,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from sft_lightning.errors import UserError
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def train_only(model: torch.nn.Module, patterns: Sequence[str]) -> None:
@@ -85,7 +85,7 @@ def keep_float32_masters(model: PeftModel) -> None:
                     "target_modules, or remove it"
                 )
             dtype = next(module.parameters()).dtype
-            if dtype in _HALF:
+            if dtype in HALF:
                 found.append((module, dtype))
     for module, dtype in found:
         module.to(torch.float32)

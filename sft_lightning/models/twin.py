@@ -19,11 +19,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
-from sft_lightning.models.merging.exported_adapter import attach_adapter, read_config
+from sft_lightning.models.adapter_folder import CHANGE_BASE, attach_adapter, read_config
 from sft_lightning.models.merging.probes import logits_of
-from sft_lightning.models.trainable import keep_float32_masters
-
-_STARTS_FROM_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica", "lora_ga", "eva")
+from sft_lightning.models.quantized_adapters import prepare_adapted
 
 
 def bare_twin(module: torch.nn.Module, twins: dict[int, torch.nn.Module] | None = None) -> torch.nn.Module:
@@ -71,9 +69,9 @@ def export_difference(
         with precision():
             live = logits_of(model, input_ids)
         config = read_config(folder)
-        if getattr(config, "init_lora_weights", None) in _STARTS_FROM_BASE:
+        if getattr(config, "init_lora_weights", None) in CHANGE_BASE:
             config.init_lora_weights = True  # the live base has already been changed by it
-        twin = attach_adapter(bare_twin(model.get_base_model()), folder, config=config, prepare=keep_float32_masters)
+        twin = attach_adapter(bare_twin(model.get_base_model()), folder, config=config, prepare=prepare_adapted)
         _compute_alike(twin, model)
         with precision():
             exported = logits_of(twin.eval(), input_ids)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.planning.communication import communication_bytes
 from sft_lightning.planning.memory import Memory, Setup, StepBytes
 from sft_lightning.planning.simulation import optimizer_bytes, simulate_step
 from sft_lightning.planning.skeleton import Skeleton, stored_bytes
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference import DPOModule
 
 
 class Estimator:
@@ -47,31 +48,62 @@ class Estimator:
         """Return the memory of one GPU."""
         quantization = self._quantization(setup.bits)
         frozen, trained = stored_bytes(self._skeleton, quantization)
-        step, sharding = self.step(setup.batch_size * setup.max_length, setup.checkpointing), setup.sharding
-        is_full = self._module.adapter is None
-        gradients = trained / sharding.gradients
+        gradients, optimizer = trained, self.optimizer_bytes
+        sharding = setup.sharding
+        if sharding.kind == "zero":
+            frozen, trained, gradients, optimizer = self._in_zero(quantization)
+        step = self.step(setup.batch_size * setup.max_length, setup.checkpointing, setup.bits)
         made = 0.0 if self._accumulates else self.trained_bytes  # the simulated peak has them already
-        temporary = max(0.0, step.peak - step.kept - made) + self._unpacked(quantization) + self._gathered(setup)
+        weights, adapter = (frozen + trained, 0.0) if self._module.adapter is None else (frozen, trained)
+        on_gpu, stepping = not sharding.weights_on_host, not sharding.optimizer_on_host
         return Memory(
-            weights=(frozen + trained if is_full else frozen) / sharding.weights,
-            adapter=0.0 if is_full else trained / sharding.weights,
-            gradients=gradients,
-            optimizer=self.optimizer_bytes / sharding.optimizer,
+            weights=weights / sharding.weights * on_gpu,
+            adapter=adapter / sharding.weights * on_gpu,
+            gradients=gradients / sharding.gradients * stepping,
+            optimizer=optimizer / sharding.optimizer * stepping,
             activations=step.kept,
-            temporary=temporary,
+            temporary=max(0.0, step.peak - step.kept - made) + self._unpacked(quantization),
+            communication=communication_bytes(self._skeleton, sharding, quantization, self._element_size),
         )
 
-    def step(self, num_tokens: int, checkpointing: bool) -> StepBytes:
+    def _in_zero(self, quantization: QuantizationConfig | None) -> tuple[float, float, float, float]:
+        """Return the bytes of what is frozen, of what trains, its gradients and the optimizer's part in DeepSpeed.
+
+        In half precision it casts the model, quantized weights excepted. Gradients wait in float32, and so are the
+        optimizer's states, beside a float32 copy of what trains.
+        """
+        frozen, trained = stored_bytes(self._skeleton, quantization)
+        num_trained = sum(parameter.numel() for parameter in self._skeleton.trainable)
+        states = self.optimizer_bytes * 4 * num_trained / trained if trained else 0.0
+        size = 0 if self._cast_to is None else self._cast_to.itemsize
+        packed = self._skeleton.linears if quantization is not None else frozenset()
+        for parameter in self._skeleton.model.parameters():
+            if size and not parameter.requires_grad and id(parameter) not in packed:
+                frozen -= parameter.numel() * (parameter.element_size() - size)
+        return frozen, float(num_trained * size) or trained, 4.0 * num_trained, states + 4.0 * num_trained
+
+    @property
+    def _element_size(self) -> int:
+        """Bytes of an element of what ZeRO sends."""
+        largest = max((parameter.element_size() for parameter in self._skeleton.trainable), default=0)
+        return largest if self._cast_to is None else self._cast_to.itemsize
+
+    @property
+    def _cast_to(self) -> torch.dtype | None:
+        """What DeepSpeed casts the model to; `None` leaves the types alone."""
+        return getattr(torch, {"bf16": "bfloat16", "16": "float16"}.get(self._precision.partition("-")[0], ""), None)
+
+    def step(self, num_tokens: int, checkpointing: bool, bits: int | None) -> StepBytes:
         """Return the bytes of a micro-batch of some tokens, by the line through two simulated ones."""
         short, long = self._lengths
-        low, high = self._simulated(short, checkpointing), self._simulated(long, checkpointing)
+        low, high = (self._simulated(length, checkpointing, bits == 8) for length in (short, long))
         if num_tokens == long or short == long:
             return high
         share = (num_tokens - short) / (long - short)
         return StepBytes(*(max(0.0, a + share * (b - a)) for a, b in zip(low, high, strict=True)))
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 (one estimator a command)
-    def _simulated(self, length: int, checkpointing: bool) -> StepBytes:
+    def _simulated(self, length: int, checkpointing: bool, int8: bool) -> StepBytes:
         step = simulate_step(
             self._skeleton,
             batch_size=1,
@@ -79,6 +111,8 @@ class Estimator:
             gradient_checkpointing=checkpointing,
             precision=self._precision,
             has_gradients=self._accumulates,
+            int8="cuda" if int8 else None,
+            of_pairs=isinstance(self._module, DPOModule),
         )
         return StepBytes(step.kept, step.peak)
 
@@ -89,18 +123,9 @@ class Estimator:
         return given if given is not None and given.bits == bits else QuantizationConfig(bits=bits)
 
     def _unpacked(self, quantization: QuantizationConfig | None) -> float:
-        """Return the largest weight as it is while it is used, of which a quantized model stores no whole copy."""
-        if quantization is None:
+        """Return the largest weight as it is while it is used, of which a 4-bit model stores no whole copy."""
+        if quantization is None or quantization.bits == 8:  # of LLM.int8 the simulated step has it
             return 0.0
         compute: Literal["float32", "bfloat16", "float16"] = quantization.compute_dtype or self._module.model_dtype
         weights = [p for p in self._skeleton.model.parameters() if id(p) in self._skeleton.linears]
         return float(max((weight.numel() for weight in weights), default=0) * getattr(torch, compute).itemsize)
-
-    def _gathered(self, setup: Setup) -> float:
-        """Return two layers' weights, which a sharded run has whole while they are used."""
-        if setup.sharding.weights == 1:
-            return 0.0
-        num_layers: int = self._skeleton.base.config.get_text_config().num_hidden_layers
-        alone = replace(setup, sharding=replace(setup.sharding, weights=1))
-        frozen, trained = stored_bytes(self._skeleton, self._quantization(alone.bits))
-        return 2 * (frozen + trained) / num_layers

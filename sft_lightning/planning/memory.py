@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sft_lightning.planning.sharding import Sharding
+from sft_lightning.planning.sharding import Sharding, fsdp2
 
 GIB = 2**30
 
@@ -52,10 +52,13 @@ class Memory:
     temporary: float
     """The rest of the peak: a layer's working memory, the head's chunk of logits, a weight taken out of its 4 bits."""
 
+    communication: float = 0.0
+    """Weights gathered from other GPUs, and buffers of what is sent to them."""
+
     @property
     def total(self) -> float:
         """The peak."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.temporary
+        return float(sum(vars(self).values()))
 
 
 Estimate = Callable[[Setup], Memory]
@@ -115,8 +118,8 @@ def changes(setup: Setup, *, has_adapter: bool, can_quantize: bool) -> Iterator[
         yield Change("model.quantization: {bits: 4}", setup)
     for num_gpus in (2, 4, 8):
         if num_gpus > setup.sharding.weights:
-            setup = replace(setup, sharding=Sharding("FSDP", num_gpus, num_gpus, num_gpus))
-            yield Change(f"{num_gpus} GPUs, with trainer.strategy of FSDP2 or ZeRO-3", setup)
+            setup = replace(setup, sharding=fsdp2(num_gpus))
+            yield Change(f"{num_gpus} GPUs, with trainer.strategy: fsdp2", setup)
     while setup.max_length > 512:
         setup = replace(setup, max_length=max(512, setup.max_length // 2))
         yield Change(f"data.max_length: {setup.max_length} (leaves out or cuts longer examples)", setup)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sft_lightning.data.datamodule import SFTDataModule
@@ -21,6 +21,10 @@ from sft_lightning.planning.sharding import sharding_of
 from sft_lightning.planning.skeleton import Skeleton, build_skeleton
 from sft_lightning.planning.speed import arithmetic, mean_document_length
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference import DPOModule
+from sft_lightning.training.preference_reference import choose_reference
+
+PARTS = tuple(part.name for part in fields(Memory))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +71,11 @@ def plan_lines(inputs: PlanInputs) -> Iterator[str]:
     )
     if module.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
         over = estimator.memory(setup).total > inputs.gpu_bytes
-        setup = Setup(**{**vars(setup), "checkpointing": over})
+        setup = replace(setup, checkpointing=over)
     yield from _memory_lines(estimator, setup)
     if not estimator.optimizer_is_counted:
         yield "  (the optimizer does not step on fake tensors: counted as two states of each trained parameter)"
-    if setup.bits == 8:
-        yield "  (8 bits: what LLM.int8 keeps for the backward is not simulated; expect up to a third more activations)"
+    yield from _remarks(inputs, setup, skeleton)
     if inputs.gpu_bytes is not None:
         yield from _fit_lines(inputs, estimator, setup, skeleton)
     yield from _speed_lines(inputs, skeleton, setup)
@@ -83,10 +86,11 @@ def _data_lines(inputs: PlanInputs) -> Iterator[str]:
     train = [source for name, source in report.sources.items() if name.startswith("train/")]
     supervised, tokens = sum(s.supervised_tokens for s in train), sum(s.tokens for s in train)
     dropped = sum(sum(source.dropped.values()) for source in train)
+    pairs = f" {sum(source.examples for source in train):,} pairs in" if data.task == "dpo" else ""
     epoch_tokens = int(data.plan(0).rows.lengths.sum())
     yield (
-        f"data: {report.rows:,} rows of {report.max_length:,} tokens, {report.fill:.1%} full; {epoch_tokens:,} tokens "
-        f"an epoch; {supervised:,} of {tokens:,} tokens supervised; {dropped:,} dropped"
+        f"data:{pairs} {report.rows:,} rows of {report.max_length:,} tokens, {report.fill:.1%} full; "
+        f"{epoch_tokens:,} tokens an epoch; {supervised:,} of {tokens:,} tokens supervised; {dropped:,} dropped"
     )
     steps = report.optimizer_steps * inputs.num_epochs
     limited = steps if inputs.max_steps == -1 else min(steps, inputs.max_steps)
@@ -100,12 +104,34 @@ def _data_lines(inputs: PlanInputs) -> Iterator[str]:
 def _memory_lines(estimator: Estimator, setup: Setup) -> Iterator[str]:
     yield f"memory of a GPU ({setup.sharding.name}, checkpointing {'on' if setup.checkpointing else 'off'}), GiB:"
     memory = estimator.memory(setup)
-    for part in ("weights", "adapter", "gradients", "optimizer", "activations", "temporary"):
-        yield f"  {part:<12} {getattr(memory, part) / GIB:10.3f}"
-    other = Setup(**{**vars(setup), "checkpointing": not setup.checkpointing})
+    for part in PARTS:
+        yield f"  {part:<13} {getattr(memory, part) / GIB:9.3f}"
+    other = replace(setup, checkpointing=not setup.checkpointing)
     word = "on" if other.checkpointing else "off"
     instead = estimator.memory(other).total / GIB
-    yield f"  {'peak':<12} {memory.total / GIB:10.3f}  (checkpointing {word}: {instead:.3f})"
+    yield f"  {'peak':<13} {memory.total / GIB:9.3f}  (checkpointing {word}: {instead:.3f})"
+
+
+def _remarks(inputs: PlanInputs, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
+    """Yield what of these figures is counted by formula, or not at all."""
+    if setup.sharding.kind in ("fsdp2", "zero"):
+        yield "  (communication: what the strategy's code allocates by its defaults; the rest is simulated on one GPU)"
+    if setup.sharding.weights_on_host or setup.sharding.optimizer_on_host:
+        yield "  (what is offloaded takes host memory instead, which is not planned here)"
+    module = inputs.module
+    if isinstance(module, DPOModule):
+        yield f"  ({_reference(module, skeleton, inputs)})"
+
+
+def _reference(module: DPOModule, skeleton: Skeleton, inputs: PlanInputs) -> str:
+    """Say where the reference's log-probabilities come from, and what they take."""
+    if not module.preference.has_reference:
+        return f"reference model: none, the loss is {module.preference.loss}"
+    choice = choose_reference(module.preference.reference, skeleton.model, module.adapter)
+    if choice.kind == "adapter_off":
+        return "reference model: adapter_off, a second forward pass at every step, which needs less than the step"
+    num_pairs = inputs.data.plan(0).documents.shape[0]
+    return f"reference model: precomputed, a forward pass over the data first; {8 * num_pairs / 2**20:.2f} MiB"
 
 
 def _fit_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
@@ -159,6 +185,8 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
         document_length=mean_document_length(lengths),
     )
     tokens = int(rows.lengths.sum())
+    if _asks_reference(module, skeleton):
+        per_token = replace(per_token, model=per_token.model + per_token.recomputed)
     seconds = per_token.seconds(
         tokens,
         mfu=inputs.mfu,
@@ -171,6 +199,13 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
         + (f" and {per_token.recomputed / 1e9:.2f} run again" if setup.checkpointing else "")
         + f"; an epoch takes {_duration(seconds)} at {inputs.mfu:.0%} of {inputs.tflops:g} TFLOP/s a GPU"
     )
+
+
+def _asks_reference(module: CausalLMModule, skeleton: Skeleton) -> bool:
+    """Whether every step has a second forward pass."""
+    if not isinstance(module, DPOModule) or not module.preference.has_reference:
+        return False
+    return choose_reference(module.preference.reference, skeleton.model, module.adapter).kind == "adapter_off"
 
 
 def _duration(seconds: float) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from sft_lightning.planning.int8 import Int8Kernel, int8_layers
 from sft_lightning.planning.skeleton import Skeleton, checkpointing
 from sft_lightning.planning.tracker import StorageTracker
-from sft_lightning.training.losses import Targets, linear_cross_entropy
+from sft_lightning.training.losses import Targets, linear_cross_entropy, projected_log_probs
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ def simulate_step(
     gradient_checkpointing: bool,
     precision: str = "32-true",
     has_gradients: bool = False,
+    int8: Int8Kernel | None = None,
+    of_pairs: bool = False,
 ) -> SimulatedStep:
     """Run a forward and a backward pass without a single number.
 
@@ -46,21 +49,31 @@ def simulate_step(
         gradient_checkpointing: Whether layers are run again in the backward pass.
         precision: The trainer's.
         has_gradients: Whether gradients are there already, of an earlier micro-batch; they are not counted then.
+        int8: Whose LLM.int8 the frozen linear layers are; `None` if they are not.
+        of_pairs: Whether log-probabilities of answers are what is trained on.
     """
-    with skeleton.mode, checkpointing(skeleton.base, gradient_checkpointing):
+    layers = int8_layers(skeleton.base, skeleton.linears, int8)
+    with skeleton.mode, checkpointing(skeleton.base, gradient_checkpointing), layers:
         for parameter in skeleton.trainable:
             parameter.grad = torch.zeros_like(parameter) if has_gradients else None
         try:
-            return training_step(skeleton.model, skeleton.base, batch_size, max_length, autocast_of(precision))
+            autocast = autocast_of(precision)
+            return training_step(skeleton.model, skeleton.base, batch_size, max_length, autocast, of_pairs=of_pairs)
         finally:
             for parameter in skeleton.trainable:
                 parameter.grad = None
 
 
 def training_step(
-    model: torch.nn.Module, base: Any, batch_size: int, max_length: int, autocast: AbstractContextManager[Any]
+    model: torch.nn.Module,
+    base: Any,
+    batch_size: int,
+    max_length: int,
+    autocast: AbstractContextManager[Any],
+    *,
+    of_pairs: bool = False,
 ) -> SimulatedStep:
-    """Take a step as `CausalLMModule` does, and count; tensors may be fake or real.
+    """Take a step as `CausalLMModule` does, or `DPOModule`, and count; tensors may be fake or real.
 
     Args:
         model: The model, adapter included.
@@ -68,6 +81,7 @@ def training_step(
         batch_size: Rows.
         max_length: Tokens per row.
         autocast: What the forward pass runs in.
+        of_pairs: Whether log-probabilities of answers are what is trained on.
     """
     known = [*model.parameters(), *model.buffers()]
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -86,7 +100,10 @@ def training_step(
             hidden = out.last_hidden_state.flatten(0, 1)[supervised]
             del out
             head = base.get_output_embeddings()
-            loss = linear_cross_entropy(hidden, head.weight, head.bias, targets).loss
+            if of_pairs:
+                loss = projected_log_probs(hidden, head, targets.ids, len(head.weight)).sum()
+            else:
+                loss = linear_cross_entropy(hidden, head.weight, head.bias, targets).loss
             del hidden
         kept = tracker.live
         loss.backward()

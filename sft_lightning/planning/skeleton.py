@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,9 @@ from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.generation import base_model
 from sft_lightning.models.loading import load_model
 from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.targets import linear_names
 from sft_lightning.models.trainable import train_only
+from sft_lightning.planning.speed import num_matrix_entries
 from sft_lightning.training.module import CausalLMModule
 
 
@@ -70,9 +72,9 @@ def build_skeleton(module: CausalLMModule, vocab_size: int, precision: str = "32
             overrides=module.overrides,
         )
         base.train()
-        head = base.get_output_embeddings()
-        layers = [each for each in base.modules() if isinstance(each, torch.nn.Linear)]
-        num_matmul = sum(layer.weight.numel() for layer in layers)
+        names = linear_names(base)
+        layers = [m for name, m in base.named_modules() if name in names and isinstance(m, torch.nn.Linear)]
+        num_matmul = num_matrix_entries(base)
         model: PreTrainedModel | PeftModel = base
         if module.adapter is not None:
             model = add_adapter(base, _plain_start(module.adapter))
@@ -82,7 +84,7 @@ def build_skeleton(module: CausalLMModule, vocab_size: int, precision: str = "32
             torch.nn.Module.to(model, _TRUE_PRECISION[precision])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _make_fake(model, mode)
-    linears = frozenset(id(layer.weight) for layer in layers if layer is not head)
+    linears = frozenset(id(layer.weight) for layer in layers)
     return Skeleton(model, mode, linears, num_matmul)
 
 
@@ -148,15 +150,28 @@ def stored_bytes(skeleton: Skeleton, quantization: QuantizationConfig | None) ->
     NF4 and FP4 take half a byte a parameter and a float32 constant per 64 of them, 8 bits and a float32 per 256 with
     double quantization (Dettmers et al., 2023, arXiv:2305.14314, section 3); LLM.int8 one byte and a float32 per row.
     """
+    frozen, trained = stored_bytes_of(skeleton.model.parameters(), skeleton.linears, quantization)
+    return frozen + sum(buffer.numel() * buffer.element_size() for buffer in skeleton.model.buffers()), trained
+
+
+def stored_bytes_of(
+    parameters: Iterable[torch.nn.Parameter], linears: Collection[int], quantization: QuantizationConfig | None
+) -> tuple[float, float]:
+    """Return the bytes of those of some parameters that are frozen, and of those that train.
+
+    Args:
+        parameters: Some of a model's.
+        linears: `id` of the weights that a quantization stores in fewer bits.
+        quantization: Of the base.
+    """
     frozen = trained = 0.0
-    for parameter in skeleton.model.parameters():
+    for parameter in parameters:
         if parameter.requires_grad:
             trained += parameter.numel() * parameter.element_size()
-        elif quantization is not None and id(parameter) in skeleton.linears:
+        elif quantization is not None and id(parameter) in linears:
             frozen += quantized_bytes(parameter.numel(), parameter.shape[-1], quantization)
         else:
             frozen += parameter.numel() * parameter.element_size()
-    frozen += sum(buffer.numel() * buffer.element_size() for buffer in skeleton.model.buffers())
     return frozen, trained
 
 

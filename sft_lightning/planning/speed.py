@@ -6,7 +6,39 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+PEAK_TFLOPS = {
+    "A10": 125.0, "A10G": 70.0, "A30": 165.0, "A40": 149.7, "A100": 312.0, "A800": 312.0, "RTX A6000": 154.8,
+    "B200": 2250.0, "H100": 989.4, "H100 PCIe": 756.0, "H200": 989.4, "H800": 989.4,
+    "L4": 121.0, "L40": 181.0, "L40S": 362.0, "RTX 3090": 71.0, "RTX 4090": 165.2, "T4": 65.0, "V100": 125.0,
+}  # fmt: skip
+"""Peaks of GPUs in 10¹² operations a second, dense, in bfloat16 (T4, V100: float16), from NVIDIA's data sheets."""
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Return the peak of a GPU by the name that CUDA gives it; `None` if it is not known here."""
+    words = f" {device_name.replace('-', ' ').replace('/', ' ')} "
+    found = [name for name in PEAK_TFLOPS if f" {name} " in words]
+    return PEAK_TFLOPS[max(found, key=len)] if found else None
+
+
+def num_matrix_entries(model: torch.nn.Module) -> int:
+    """Return the entries of a model's linear layers, its head's too and an adapter's not.
+
+    A quantized layer counts what it multiplies with, not the fewer numbers that it stores.
+    """
+    modules = list(model.modules())
+    tuned = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    of_base = {id(inner) for module in tuned for inner in module.get_base_layer().modules()}
+    of_adapters = {id(inner) for module in tuned for inner in module.modules()} - of_base
+    linears = [m for m in modules if isinstance(m, torch.nn.Linear) and id(m) not in of_adapters]
+    return sum(m.in_features * m.out_features for m in linears) + sum(
+        m.weight.numel() for m in modules if isinstance(m, Conv1D)
+    )
 
 
 @dataclass(frozen=True)
@@ -50,8 +82,8 @@ def arithmetic(
         document_length: s: mean length of the document that a token is in.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    heads = getattr(text, "num_attention_heads", None) or 0  # a state-space model has none
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
     attention = 2 * document_length * width * text.num_hidden_layers
     base = 6 * num_matmul if full else 4 * num_matmul
     return Arithmetic(base + 6 * num_adapter + 3 * attention, 2 * num_matmul + attention)

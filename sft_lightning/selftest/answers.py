@@ -10,6 +10,7 @@ import torch
 
 from sft_lightning.data.collate import collate
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs_store import PairExample
 from sft_lightning.selftest.runs import Run
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
 from sft_lightning.types import Batch, TokenizedExample
@@ -28,8 +29,9 @@ class Answers(NamedTuple):
 
 
 def documents_of_row(data: SFTDataModule, row: int) -> list[TokenizedExample]:
-    """Return the documents of a row of the first epoch."""
-    return [data.planner.corpora.example(*document) for document in data.plan(0).row(row).tolist()]
+    """Return the documents of a row of the first epoch; both conversations of each of its pairs."""
+    found = [data.planner.corpora.example(*document) for document in data.plan(0).row(row).tolist()]
+    return [half for each in found for half in (each.halves() if isinstance(each, PairExample) else [each])]
 
 
 def batch_of(rows: Sequence[Sequence[TokenizedExample]], data: SFTDataModule, device: torch.device) -> Batch:

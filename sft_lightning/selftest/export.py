@@ -14,6 +14,7 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.models.attention import PACKED
 from sft_lightning.models.export import export_adapter, export_model
 from sft_lightning.models.loading import load_model
+from sft_lightning.models.quantized_adapters import keep_input_dtype
 from sft_lightning.models.vocabulary import resize_embeddings
 from sft_lightning.selftest.answers import Answers, answers, batch_of, documents_of_row
 from sft_lightning.selftest.checks import Check, within
@@ -84,6 +85,7 @@ def load_plainly(module: CausalLMModule, data: SFTDataModule, folder: Path) -> t
     )
     _resize(base, module, data.tokenizer)
     wrapped: torch.nn.Module = PeftModel.from_pretrained(base, str(folder))
+    keep_input_dtype(wrapped)
     return wrapped
 
 

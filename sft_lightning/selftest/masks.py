@@ -9,7 +9,7 @@ from itertools import groupby, islice
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.encoder import TextEncoder
 from sft_lightning.data.examples import ALWAYS_DROPPED
-from sft_lightning.data.formats.registry import Malformed, to_messages
+from sft_lightning.data.formats.registry import Malformed
 from sft_lightning.data.highlight import show_tokens
 from sft_lightning.data.sources import SourceConfig, read_records
 from sft_lightning.data.templates.example_checks import check_examples
@@ -39,7 +39,7 @@ def check_masks(data: SFTDataModule, num_records: int) -> Iterator[Check]:
 
 
 def read_conversations(data: SFTDataModule, name: str, config: SourceConfig, num_records: int) -> list[Conversation]:
-    """Return the first records of a source that make an example, with their messages.
+    """Return the conversations of a source's first records that make an example, with their records.
 
     Args:
         data: The data of the run.
@@ -56,10 +56,12 @@ def read_conversations(data: SFTDataModule, name: str, config: SourceConfig, num
     for record in islice(read_records(name, replace(config, max_examples=limit)), limit):
         found = found or data.builder.format_of(record, config.format, config.path)
         try:
-            conversations.append((record, to_messages(record, found)))
+            made = data.builder.conversations(record, found)
         except Malformed as error:
             if data.builder.malformed == "error" and error.reason not in ALWAYS_DROPPED:
                 raise
+            continue
+        conversations += [(record, messages) for messages in made.values()]
     return conversations
 
 

@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs_datamodule import PairDataModule
 from sft_lightning.data.plan import Packing
 from sft_lightning.data.sources import SourceConfig, read_records
 from sft_lightning.errors import UserError
@@ -88,7 +90,10 @@ def _data_module(
     batch_size: int,
     packing: Packing,
 ) -> SFTDataModule:
-    return SFTDataModule(
+    own: dict[str, Any] = {}
+    if isinstance(origin, PairDataModule):
+        own = {"pair_history": origin.pair_history, "max_prompt_length": max(1, row_length // 4)}
+    return type(origin)(
         sources=dict(sources),
         template=origin.template_setting,
         loss_on=origin.loss_on,
@@ -104,4 +109,5 @@ def _data_module(
         add_special_tokens=origin.add_special_tokens,
         trust_remote_code=origin.trust_remote_code,
         seed=origin.seed,
+        **own,
     )

@@ -16,9 +16,11 @@ from sft_lightning.selftest.export import check_export
 from sft_lightning.selftest.gradients import GradientSession, check_gradients, check_packed_gradient
 from sft_lightning.selftest.isolation import check_isolation
 from sft_lightning.selftest.masks import check_masks
+from sft_lightning.selftest.preferences import check_pairs, check_start
 from sft_lightning.selftest.resume import check_resume
 from sft_lightning.selftest.rows import small_data
 from sft_lightning.selftest.runs import Runner
+from sft_lightning.training.preference import DPOModule
 
 
 def run_checks(
@@ -50,8 +52,14 @@ def run_checks(
         small = small_data(data, folder, max_row_length=max_row_length)
         session = GradientSession(runner, small)
         separate, _ = session.gradient(1, "none")
+        module = session.loaded.module
+        if isinstance(module, DPOModule):
+            yield check_start(session.loaded, module.preference)
         isolation = list(check_isolation(session.loaded, small, packing))
         yield from isolation
+        if isinstance(module, DPOModule) and isolation[0].passed:
+            yield check_pairs(session.loaded, small)
+        del module
         isolated = isolation[0].passed
         rows: Packing = packing if isolated else "none"
         yield from check_gradients(session, rows)

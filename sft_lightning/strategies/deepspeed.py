@@ -6,15 +6,19 @@ import copy
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
@@ -22,22 +26,28 @@ from sft_lightning.strategies.deepspeed_config import (
     FromYaml,
     OffloadDevice,
     ZeroOptions,
+    check_sense,
     from_options,
     offloads_optimizer,
     read_config,
     resolve,
     stage_of,
+    uses_nvme,
 )
-from sft_lightning.strategies.refusals import Sharding, check_module
+from sft_lightning.strategies.exporting import WholeExports
+from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
+from sft_lightning.strategies.sharding import store_as_bytes
+from sft_lightning.strategies.whole import gather_optimizer_state
+from sft_lightning.strategies.zero_state import gather_state, gather_weights, load_state, load_weights, partitions
 
 _OF_OPTIMIZER = ("optimizer", "scheduler")
 
 
-class DeepSpeedZeRO(DeepSpeedStrategy):
-    """ZeRO stages 0 to 2 (Rajbhandari et al., 2019, arXiv:1910.02054), by our keys or a DeepSpeed JSON.
+class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
+    """ZeRO stages 0 to 3 (Rajbhandari et al., 2019, arXiv:1910.02054), by our keys or a DeepSpeed JSON.
 
-    Checkpoints are DeepSpeed's folders, and continue on the same number of processes. Stage 3 is refused when the
-    module is connected: fsdp2 shards as much.
+    The module loads its model as always; stage 3 partitions what is loaded, 4-bit weights too. Checkpoints are those of
+    a single process, and continue on any number of processes, under any strategy.
 
     Args:
         stage: See `ZeroOptions`, as all that follow.
@@ -45,6 +55,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         offload_parameters: Where weights wait; stage 3.
         nvme_path: Folder on a local disk.
         quantized_weights: ZeRO++, stage 3.
+        quantized_gradients: ZeRO++, stage 3.
         hpz_partition_size: ZeRO++, stage 3.
         config: A DeepSpeed JSON, or its content; instead of the keys above.
 
@@ -59,6 +70,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         offload_parameters: OffloadDevice | None = None,
         nvme_path: str | None = None,
         quantized_weights: bool = False,
+        quantized_gradients: bool = False,
         hpz_partition_size: int = 1,
         config: str | dict[str, Any] | None = None,
     ) -> None:
@@ -72,6 +84,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             offload_parameters=offload_parameters,
             nvme_path=nvme_path,
             quantized_weights=quantized_weights,
+            quantized_gradients=quantized_gradients,
             hpz_partition_size=hpz_partition_size,
         )
         self._asked = _asked(options, config)
@@ -80,6 +93,7 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         given = {key: value for key, value in copy.deepcopy(self._asked).items() if key not in _OF_OPTIMIZER}
         super().__init__(config=given, exclude_frozen_parameters=True)
+        self._groups: list[list[nn.Parameter]] = []
 
     @property
     def sharding(self) -> Sharding:
@@ -89,16 +103,33 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         stage = stage_of(self._asked)
         return Sharding(f"deepspeed_stage_{stage}{'_offload' if offload else ''}", stage, offload=offload)
 
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process has the whole model."""
+        return stage_of(self._asked) == 3
+
+    @property
+    def grad_norm(self) -> float | torch.Tensor | None:
+        """Norm of the gradients of the last optimizer step, before clipping, over all processes."""
+        norm: float | torch.Tensor | None = self.deepspeed_engine.get_global_grad_norm()
+        return norm
+
     # --- setting up ------------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
-        """Refuse, before any weight is read, what cannot be sharded."""
+        """Refuse, before any weight is read, what cannot be sharded or offloaded."""
         check_module(model, self.sharding)
+        world_size = self.num_nodes * self.num_processes
+        check_sense(self._asked, world_size=world_size, on_gpu=self.root_device.type == "cuda", source=self._source)
+        if uses_nvme(self._asked):
+            check_async_io(self._source)
         super().connect(model)
 
     def setup_environment(self) -> None:
         """As Lightning's, without its refusal of the CPU."""
         super(DeepSpeedStrategy, self).setup_environment()
+        precision: Any = self.precision_plugin.precision
+        self.precision_plugin = _Precision(precision)
 
     def setup_distributed(self) -> None:
         """As Lightning's, without its check of device indices, which the CPU has not."""
@@ -109,6 +140,19 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
         self.set_world_ranks()
         self._process_group_backend = "gloo"
         self._init_deepspeed_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Let the module load its model whole; ZeRO-3 partitions it afterwards, when its engine is made."""
+        self._init_config_if_needed()
+        yield
+
+    def setup(self, trainer: Trainer) -> None:
+        """Make DeepSpeed's engine, and under ZeRO-3 partition the model."""
+        store_as_bytes(self._module)
+        super().setup(trainer)
+        if self.shards_weights:
+            self.export_whole_at_end(trainer)
 
     @property
     def root_device(self) -> torch.device:
@@ -127,6 +171,8 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
         optimizer, schedule = super()._init_optimizers()
         resolve(self._asked, self._from_yaml(optimizer), source=self._source)
+        check_optimizer(optimizer, self.sharding)
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]  # ZeRO puts its partitions there
         return optimizer, schedule
 
     def _from_yaml(self, optimizer: Optimizer | None) -> FromYaml:
@@ -143,6 +189,73 @@ class DeepSpeedZeRO(DeepSpeedStrategy):
             world_size=trainer.world_size,
             gradient_clip_val=trainer.gradient_clip_val or 0.0,
             precision=str(self.precision_plugin.precision),
+        )
+
+    # --- checkpoints: those of a single process --------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Gather what trains, in float32; empty but on rank 0."""
+        if not partitions(self._zero):
+            return dict(self._module.state_dict())
+        return gather_weights({parameter: name for name, parameter in self._trained.items()}, keep=self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Gather the optimizer's state; empty but on rank 0."""
+        if not partitions(self._zero):
+            return gather_optimizer_state(self._zero, keep=self.is_global_zero)
+        return gather_state(self._zero, self._groups, keep=self.is_global_zero)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, before DeepSpeed has them."""
+        self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give DeepSpeed its part of the float32 weights and of the optimizer's state."""
+        [state] = checkpoint["optimizer_states"]
+        if not partitions(self._zero):
+            self._zero.load_state_dict(state)
+            return
+        load_weights({self._trained[name]: value for name, value in checkpoint["state_dict"].items()})
+        load_state(self._zero, self._groups, state)
+
+    @property
+    def _zero(self) -> Any:
+        [optimizer] = self.optimizers
+        return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+    @property
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
+
+
+class _Precision(DeepSpeedPrecision):
+    """Lightning's, which would make float32 of a bfloat16 base under `precision: 32-true`, round the weights of the
+    loss, and divide it by the number of micro-batches a second time."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Leave the types alone, unless all is to be in half precision."""
+        return module if self.precision == "32-true" else super().convert_module(module)
+
+    def convert_input(self, data: Any) -> Any:
+        """Leave a batch as it is: its only floating-point values are the weights of the loss."""
+        return data
+
+    def backward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Let DeepSpeed run the backward pass of a loss that is divided already."""
+        super().backward(tensor, *args, scale_wrt_gas=False, **kwargs)
+
+
+def check_async_io(source: str) -> None:
+    """Check that DeepSpeed can read and write NVMe.
+
+    Raises:
+        UserError: If libaio is missing, which its `async_io` is compiled with.
+    """
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise UserError(
+            f"{source}: offloading to nvme needs libaio, which is not installed (Debian: apt install libaio-dev); "
+            "or offload to cpu"
         )
 
 

@@ -50,6 +50,9 @@ class ZeroOptions:
     quantized_weights: bool = False
     """ZeRO++ (Wang et al., 2023, arXiv:2306.10209): gather weights as int8; stage 3."""
 
+    quantized_gradients: bool = False
+    """ZeRO++: reduce gradients as int4 and int8, between nodes and within; stage 3, and GPUs."""
+
     hpz_partition_size: int = 1
     """ZeRO++: processes of a secondary partition, those of a node; 1 for none; stage 3."""
 
@@ -61,11 +64,14 @@ class ZeroOptions:
         of_stage_3 = {
             "offload_parameters": self.offload_parameters is not None,
             "quantized_weights": self.quantized_weights,
+            "quantized_gradients": self.quantized_gradients,
             "hpz_partition_size": self.hpz_partition_size > 1,
         }
         for key, wanted in of_stage_3.items():
             if wanted and self.stage != 3:
                 raise UserError(f"trainer.strategy.{key}: is of ZeRO-3, and stage is {self.stage}; set stage: 3")
+        if self.hpz_partition_size < 1:
+            raise UserError(f"trainer.strategy.hpz_partition_size: must be at least 1 (got {self.hpz_partition_size})")
         if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
             raise UserError("trainer.strategy.nvme_path: needed to offload to nvme; name a folder on a local disk")
 
@@ -113,6 +119,8 @@ def from_options(options: ZeroOptions) -> dict[str, Any]:
         zero["offload_param"] = _offload(options.offload_parameters, options.nvme_path)
     if options.quantized_weights:
         zero["zero_quantized_weights"] = True
+    if options.quantized_gradients:
+        zero["zero_quantized_gradients"] = True
     if options.hpz_partition_size > 1:
         zero["zero_hpz_partition_size"] = options.hpz_partition_size
     if options.stage == 3:
@@ -177,6 +185,40 @@ def offloads_optimizer(config: Mapping[str, Any]) -> bool:
     """Whether the optimizer's step is taken on the host, which wants `DeepSpeedCPUAdam`."""
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     return offload.get("device", "none") not in ("none", None)
+
+
+def uses_nvme(config: Mapping[str, Any]) -> bool:
+    """Whether anything is offloaded to NVMe, which wants DeepSpeed's `async_io`."""
+    zero = config.get("zero_optimization", {})
+    return any((zero.get(key) or {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
+
+
+def check_sense(config: Mapping[str, Any], *, world_size: int, on_gpu: bool, source: str) -> None:
+    """Check what ZeRO++ (Wang et al., 2023, arXiv:2306.10209) asks of the machine.
+
+    Args:
+        config: DeepSpeed's configuration.
+        world_size: Processes.
+        on_gpu: Whether they compute on GPUs.
+        source: Name of the JSON, for errors.
+
+    Raises:
+        UserError: If the stage is below 3, the secondary partition does not divide the processes, or something that is
+            quantized on the way would be so by the CPU.
+    """
+    zero = config.get("zero_optimization", {})
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key) is True]
+    partition = zero.get("zero_hpz_partition_size", 1)
+    asked = [*quantized, *(["zero_hpz_partition_size"] if partition not in (1, AUTO) else [])]
+    if asked and stage_of(config) != 3:
+        raise UserError(f"{source}: {asked[0]} is of ZeRO-3, and the stage is {stage_of(config)}; set stage 3")
+    if partition not in (1, AUTO) and world_size % partition:
+        raise UserError(
+            f"{source}: zero_hpz_partition_size {partition} does not divide the {world_size} processes; set it to the "
+            "number of GPUs of a node"
+        )
+    if quantized and not on_gpu:
+        raise UserError(f"{source}: {quantized[0]} needs CUDA kernels, and this run is on the CPU; remove it")
 
 
 def stage_of(config: Mapping[str, Any]) -> int:

@@ -7,32 +7,29 @@ Shards are an affair of the strategy: the module loads its model as always, chec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from peft import PeftModel
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation import base_model
-from sft_lightning.strategies.refusals import Sharding, check_module
+from sft_lightning.strategies.exporting import WholeExports
+from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
 from sft_lightning.strategies.sharding import shard_model
 from sft_lightning.strategies.whole import (
     gather_optimizer_state,
     gather_parameters,
     shard_like,
     shard_optimizer_state,
-    whole_parameters,
 )
 
 
-class FSDP2(ModelParallelStrategy):
+class FSDP2(WholeExports, ModelParallelStrategy):
     """Shards weights, gradients and optimizer state over all processes, layer by layer; `--trainer.strategy fsdp2`.
 
     Zhao et al., 2023, arXiv:2304.11277; the per-parameter design is torch's `fully_shard`. Losses are those of a single
@@ -57,13 +54,17 @@ class FSDP2(ModelParallelStrategy):
         self.offload = offload
         self.replicas = replicas
         self._sharding_mesh: DeviceMesh | None = None
-        self._whole_at_end: AbstractContextManager[None] | None = None
+
+    @property
+    def sharding(self) -> Sharding:
+        """What it does with weights."""
+        return Sharding("fsdp2_offload" if self.offload else "fsdp2", 3, offload=self.offload)
 
     # --- setting up ------------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
         """Refuse, before any weight is read, what cannot be sharded."""
-        check_module(model, Sharding("fsdp2_offload" if self.offload else "fsdp2", 3, offload=self.offload))
+        check_module(model, self.sharding)
         super().connect(model)
 
     def setup_environment(self) -> None:
@@ -95,9 +96,13 @@ class FSDP2(ModelParallelStrategy):
         self.precision_plugin.convert_module(model)  # a type is changed before it is sharded
         shard_model(base_model(model), self._sharding_mesh, offload=self.offload)
         super().setup(trainer)
-        others: list[Callback] = vars(trainer)["callbacks"]
-        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(other, _WholeAtEnd) for other in others):
-            others.insert(0, _WholeAtEnd())
+        self.export_whole_at_end(trainer)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Make the optimizer, if it can step on shards."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            check_optimizer(optimizer, self.sharding)
 
     def model_to_device(self) -> None:
         """Move what sharding has not moved; with `offload`, only what is not a parameter."""
@@ -114,26 +119,10 @@ class FSDP2(ModelParallelStrategy):
         return super()._get_process_group_backend()
 
     @property
-    def _module(self) -> Any:
-        if self.lightning_module is None:
-            raise RuntimeError("the strategy has no module yet; the trainer connects it")
-        return self.lightning_module
-
-    @property
     def _language_model(self) -> Any:
         return self._module.language_model
 
     # --- checkpoints: those of a single process --------------------------------------------------------------------
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are loaded while they are whole."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """The optimizer's state is Lightning's to restore."""
-        return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather what trains; empty but on rank 0."""
@@ -143,17 +132,6 @@ class FSDP2(ModelParallelStrategy):
         """Gather the optimizer's state; empty but on rank 0."""
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return gather_optimizer_state(inner, keep=self.is_global_zero)
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Write one file on rank 0; whoever exports the model on that occasion finds whole weights in it."""
-        with whole_parameters(self._module, checkpoint.get("state_dict", {})):
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file; every process its own."""
-        return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, which are sharded only if an earlier stage has sharded them."""
@@ -166,26 +144,3 @@ class FSDP2(ModelParallelStrategy):
         """Shard the optimizer's state and load it."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(shard_optimizer_state(state, optimizer))
-
-    # --- the end of training ---------------------------------------------------------------------------------------
-
-    def make_whole(self) -> None:
-        """Put whole weights on rank 0 for the exports: what trains of an adapted model, else all; all ranks call it."""
-        adapted = isinstance(self._language_model, PeftModel)
-        whole = gather_parameters(self._module, keep=self.is_global_zero, trainable_only=adapted)
-        self._whole_at_end = whole_parameters(self._module, whole)
-        self._whole_at_end.__enter__()
-
-    def on_train_end(self) -> None:
-        """Put the shards back."""
-        if self._whole_at_end is not None:
-            self._whole_at_end.__exit__(None, None, None)
-            self._whole_at_end = None
-
-
-class _WholeAtEnd(Callback):
-    """Stands before all other callbacks: those that export when training ends find whole weights on rank 0."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy: Any = trainer.strategy
-        strategy.make_whole()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback
-from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.deepspeed import DeepSpeedZeRO
+from sft_lightning.strategies.exporting import WholeExports
 from sft_lightning.strategies.fsdp2 import FSDP2
 
 _FSDP1 = {"fsdp": "fsdp2", "fsdp_cpu_offload": "fsdp2_offload"}
@@ -27,7 +25,10 @@ def register_strategies() -> None:
     StrategyRegistry.register(
         "deepspeed_stage_2_offload", DeepSpeedZeRO, "ZeRO-2, Adam on the host", stage=2, **offload
     )
-    StrategyRegistry.register("deepspeed_stage_3_offload", DeepSpeedZeRO, "ZeRO-3, refused", stage=3, **offload)
+    offload["offload_parameters"] = "cpu"
+    StrategyRegistry.register(
+        "deepspeed_stage_3_offload", DeepSpeedZeRO, "ZeRO-3, weights and Adam on the host", stage=3, **offload
+    )
 
 
 def check_name(strategy: object) -> None:
@@ -43,21 +44,6 @@ def check_name(strategy: object) -> None:
         )
 
 
-def is_sharded(strategy: object) -> bool:
-    """Whether a value of `trainer.strategy` leaves no process with the whole model."""
-    return isinstance(strategy, FSDP2) or (isinstance(strategy, str) and strategy.lower().startswith("fsdp2"))
-
-
-def without_samples(callbacks: Sequence[Callback], strategy: object) -> list[Callback]:
-    """Leave out, and say so, what generates on one process alone where no process has the whole model: it would hang.
-
-    Args:
-        callbacks: All callbacks of a run.
-        strategy: The value of `trainer.strategy`.
-    """
-    if not is_sharded(strategy):
-        return list(callbacks)
-    kept = [callback for callback in callbacks if type(callback).__name__ != "SampleGeneration"]
-    if len(kept) < len(callbacks):
-        rank_zero_info("samples: off, because trainer.strategy leaves no process with the whole model to generate with")
-    return kept
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether a strategy leaves no process with the whole model: a forward pass is then one of all processes."""
+    return isinstance(strategy, WholeExports) and strategy.shards_weights

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from bitsandbytes.optim.optimizer import Optimizer8bit
+from torch.optim import Optimizer
+
 from sft_lightning.errors import UserError
 
 
@@ -48,28 +51,19 @@ class Asked:
 def refusal(asked: Asked, sharding: Sharding) -> str | None:
     """Return why the two do not go together, and the way out; `None` if they do."""
     bits, name = asked.quantization_bits, sharding.name
-    if bits is not None and sharding.is_deepspeed and sharding.stage == 3:
-        works = "trainer.strategy: fsdp2, or deepspeed_stage_2" if bits == 4 else "trainer.strategy: deepspeed_stage_2"
-        return (
-            f"model.quantization.bits: {bits}, but trainer.strategy {name} partitions weights while they are loaded, "
-            f"before they can be quantized; use {works}, or model.quantization: null"
-        )
     if bits == 8 and sharding.stage == 3:
         return (
             f"model.quantization.bits: 8, but trainer.strategy {name} shards weights as plain tensors, and those of "
-            "LLM.int8 carry row scales that would be lost; use bits: 4 (QLoRA), or trainer.strategy: ddp"
+            "LLM.int8 carry row scales that would be lost; use bits: 4 (QLoRA), or trainer.strategy: deepspeed_stage_2 "
+            "or ddp"
         )
     if bits is not None and sharding.offload and sharding.stage == 3:
         return (
             f"model.quantization.bits: {bits}, but trainer.strategy {name} keeps weights in host memory, away from "
-            "the constants they are decoded with; use trainer.strategy: fsdp2, or model.quantization: null"
+            f"the constants they are decoded with; use trainer.strategy: {_without_offload(sharding)}, or "
+            "model.quantization: null"
         )
-    if sharding.is_deepspeed and sharding.stage == 3:
-        return (
-            f"trainer.strategy: {name} partitions weights while they are loaded, and what is done to a loaded model "
-            "here (a resized vocabulary, adapters, exports) needs to see them; use fsdp2, which shards as much"
-        )
-    if asked.prompt_learning and sharding.stage == 3:
+    if asked.prompt_learning and sharding.stage == 3 and not sharding.is_deepspeed:
         return (
             f"model.adapter.peft_config: virtual tokens are outside the model that trainer.strategy {name} shards, and "
             "would not be averaged over processes; use trainer.strategy: ddp"
@@ -81,6 +75,10 @@ def refusal(asked: Asked, sharding: Sharding) -> str | None:
             "model.dtype: float32 (with trainer.precision: bf16-mixed), or use ddp"
         )
     return None
+
+
+def _without_offload(sharding: Sharding) -> str:
+    return "deepspeed_stage_3" if sharding.is_deepspeed else "fsdp2"
 
 
 def asked_of(module: Any) -> Asked:
@@ -104,3 +102,25 @@ def check_module(module: Any, sharding: Sharding) -> None:
     reason = refusal(asked_of(module), sharding)
     if reason is not None:
         raise UserError(reason)
+
+
+def check_optimizer(optimizer: Optimizer, sharding: Sharding) -> None:
+    """Check that an optimizer can step on shards.
+
+    Raises:
+        UserError: If it is one of bitsandbytes' that cannot.
+    """
+    if not isinstance(optimizer, Optimizer8bit):  # the base of all of them
+        return
+    name, way_out = type(optimizer).__name__, "use torch.optim.AdamW"
+    if not sharding.is_deepspeed:
+        raise UserError(
+            f"model.optimizer: the kernels of bitsandbytes' {name} take plain tensors, and trainer.strategy "
+            f"{sharding.name} shards weights; {way_out} (fsdp2_offload keeps its state in host memory), or ddp"
+        )
+    options: Any = vars(optimizer)["args"]
+    if options.optim_bits == 8:
+        raise UserError(
+            f"model.optimizer: {name} quantizes its state in blocks, which trainer.strategy {sharding.name} would cut "
+            f"apart; {way_out} (deepspeed_stage_2_offload keeps its state in host memory), or ddp"
+        )

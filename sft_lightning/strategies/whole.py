@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ def gather_parameters(module: nn.Module, *, keep: bool, trainable_only: bool) ->
     """Gather parameters one after the other; every process must call this.
 
     Args:
-        module: A module whose parameters may be DTensors.
+        module: A module whose parameters may be DTensors, or partitioned by ZeRO-3.
         keep: Whether this process wants them; another takes part and gets nothing, so that one host holds one copy.
         trainable_only: Leave frozen ones where they are.
 
@@ -42,6 +43,10 @@ def reshard(module: nn.Module) -> None:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    if hasattr(tensor, "ds_id"):  # ZeRO-3's
+        zero = importlib.import_module("deepspeed.runtime.zero")
+        with zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
+
+from sft_lightning.errors import UserError
 
 
 def trainable_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,11 +48,11 @@ def _trainable_names(module: torch.nn.Module) -> set[str]:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of all random generators of this process, as values that `torch.load` reads safely."""
+    """Return the states of the random generators of this process, as values that `torch.load` reads safely."""
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": random.getstate(),
         "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
     }
@@ -58,12 +61,24 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Continue the random generators where `random_state` found them."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     algorithm, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((algorithm, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def gather_random_states(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the random states of all processes, by rank: dropout draws as much as a rank's rows are long.
+
+    Every process has to call it.
+    """
+    if not torch.distributed.is_initialized():
+        return [own]
+    states: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(states, own)
+    return states
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -86,13 +101,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError("storage_options are for remote file systems, which this checkpoint IO does not write to")
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        try:
+            _write_whole(checkpoint, target)
+        except (OSError, RuntimeError) as error:
+            # torch's writer stumbles over what the file has raised, and hides it.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            raise UserError(
+                f"trainer.default_root_dir: the checkpoint {str(target)!r} cannot be written: {reason.strerror}; "
+                "earlier ones are as they were. Make room or choose another folder, and continue with --ckpt_path"
+            ) from error
         for listener in self.after_save:
             listener(target)
 
@@ -101,3 +120,52 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         super().remove_checkpoint(path)
         for listener in self.after_remove:
             listener(Path(path))
+
+
+def _write_whole(checkpoint: dict[str, Any], target: Path) -> None:
+    """Write a file under its name only when all of it is on the disk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left_by_a_killed_process in target.parent.glob(".*.ckpt.*.tmp"):
+        left_by_a_killed_process.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_run_folder(root: Path, ckpt_path: str | None) -> None:
+    """Check that a run may write into its folder, and does not write over another run.
+
+    Args:
+        root: `trainer.default_root_dir`.
+        ckpt_path: What the run continues from: a checkpoint, `last`, or nothing.
+
+    Raises:
+        UserError: If it holds results and the run does not continue from them, or nothing can be written to it.
+    """
+    has_last = any(root.glob("checkpoints/last*.ckpt"))
+    results = [name for name in ("checkpoints", "adapter", "model") if any(root.glob(f"{name}/[!.]*"))]
+    if results and (not ckpt_path or (ckpt_path == "last" and not has_last)):
+        found = sorted(path.name for path in root.glob("checkpoints/*.ckpt"))
+        ways = {
+            True: "continue it with --ckpt_path last",
+            False: f"continue it from one of its checkpoints, --ckpt_path {root}/checkpoints/{(found or [''])[-1]}",
+        }
+        way = f"{ways[has_last]}, " if found else ""
+        raise UserError(
+            f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; "
+            f"{way}choose another folder, or remove it"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"trainer.default_root_dir: cannot write to {str(root)!r}: {error.strerror}; choose another folder"
+        ) from error

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -18,15 +17,14 @@ from transformers import PreTrainedModel
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.prompts import PromptBatch
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapter_continuation import differences
-from sft_lightning.models.adapters import AdapterConfig, add_adapter
-from sft_lightning.models.bypassed import check_quantized
+from sft_lightning.models.adapters import AdapterConfig
+from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.generation import GenerationConfig, base_model, generate
 from sft_lightning.models.head import Head, find_head
-from sft_lightning.models.isolation import describe_leak, measure_isolation, prove_isolation
-from sft_lightning.models.loading import DTypeName, load_model
-from sft_lightning.models.masked import choose_attention, keep_documents_apart
+from sft_lightning.models.isolation import choose_packing, prove_isolation
+from sft_lightning.models.loading import DTypeName
+from sft_lightning.models.masked import keep_documents_apart
 from sft_lightning.models.memory import (
     check_checkpointing,
     decide_checkpointing,
@@ -37,24 +35,24 @@ from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.models.overrides import ConfigOverrides
 from sft_lightning.models.quantization import QuantizationConfig
 from sft_lightning.models.rope import RopeScalingConfig, check_packing
-from sft_lightning.models.trainable import base_names, train_only
-from sft_lightning.models.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
-from sft_lightning.training.checkpoint import check_trainable_state, random_state, set_random_state, trainable_state
-from sft_lightning.training.loss_scale import LossScale
-from sft_lightning.training.losses import (
-    LossSums,
-    Targets,
-    cross_entropy_sums,
-    find_targets,
-    linear_cross_entropy,
-    projected_cross_entropy,
+from sft_lightning.models.trainable import base_names
+from sft_lightning.training.checkpoint import (
+    check_trainable_state,
+    gather_random_states,
+    random_state,
+    set_random_state,
+    trainable_state,
 )
-from sft_lightning.training.metrics import TokenMeans
+from sft_lightning.training.forward import token_loss_sums
+from sft_lightning.training.loss_scale import LossScale
+from sft_lightning.training.losses import LossSums
+from sft_lightning.training.metrics import SourceMeans, TokenMeans
 from sft_lightning.training.nonfinite import NonfiniteLosses, nonfinite_error
 from sft_lightning.training.optim import (
     LRScheduleConfig,
     build_optimizer,
     check_loss_scaling,
+    clip_gradients,
     lr_factor,
     parameter_groups,
 )
@@ -152,8 +150,8 @@ class CausalLMModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.generation = generation
         self.model: PreTrainedModel | PeftModel | None = None
-        self._random_state: Mapping[str, Any] | None = None
-        self._metrics: list[TokenMeans] = []
+        self._random_state: dict[str, Any] | None = None  # of a checkpoint, until the first step continues it
+        self._step_random_state: dict[str, Any] | None = None  # before the optimizer step that is under way
         self._step_loss: torch.Tensor | None = None
 
     # --- the model -------------------------------------------------------------------------------------------------
@@ -162,53 +160,27 @@ class CausalLMModule(LightningModule):
         """Load the model once, whichever stages follow."""
         if self.model is not None:
             return
-        tokenizer = self._data.tokenizer
-        base = load_model(
+        self.model = assemble_model(
             self.model_name_or_path,
+            self._data.tokenizer,
             from_config=self.from_config,
             dtype=self.model_dtype,
-            attn_implementation=choose_attention(
-                self.attn_implementation,
-                self.model_name_or_path,
-                self.from_config,
-                trust_remote_code=self.trust_remote_code,
-            ),
-            quantization=self.quantization,
-            vocab_size=len(tokenizer),
-            overrides=self.overrides,
+            attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
-        )
-        if self.overrides.rope_scaling is not None and not self._data.packing_is_open and self._data.packs:
-            check_packing(base.config, self.overrides.rope_scaling, self._data.max_length)
-        if self.quantization is not None:
-            check_quantized(base)
-        rows, names = num_rows(base), embedding_names(base)
-        unknown = resize_embeddings(
-            base,
-            tokenizer,
-            self.added_tokens,
+            overrides=self.overrides,
+            quantization=self.quantization,
+            added_tokens=self.added_tokens,
             pad_to_multiple_of=self.pad_to_multiple_of,
-            any_size=self.resize_vocabulary,
+            resize_vocabulary=self.resize_vocabulary,
+            adapter=self.adapter,
+            trainable=self.trainable,
+            say=rank_zero_info,
         )
-        if num_rows(base) != rows:
-            rank_zero_info(f"vocabulary: {rows} → {num_rows(base)} rows; the new ones are the mean of the old ones")
-        self.model = self._choose_what_trains(base, unknown)
-        check_new_tokens_train(base, unknown, names)
         if self.embedding_noise is not None:
-            self.embedding_noise.attach(base)
+            self.embedding_noise.attach(self.base_model)
         if self.attn_implementation == "auto" and keep_documents_apart(self.model):
-            rank_zero_info(f"attention: {base.config.model_type}'s own, with a mask that keeps documents apart")
-
-    def _choose_what_trains(self, base: PreTrainedModel, added_token_ids: list[int]) -> PreTrainedModel | PeftModel:
-        """Put the adapter on the base, or freeze what `trainable` does not name."""
-        if self.adapter is None:
-            if self.trainable is not None:
-                train_only(base, self.trainable)
-            return base
-        adapted = add_adapter(base, self.adapter, added_token_ids=added_token_ids)
-        for line in differences(adapted, self.adapter):
-            rank_zero_info(line)
-        return adapted
+            family = self.base_model.config.model_type
+            rank_zero_info(f"attention: {family}'s own, with a mask that keeps documents apart")
 
     @property
     def language_model(self) -> PreTrainedModel | PeftModel:
@@ -234,19 +206,17 @@ class CausalLMModule(LightningModule):
     def _decide_packing(self) -> None:
         """Settle `data.packing: auto` on the loaded model, before the number of optimizer steps is asked for."""
         data = self._data
-        if not data.packing_is_open or data.limits.packing == "none":  # none: so decided by the run that is continued
-            data.decide_packing(data.limits.packing)
-            return
-        try:
-            if self.overrides.rope_scaling is not None:
-                check_packing(self.base_model.config, self.overrides.rope_scaling, data.max_length)
-            device = next(self.language_model.parameters()).device  # DeepSpeed moves the model only later
-            found = measure_isolation(self.language_model, len(data.tokenizer), device, max_length=data.max_length)
-            reason = None if found.proven else describe_leak(self.language_model, found)
-        except UserError as error:
-            reason = str(error)
-        rank_zero_info(f"packing: {'best_fit' if reason is None else 'none'} (auto: {reason or 'documents are apart'})")
-        data.decide_packing("best_fit" if reason is None else "none")
+        packing = data.limits.packing
+        if data.packing_is_open and packing != "none":  # none: so decided by the run that is continued
+            packing, reason = choose_packing(
+                self.language_model,
+                len(data.tokenizer),
+                next(self.language_model.parameters()).device,  # DeepSpeed moves the model only later
+                max_length=data.max_length,
+                rope_scaling=self.overrides.rope_scaling,
+            )
+            rank_zero_info(f"packing: {packing} (auto: {reason})")
+        data.decide_packing(packing)
 
     def on_fit_start(self) -> None:
         """Prove packing isolation on the loaded model, decide on gradient checkpointing, and compile."""
@@ -269,32 +239,14 @@ class CausalLMModule(LightningModule):
 
     def _prove_packing(self) -> None:
         data = self._data
+        if self.overrides.rope_scaling is not None:
+            check_packing(self.base_model.config, self.overrides.rope_scaling, data.max_length)
         difference = prove_isolation(self.language_model, len(data.tokenizer), self.device, max_length=data.max_length)
         rank_zero_info(f"packing isolation: proven on this model; packed = separate logits to {difference:.1e}")
 
     def forward(self, batch: Batch) -> LossSums:
         """Return the loss sums of a micro-batch."""
-        targets = find_targets(batch["labels"], batch["loss_weights"])
-        inputs = self._inputs(batch)
-        head = self._head
-        if head is None:
-            return self._loss_of_logits(inputs, targets)
-        hidden = head.decoder(**inputs).last_hidden_state.flatten(0, 1)[targets.positions]
-        if head.linear is None:
-            return projected_cross_entropy(hidden, head.project, targets, self.base_model.config.vocab_size)
-        return linear_cross_entropy(
-            hidden, head.linear.weight, head.linear.bias, targets, scale=head.scale, softcap=head.softcap
-        )
-
-    @staticmethod
-    def _inputs(batch: Batch) -> dict[str, Any]:
-        """Return what the decoder is called with."""
-        return {
-            "input_ids": batch["input_ids"],
-            "position_ids": batch["position_ids"],
-            "document_lengths": batch["document_lengths"],
-            "use_cache": False,
-        }
+        return token_loss_sums(self.language_model, self._head, batch)
 
     @functools.cached_property
     def _head(self) -> Head | None:
@@ -303,18 +255,6 @@ class CausalLMModule(LightningModule):
         if head is None:
             rank_zero_info("loss: this model makes its logits itself, those of supervised tokens all at once")
         return head
-
-    def _loss_of_logits(self, inputs: dict[str, Any], targets: Targets) -> LossSums:
-        """Let the model itself make the logits, of all columns at which some row predicts a supervised token."""
-        width = inputs["input_ids"].shape[1]
-        columns, index = torch.unique(targets.positions % width, return_inverse=True)
-        out = self.language_model(**inputs, logits_to_keep=columns)
-        sums = cross_entropy_sums(out.logits[targets.positions // width, index], targets)
-        routers = getattr(out, "aux_loss", None)
-        if routers is None or not self.training:
-            return sums
-        # Each token of the step carries its share of the routers' loss, as of its own.
-        return sums._replace(loss=sums.loss + self.base_model.config.router_aux_loss_coef * routers * sums.weight)
 
     # --- training --------------------------------------------------------------------------------------------------
 
@@ -333,6 +273,8 @@ class CausalLMModule(LightningModule):
             self._random_state = None
             # The loggers' x axis; Lightning guesses it from counters that we may have moved to a step's start.
             self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        if self._step_loss is None and self.trainer.accumulate_grad_batches > 1:
+            self._step_random_state = random_state()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the optimizer step that this micro-batch completed."""
@@ -341,15 +283,19 @@ class CausalLMModule(LightningModule):
         several = self.trainer.world_size > 1
         self.log("train/loss", self._step_loss, sync_dist=several, reduce_fx=torch.sum)
         # The rate that the step was taken with; the schedule has already moved on.
-        self.log("train/lr", self._lr)
+        self.log(
+            "train/lr", torch.tensor(self._lr)
+        )  # on the host: Lightning would send a number to the device, and wait
         self.nonfinite_losses.note(self._step_loss, self.trainer.global_step)
         self._step_loss = None
+        norm = getattr(self.trainer.strategy, "grad_norm", None)  # DeepSpeed's, which clips by itself
+        if norm is not None:
+            self.log("train/grad_norm", norm)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             self.log_dict(self.loss_scale.note(scaler))
-        if (
-            self.trainer.global_step % (getattr(self.trainer, "log_every_n_steps", 0) or 1) == 0
-        ):  # metrics wait for the device then
+        every = getattr(self.trainer, "log_every_n_steps", 0) or 1
+        if self.trainer.global_step % every == 0:  # metrics wait for the device then
             self._stop_at_nonfinite_losses()
 
     def on_train_epoch_end(self) -> None:
@@ -378,15 +324,7 @@ class CausalLMModule(LightningModule):
         """Clip as the trainer says, and log the norm before clipping: one computation for both, no device sync."""
         if self.trainer.strategy.handles_gradient_accumulation:
             return  # DeepSpeed has the gradients, and clips them itself
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: over all processes
-        self.log("train/grad_norm", norm)
-        if gradient_clip_val and gradient_clip_algorithm != "value":
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        self.log("train/grad_norm", clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm))
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
@@ -420,33 +358,32 @@ class CausalLMModule(LightningModule):
             self._prove_packing()
 
     def on_validation_epoch_start(self) -> None:
-        self._metrics = [TokenMeans().to(self.device) for _ in self._data.val_names]
+        self._means = self._start_means(self._data.val_names)
+
+    def on_test_epoch_start(self) -> None:
+        self._means = self._start_means(self._data.test_names)
+
+    def _start_means(self, names: list[str]) -> SourceMeans:
+        return SourceMeans(names, lambda: TokenMeans().to(self.device), of_each=["loss", "perplexity"])
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch of one source to the metrics."""
-        self._metrics[dataloader_idx].update(self(batch))
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val", self._data.val_names)
-
-    def on_test_epoch_start(self) -> None:
-        self._metrics = [TokenMeans().to(self.device) for _ in self._data.test_names]
+        self._means.update(dataloader_idx, self(batch))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch of one source to the metrics."""
-        self._metrics[dataloader_idx].update(self(batch))
+        self._means.update(dataloader_idx, self(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_means("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_metrics("test", self._data.test_names)
+        self._log_means("test")
 
-    def _log_metrics(self, stage: str, names: list[str]) -> None:
-        """Log the means over all sources, and the loss of each."""
-        total = TokenMeans().to(self.device)
-        for name, metric in zip(names, self._metrics, strict=True):
-            self.log(f"{stage}/loss/{name}", metric.compute()["loss"].float())
-            total.update(LossSums(metric.loss, metric.weight, metric.correct))
-        for key, value in total.compute().items():
-            self.log(f"{stage}/{key}", value.float())
+    def _log_means(self, stage: str) -> None:
+        """Log the metrics of all sources together, and the loss of each."""
+        for name, value in self._means.compute().items():
+            self.log(f"{stage}/{name}", value)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Return the prompt, the generated answer and, where the data has one, the reference of each example."""
@@ -465,16 +402,20 @@ class CausalLMModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, and the random states."""
         checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
-        checkpoint["random_state"] = random_state()
+        # Gradients are not in a checkpoint: a step that is under way will be taken again from its first micro-batch.
+        under_way = self._step_loss is not None and self.trainer.fit_loop._should_accumulate()
+        before = self._step_random_state if under_way else self._random_state  # of a run with no step left, the latter
+        checkpoint["random_states"] = gather_random_states(before or random_state())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember the random states for the first step, and stand at the start of an optimizer step."""
-        self._random_state = checkpoint["random_state"]
+        states = checkpoint["random_states"]
+        self._random_state = states[self.trainer.global_rank % len(states)]
         fit_loop = checkpoint["loops"]["fit_loop"]
         for position in fit_loop["state_dict"].get("combined_loader", []):
             if self.trainer.state.fn == "fit":
-                align_progress(fit_loop, self._data.micro_batches_done(position))
-                if self._data.is_within_epoch(position):
+                align_progress(fit_loop, self._data.rows.micro_batches_done(position))
+                if self._data.rows.is_within_epoch(position):
                     reopen_epoch(fit_loop, position["epoch"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
@@ -167,6 +168,27 @@ def build_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any
             )
         group["lr"] *= group.pop("lr_ratio", 1.0)
     return optimizer
+
+
+def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | None) -> torch.Tensor:
+    """Clip as the trainer says; one computation of the norm is for clipping and for the log, and waits for no device.
+
+    Args:
+        optimizer: What it trains.
+        value: `trainer.gradient_clip_val`; `None` or 0 clips nothing.
+        algorithm: `trainer.gradient_clip_algorithm`: `norm` (the default) or `value`.
+
+    Returns:
+        The norm before clipping, over all processes, a scalar.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: over all processes
+    if value and algorithm != "value":
+        torch.nn.utils.clip_grads_with_norm_(parameters, value, norm)
+    elif value:
+        torch.nn.utils.clip_grad_value_(parameters, value)
+    return norm
 
 
 def check_loss_scaling(optimizer: Optimizer) -> None:

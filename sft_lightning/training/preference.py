@@ -11,7 +11,10 @@ from peft import PeftModel
 from sft_lightning.data.pairs_collate import PairBatch
 from sft_lightning.data.pairs_datamodule import PairDataModule, PairPart
 from sft_lightning.errors import UserError
+from sft_lightning.models.fingerprint import fingerprint
+from sft_lightning.training.forward import decoder_inputs, logits_at, router_loss
 from sft_lightning.training.losses import find_targets, log_probs_of, projected_log_probs
+from sft_lightning.training.metrics import SourceMeans
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference_losses import PairScores, PreferenceConfig, score_pairs
 from sft_lightning.training.preference_metrics import NAMES, PairMeans, pair_sums
@@ -20,7 +23,6 @@ from sft_lightning.training.preference_reference import (
     adapter_off,
     choose_reference,
     evaluating,
-    fingerprint,
     load_table,
     save_table,
     table_key,
@@ -34,7 +36,7 @@ class Answers(NamedTuple):
     """Log-probabilities of the chosen and the rejected answers, sums over their supervised tokens, (P, 2) float32."""
 
     routers: torch.Tensor | None
-    """The routers' loss of a mixture of experts."""
+    """The routers' loss of a mixture of experts, its coefficient included."""
 
 
 class DPOModule(CausalLMModule):
@@ -57,7 +59,6 @@ class DPOModule(CausalLMModule):
         self._start = ""  # fingerprint of the model before training
         self._tables: dict[str, torch.Tensor] = {}
         self._of_parts: dict[str, list[torch.Tensor]] = {}
-        self._means: list[PairMeans] = []
         self._step_sums: torch.Tensor | None = None
 
     # --- the reference model ---------------------------------------------------------------------------------------
@@ -147,17 +148,15 @@ class DPOModule(CausalLMModule):
     def answers(self, batch: PairBatch) -> Answers:
         """Return the log-probabilities of a micro-batch's answers under the model as it is."""
         targets = find_targets(batch["labels"], batch["loss_weights"])
-        inputs = self._inputs(batch)
-        head, routers = self._head, None
+        inputs, head = decoder_inputs(batch), self._head
         if head is not None:
-            hidden = head.decoder(**inputs).last_hidden_state.flatten(0, 1)[targets.positions]
+            out = head.decoder(**inputs)
+            hidden = out.last_hidden_state.flatten(0, 1)[targets.positions]
             tokens = projected_log_probs(hidden, head.project, targets.ids, self.base_model.config.vocab_size)
         else:
-            width = inputs["input_ids"].shape[1]
-            columns, index = torch.unique(targets.positions % width, return_inverse=True)
-            out = self.language_model(**inputs, logits_to_keep=columns)
-            tokens = log_probs_of(out.logits[targets.positions // width, index], targets.ids)
-            routers = getattr(out, "aux_loss", None)
+            logits, out = logits_at(self.language_model, inputs, targets.positions)
+            tokens = log_probs_of(logits, targets.ids)
+        routers = router_loss(self.language_model, out, batch)
         # Sums of slices, not an `index_add`, which adds in another order on every run of a GPU.
         sums = [part.sum() for part in tokens.split(batch["answer_lengths"])]
         # Without a pair the sum still carries a graph: every rank has a backward.
@@ -178,7 +177,7 @@ class DPOModule(CausalLMModule):
         weights, denominator = batch["pair_weights"], batch["denominator"] or 1.0
         share = (scores.losses * weights).sum() / denominator
         if answers.routers is not None:  # each pair of the step carries its share of the routers' loss, as of its own
-            share = share + self.base_model.config.router_aux_loss_coef * answers.routers * weights.sum() / denominator
+            share = share + answers.routers * weights.sum() / denominator
         self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
         sums = pair_sums(scores, answers.log_probs, weights) / denominator
         self._step_sums = sums if self._step_sums is None else self._step_sums + sums
@@ -198,15 +197,9 @@ class DPOModule(CausalLMModule):
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        self._start_means(self._data.val_names)
-
-    def on_test_epoch_start(self) -> None:
-        self._start_means(self._data.test_names)
-
-    def _start_means(self, names: list[str]) -> None:
+    def _start_means(self, names: list[str]) -> SourceMeans:
         self._find_references()
-        self._means = [PairMeans().to(self.device) for _ in names]
+        return SourceMeans(names, lambda: PairMeans().to(self.device))
 
     def validation_step(self, batch: PairBatch, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
         """Add a micro-batch of one source to the metrics."""
@@ -219,17 +212,7 @@ class DPOModule(CausalLMModule):
     def _evaluate(self, batch: PairBatch, split: str, source: int) -> None:
         answers, scores = self._score(batch, split, source)
         weights = batch["pair_weights"]
-        self._means[source].update(pair_sums(scores, answers.log_probs, weights), weights.sum())
-
-    def _log_metrics(self, stage: str, names: list[str]) -> None:
-        """Log the means over all sources, and those of each."""
-        total = PairMeans().to(self.device)
-        for name, means in zip(names, self._means, strict=True):
-            for key, value in means.compute().items():
-                self.log(f"{stage}/{key}/{name}", value.float())
-            total.update(means.sums, means.weight)
-        for key, value in total.compute().items():
-            self.log(f"{stage}/{key}", value.float())
+        self._means.update(source, pair_sums(scores, answers.log_probs, weights), weights.sum())
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 

@@ -47,6 +47,9 @@ class PreferenceConfig:
     every step; `precomputed` asks the model as it is before training, once. `auto` takes the first where it is the
     model before training, else the second."""
 
+    share_prompts: bool = True
+    """Compute a prompt once for both of its answers, where that is proven on the loaded model to change nothing."""
+
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise UserError(f"model.preference.beta: must be above 0 (got {self.beta})")

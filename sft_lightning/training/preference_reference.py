@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -98,18 +98,6 @@ def adapter_off(model: PeftModel) -> Iterator[None]:
     finally:
         for parameter, trains in flags:
             parameter.requires_grad = trains
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Return a hash of every weight and buffer; of a sharded model, of this process's part."""
-    digest = xxhash.xxh3_128()
-    tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        digest.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
-        flat = local.detach().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
 
 
 def table_key(*parts: str) -> str:

@@ -21,7 +21,7 @@ def trainer(tmp_path: Path) -> Any:
     source = SourceReport("train", "alpaca", records=3, examples=2, tokens=20, supervised_tokens=10)
     source.dropped["overlong"], source.dropped_at["overlong"] = 1, ["data/[x].json, record 1"]
     data.report = DataReport({"train/toy": source}, max_length=10, rows=2, optimizer_steps=1, fill=1.0)
-    state = SimpleNamespace(fn="fit")
+    state = SimpleNamespace(fn="validate")
     return SimpleNamespace(datamodule=data, logger=None, default_root_dir=str(tmp_path / "run"), state=state)
 
 
@@ -31,7 +31,7 @@ def read(trainer: Any) -> dict[str, Any]:
 
 
 def test_the_report_is_shown_and_written(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    DataSummary().on_fit_start(cast(Trainer, trainer), MODULE)
+    DataSummary().on_validation_start(cast(Trainer, trainer), MODULE)
     shown = capsys.readouterr().out
     assert "train/toy" in shown
     assert "data/[x].json, record 1" in shown
@@ -40,12 +40,12 @@ def test_the_report_is_shown_and_written(trainer: Any, capsys: pytest.CaptureFix
 
 
 def test_a_validation_within_a_fit_reports_nothing_again(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer.state.fn = "fit"
     DataSummary().on_validation_start(cast(Trainer, trainer), MODULE)
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_test_start"])
 def test_validate_and_test_report_too(trainer: Any, hook: str) -> None:
-    trainer.state.fn = "validate"
     getattr(DataSummary(), hook)(trainer, MODULE)
     assert read(trainer)["sources"]

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from sft_lightning.__main__ import main
-from sft_lightning.models.merging.merge import MergeReport
+from sft_lightning.models.merging.report import MergeReport
 from sft_lightning.models.merging.shards import weight_files
 
 
@@ -77,6 +77,7 @@ def test_what_the_report_says_beyond_the_usual_is_printed(
         whole="PiSSA",
         left_out=["inv_freq"],
         untied=True,
+        format="pth",
     )
 
     def merged(*args: Any, **options: Any) -> MergeReport:
@@ -85,6 +86,7 @@ def test_what_the_report_says_beyond_the_usual_is_printed(
     monkeypatch.setattr("sft_lightning.commands.merge.merge_adapters", merged)
     assert main(["merge", "--adapter", "a", "--output_dir", "b"]) == 0
     out = capsys.readouterr().out
+    assert "(float32, in Meta's layout)" in out
     for said in ("not verified", "the whole model was in memory: PiSSA", "no longer tied", "1 tensors, inv_freq"):
         assert said in out
 

@@ -8,8 +8,10 @@ import pytest
 from sft_lightning.__main__ import main
 from sft_lightning.commands.migrate import SYSTEMS
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs_datamodule import PairDataModule
 from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference import DPOModule
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "migrating.md"
 
@@ -31,8 +33,8 @@ def test_an_option_stands_once_and_says_why_it_is_left_out(system: str) -> None:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_key_of_the_model_and_the_data_exists(system: str) -> None:
     known = {
-        "model": set(signature(CausalLMModule.__init__).parameters),
-        "data": set(signature(SFTDataModule.__init__).parameters),
+        "model": {*signature(CausalLMModule.__init__).parameters, *signature(DPOModule.__init__).parameters},
+        "data": {*signature(SFTDataModule.__init__).parameters, *signature(PairDataModule.__init__).parameters},
     }
     for option in SYSTEMS[system].options:
         for owner, name, *_ in (key.strip().split(".") for key in option.key.split(",") if "." in key):

@@ -83,6 +83,26 @@ def test_what_is_wrong_names_its_option(option: str, said: str, plan: Plan, caps
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.adapter.r=4"], "reference model: adapter_off, a second forward pass at every step"),
+        ([], "reference model: precomputed, a forward pass over the data first; 0.00 MiB"),
+        (["--model.preference.loss=simpo"], "reference model: none, the loss is simpo"),
+    ],
+)
+def test_preference_training_counts_pairs_and_tells_of_the_reference(
+    options: list[str], said: str, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(7)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    source = f"--data.sources={{toy: {{path: {tmp_path / 'pairs.json'}, format: preference}}}}"
+    assert plan("--task=dpo", source, *options) == 0
+    shown = capsys.readouterr().out
+    assert "data: 7 pairs in " in shown
+    assert said in shown
+
+
 def test_memory_is_read_in_its_units() -> None:
     assert parse_memory("48GiB") == parse_memory("48") == 48 * 2**30
     assert parse_memory("80 GB") == 80e9

@@ -120,3 +120,23 @@ def test_a_page_that_cannot_be_written_names_the_option(
 def test_templates_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", "--list_templates"]) == 0
     assert {"vicuna_v1.1", "alpaca"} <= set(capsys.readouterr().out.split())
+
+
+def test_of_a_pair_both_conversations_are_shown_with_their_masks(
+    fit_args: list[str], write_json: WriteJson, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [
+        {"prompt": "Hot?", "chosen": "Cold.", "rejected": "Red."},
+        {"prompt": "One?", "chosen": "Two.", "rejected": "Two."},
+    ]
+    source = f"--data.sources={{toy: {{path: {write_json('pairs.json', pairs)}}}}}"
+    page = tmp_path / "page.html"
+    assert main(["preview", "--task=dpo", *fit_args, source, f"--html={page}"]) == 0
+    shown = capsys.readouterr().out
+    chosen, rejected = shown.partition("record 0, rejected: ")[::2]
+    assert "record 0, chosen: " in chosen
+    assert "⟦Cold.</s>⟧" in chosen
+    assert "⟦Red.</s>⟧" in rejected
+    assert "⟦" not in rejected.partition("Hot?")[0]
+    assert "left out: same_answers" in shown
+    assert "record 0, rejected</h3>" in page.read_text(encoding="utf-8")

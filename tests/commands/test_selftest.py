@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from sft_lightning.selftest.answers import Answers
 from sft_lightning.selftest.gradients import Gradient
 from sft_lightning.training import module as module_file
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference import DPOModule
 from sft_lightning.types import Segment
 
 Selftest = Callable[..., int]
@@ -157,6 +159,50 @@ def test_masks_that_are_off_by_one_token_are_found(
 
 def _stop(*args: Any, **kwargs: Any) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> list[str]:
+    """Options of preference training."""
+    rows = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": "bad" * (i % 3 + 1)} for i in range(16)]
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps(rows))
+    return ["--task=dpo", f"--data.sources={{toy: {{path: {file}, format: preference}}}}"]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param(["--model.adapter={r: 4, dropout: 0.3}"], id="lora"),
+        pytest.param(["--model.preference.loss=ipo"], id="full", marks=pytest.mark.slow),
+        pytest.param(["--model.adapter.r=4", "--model.quantization.bits=4"], id="qlora", marks=pytest.mark.slow),
+        pytest.param(["--data.packing=none", "--model.preference.loss=orpo"], id="orpo", marks=pytest.mark.slow),
+    ],
+)
+def test_preference_training_passes_with_checks_of_its_own(
+    mode: list[str], pairs: list[str], selftest: Selftest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert selftest(*pairs, *mode) == 0
+    found = lines(capsys)
+    assert found.pop("loss at step 0") == ("–" if "orpo" in mode[-1] else "✓")
+    assert set(found.values()) == {"✓"}
+    assert {"masks of toy", "packing isolation", "pair isolation", "gradient packed", "resume", "export"} <= set(found)
+
+
+def test_a_reference_that_is_not_the_model_before_training_is_found(
+    pairs: list[str], selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = DPOModule._reference_log_probs
+
+    def other(self: DPOModule, *args: Any, **kwargs: Any) -> Any:
+        found = asked(self, *args, **kwargs)
+        return None if found is None else found + torch.tensor([1.0, 0.0])
+
+    monkeypatch.setattr(DPOModule, "_reference_log_probs", other)
+    monkeypatch.setattr("sft_lightning.selftest.run.check_isolation", _stop)
+    with pytest.raises(KeyboardInterrupt):
+        selftest(*pairs, "--model.adapter.r=4")
+    assert lines(capsys)["loss at step 0"] == "✗"
 
 
 @pytest.mark.parametrize("option", ["--num_records=0", "--row_length=0"])

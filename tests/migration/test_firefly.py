@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sft_lightning.__main__ import main
+from sft_lightning.data.pairs_store import Shortening, shorten
 
 Migrate = Callable[..., dict[str, Any]]
 Accepted = Callable[[], dict[str, Any]]
@@ -86,15 +88,55 @@ def test_a_command_that_names_the_file_is_followed(migrate: Migrate, tmp_path: P
     assert found["trainer"]["devices"] == 2
 
 
-def test_a_file_that_is_not_there_and_preference_training_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+DPO = {"task_type": "dpo", "train_file": "./data/pairs.jsonl", "max_seq_length": 1024, "max_prompt_length": 300}
+
+
+def test_preference_training_keeps_the_tokens_of_its_pairs(migrate: Migrate, accepted: Accepted) -> None:
+    found = migrate("firefly", {**LLAMA2, **DPO, "beta": 0.2})
+    config = accepted()
+    data = config["data"]
+    assert config["task"] == "dpo"
+    assert (config["model"]["preference"]["loss"], config["model"]["preference"]["beta"]) == ("sigmoid", 0.2)
+    assert (data["max_length"], data["max_prompt_length"], data["overlong"]) == (2048, 300, "truncate")
+    assert (data["pair_history"], data["packing"], data["template"]) == ("chosen", "none", "firefly/llama2")
+    assert data["sources"]["pairs"]["format"] == "preference"
+    assert "Not carried over:\n#   --max_prompt_length" not in found["text"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "kept"),
+    [
+        (900, 50, 60, (900, 50, 60)),
+        (900, 800, 60, (300, 724, 60)),
+        (200, 900, 60, (200, 824, 60)),
+    ],
+)
+def test_migrated_lengths_shorten_pairs_as_there(
+    prompt: int, chosen: int, rejected: int, kept: tuple[int, int, int], migrate: Migrate
 ) -> None:
+    data = migrate("firefly", {**LLAMA2, **DPO})["data"]
+    limits = Shortening(data["max_length"] // 2, data["max_prompt_length"])
+    lengths = (np.array([tokens]) for tokens in (prompt, chosen, rejected))
+    assert tuple(int(tokens[0]) for tokens in shorten(*lengths, limits)) == kept
+
+
+def test_a_prompt_length_that_would_empty_answers_is_made_smaller_and_that_is_said(
+    migrate: Migrate, accepted: Accepted
+) -> None:
+    found = migrate("firefly", {**LLAMA2, **DPO, "max_seq_length": 512, "max_prompt_length": 512})
+    assert accepted()["data"]["max_prompt_length"] == 256
+    assert "max_prompt_length: 256  # 512 there, which leaves nothing of the answers" in found["text"]
+
+
+def test_keys_of_preference_training_have_no_part_in_another_task(migrate: Migrate) -> None:
+    text = migrate("firefly", {**LLAMA2, "beta": 0.1})["text"]
+    assert "#   --beta 0.1: preference training only" in text
+    assert "max_prompt_length" not in text
+
+
+def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["migrate", "firefly", "train.py", "--train_args_file", "gone.json"]) == 2
     assert "'gone.json', which is not here" in capsys.readouterr().err
-    file = tmp_path / "dpo.json"
-    file.write_text(json.dumps({**LLAMA2, "task_type": "dpo"}))
-    assert main(["migrate", "firefly", str(file)]) == 2
-    assert "task_type 'dpo'" in capsys.readouterr().err
 
 
 def test_an_unknown_template_and_an_unknown_key_are_said(migrate: Migrate) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Mixtra
 from sft_lightning.models import export
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.export import export_adapter, export_model
-from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
+from sft_lightning.models.quantization import QuantizationConfig, load_quantized
 
 
 @pytest.fixture
@@ -174,14 +174,15 @@ BASES: dict[str, tuple[torch.dtype, QuantizationConfig | None]] = {
     "nf4": (torch.bfloat16, QuantizationConfig(bits=4)),
     "int8": (torch.float32, QuantizationConfig(bits=8)),
 }
-_NOT_SO = {("pissa", "nf4"), ("pissa", "int8"), ("dora", "int8"), ("ia3", "nf4")}  # PEFT cannot
+_NOT_SO = {("pissa", "nf4"), ("pissa", "int8")}  # PEFT cannot
 
 
 def trained(base: Path, way: str, kind: str) -> PeftModel:
     dtype, quantization = BASES[kind]
-    options = {} if quantization is None else {"quantization_config": quantization.to_transformers(dtype)}
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **options)
-    keep_weight_layout(model)
+    if quantization is None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    else:
+        model = load_quantized(str(base), quantization, dtype=dtype)
     settings = WAYS[way] if "peft_config" in WAYS[way] else {"r": 2, "dropout": 0.1, **WAYS[way]}
     adapted = add_adapter(model, AdapterConfig(**settings))
     generator = torch.Generator().manual_seed(0)

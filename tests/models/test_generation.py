@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import PACKED
@@ -117,3 +117,13 @@ def test_defaults_of_the_checkpoint_have_no_part_in_it_and_stay(
     model.generation_config.no_repeat_ngram_size = 1
     assert answers(model, tokenizer, PROMPTS) == before
     assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_a_mixture_of_experts_answers_though_its_routers_have_a_loss(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert len(answers(model, tokenizer, ["Count: 1,", "Name a colour."])) == 2
+    assert model.config.output_router_logits

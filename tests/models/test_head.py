@@ -80,8 +80,13 @@ def test_a_model_that_changes_its_logits_in_a_way_of_its_own_is_left_to_itself()
     assert find_head(model, 50, CPU) is None
 
 
-def test_virtual_tokens_and_routers_that_have_a_loss_need_the_models_own_forward() -> None:
+def test_virtual_tokens_need_the_models_own_forward() -> None:
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     assert find_head(get_peft_model(build("llama"), prefix), 50, CPU) is None
+
+
+def test_routers_that_nobody_knows_the_loss_of_need_the_models_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     routers = build("mixtral", num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
+    assert find_head(routers, 50, CPU) is not None
+    monkeypatch.setattr("sft_lightning.models.head.find_router_loss", lambda model: None)
     assert find_head(routers, 50, CPU) is None

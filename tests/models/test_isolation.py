@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import PACKED
 from sft_lightning.models.isolation import Isolation, measure_isolation, prove_isolation
+from sft_lightning.models.quantization import QuantizationConfig, load_quantized
 
 CPU = torch.device("cpu")
 
@@ -71,3 +73,33 @@ def test_the_proof_leaves_the_models_mode_as_it_was(model_dir: Path) -> None:
     model = load(model_dir, PACKED).train()
     prove_isolation(model, 300, CPU)
     assert model.training
+
+
+@pytest.fixture
+def with_outliers(model_dir: Path, tmp_path: Path) -> PreTrainedModel:
+    """In 8 bits, with activations above LLM.int8's threshold in some columns, as every real model has them."""
+    plain = load(model_dir, "eager")
+    for layer in plain.model.layers:
+        layer.input_layernorm.weight.data *= 2  # some tokens exceed 6 in some columns
+    plain.save_pretrained(tmp_path / "outliers")
+    eight = QuantizationConfig(bits=8)
+    return load_quantized(str(tmp_path / "outliers"), eight, dtype=torch.float32, attn_implementation=PACKED).eval()
+
+
+def test_outlier_columns_of_eight_bits_are_no_leak(with_outliers: PreTrainedModel) -> None:
+    ids = torch.randint(300, (2, 1, 64), generator=torch.Generator().manual_seed(0))
+    rows = [torch.cat([row[:, :32], ids[0][:, 32:]], 1) for row in ids]
+    one, other = (with_outliers(row, document_lengths=[[32, 32]]).logits[:, 32:] for row in rows)
+    assert not torch.equal(one, other), "there are no outliers to choose columns by"
+    assert measure_isolation(with_outliers, 300, CPU, max_length=64).proven
+    thresholds = {module.state.threshold for module in with_outliers.modules() if isinstance(module, Linear8bitLt)}
+    assert thresholds == {6.0}
+
+
+def test_a_model_in_eight_bits_that_leaks_is_refused(with_outliers: PreTrainedModel) -> None:
+    class LeakingLlama(type(with_outliers)):  # type: ignore[misc]
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            return super().forward(input_ids=input_ids)
+
+    with_outliers.__class__ = LeakingLlama
+    assert not measure_isolation(with_outliers, 300, CPU, max_length=64).proven

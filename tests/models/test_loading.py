@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.attention import PACKED
 from sft_lightning.models.loading import adds_bos, load_model, load_tokenizer
 from sft_lightning.models.overrides import ConfigOverrides
 from sft_lightning.models.quantization import QuantizationConfig
@@ -99,3 +100,28 @@ def test_the_configuration_is_changed_before_the_weights_are_loaded(model_dir: P
 def test_a_model_from_a_config_is_changed_too() -> None:
     made = load(None, from_config={**TINY, "intermediate_size": 32}, overrides=ConfigOverrides(dropout=0.25))
     assert made.config.attention_dropout == 0.25  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("t5", "'t5' is an encoder-decoder; only causal"),
+        ("bart", "'bart' is an encoder-decoder"),
+        ("bert", "'bert' is a masked language model"),
+        ("vit", "'vit' is no language model"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_before_its_weights_are_read(
+    model_type: str, said: str, tmp_path: Path
+) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # there are no weights
+    with pytest.raises(UserError, match=f"model.model_name_or_path: {said}"):
+        load(str(tmp_path))
+    with pytest.raises(UserError, match=f"model.from_config: {said}"):
+        load(None, from_config={"model_type": model_type})
+
+
+def test_attention_that_keeps_documents_apart_is_chosen_by_the_family() -> None:
+    own = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    assert load(None, from_config=own).config._attn_implementation == "eager"  # type: ignore[union-attr]
+    assert load(None, from_config=TINY).config._attn_implementation == PACKED  # type: ignore[union-attr]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -85,16 +84,10 @@ def test_the_mask_is_causal_within_documents() -> None:
     assert mask.shape == (1, 1, 4, 4)
 
 
-def test_auto_is_eager_only_where_a_family_does_its_own_attention(model_dir: Path, tmp_path: Path) -> None:
-    def choose(**given: Any) -> str:
-        return choose_attention("auto", given.get("name"), given.get("config"))
-
-    assert choose(name=str(model_dir)) == "auto"
-    assert choose(config={"model_type": "bloom"}) == "eager"
-    assert choose(config={"model_type": "opt"}) == "auto"
-    assert choose(config={"model_type": "no such family"}) == "auto"
-    assert choose(name=str(tmp_path / "missing")) == "auto"
-    assert choose_attention("sdpa", None, {"model_type": "bloom"}) == "sdpa"
+@pytest.mark.parametrize(("family", "chosen"), [("llama", PACKED), ("opt", PACKED), ("bloom", "eager")])
+def test_auto_is_eager_only_where_a_family_does_its_own_attention(family: str, chosen: str) -> None:
+    assert choose_attention("auto", AutoConfig.for_model(family)) == chosen
+    assert choose_attention("sdpa", AutoConfig.for_model(family)) == "sdpa"
 
 
 def test_what_the_user_chose_is_not_replaced() -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.attention import PACKED
 from sft_lightning.models.neftune import EmbeddingNoise
 
@@ -44,6 +45,36 @@ def test_the_noise_comes_from_torchs_generator(model_dir: Path) -> None:
 
 def test_evaluation_has_no_noise(model_dir: Path) -> None:
     assert not noise(model_dir, document_lengths=[[100]], training=False).any()
+
+
+def test_the_noise_is_uniform_and_halves_where_documents_are_four_times_as_long(model_dir: Path) -> None:
+    added = noise(model_dir, document_lengths=[[20, 80]])
+    for part, length in ((added[:20], 20), (added[20:], 80)):
+        bound = 5.0 / math.sqrt(length * 32)
+        assert abs(float(part.mean())) < 0.1 * bound
+        assert math.isclose(float(part.std()), bound / math.sqrt(3), rel_tol=0.1)
+
+
+def test_a_document_gets_the_same_bound_packed_and_alone(model_dir: Path) -> None:
+    packed = noise(model_dir, document_lengths=[[4, 96]])[:4].abs().max()
+    assert float(packed) <= 5.0 / math.sqrt(4 * 32) * (1 + 1e-6)
+    assert float(packed) > float(noise(model_dir, document_lengths=[[100]]).abs().max())
+
+
+def test_noise_is_put_on_embeddings_that_train_and_changes_no_weight(model_dir: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation=PACKED)
+    model = add_adapter(base, AdapterConfig(r=2, dropout=0.0, modules_to_save=["embed_tokens"])).train()
+    ids, weights = torch.arange(100)[None], {name: p.clone() for name, p in model.named_parameters()}
+    quiet = model(input_ids=ids).logits
+    EmbeddingNoise(5.0).attach(base)
+    loud = model(input_ids=ids, labels=ids, document_lengths=[[100]])
+    loud.loss.backward()
+    assert loud.logits.dtype == torch.bfloat16
+    assert not torch.equal(loud.logits, quiet)
+    assert torch.equal(model.eval()(input_ids=ids).logits, quiet)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    trained = model.get_base_model().get_input_embeddings().modules_to_save["default"].weight
+    assert trained.grad is not None
 
 
 @pytest.mark.parametrize("alpha", [0.0, -5.0])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.loading import load_model
+from sft_lightning.models.overrides import ConfigOverrides
 from sft_lightning.models.rope import RopeScalingConfig, check_packing, scale_rope
 
 TINY = {
@@ -51,6 +54,49 @@ def test_linear_scaling_interpolates_positions() -> None:
     scale_rope(scaled, RopeScalingConfig(factor=2.0))
     model, plain = AutoModelForCausalLM.from_config(scaled), AutoModelForCausalLM.from_config(config())
     assert torch.equal(model.model.rotary_emb.inv_freq * 2, plain.model.rotary_emb.inv_freq)
+
+
+def test_a_linearly_scaled_model_sees_position_2p_as_its_base_sees_p() -> None:
+    scaled = config()
+    scale_rope(scaled, RopeScalingConfig(factor=2.0))
+    models = []
+    for each in (config(), scaled):
+        torch.manual_seed(0)
+        models.append(AutoModelForCausalLM.from_config(each).eval())
+    ids, positions = torch.arange(16)[None], torch.arange(16)[None]
+    with torch.no_grad():
+        plain = models[0](ids, position_ids=positions).logits
+        torch.testing.assert_close(models[1](ids, position_ids=2 * positions).logits, plain)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScalingConfig(factor=2.0),
+        RopeScalingConfig(target_length=1024),
+        RopeScalingConfig(type="dynamic", target_length=1000),
+        RopeScalingConfig(type="yarn", factor=2.0),
+    ],
+    ids=["linear by factor", "linear by length", "dynamic by length", "yarn by factor"],
+)
+def test_a_model_from_a_folder_is_loaded_scaled_and_runs_at_twice_its_length(
+    scaling: RopeScalingConfig, model_dir: Path
+) -> None:
+    overrides = ConfigOverrides(rope_scaling=scaling)
+    model: Any = load_model(
+        str(model_dir), from_config=None, dtype="float32", attn_implementation="auto", quantization=None,
+        vocab_size=320, overrides=overrides,
+    )  # fmt: skip
+    assert {key: model.config.rope_parameters[key] for key in ("rope_type", "factor")} == {
+        "rope_type": scaling.type,
+        "factor": 2.0,
+    }
+    plain: Any = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    ids = torch.randint(320, (1, 1024), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+        assert logits.isfinite().all()
+        assert not torch.allclose(logits, plain(ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(("target", "factor"), [(17, 2.0), (32, 2.0), (33, 3.0)])

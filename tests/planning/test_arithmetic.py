@@ -68,6 +68,32 @@ def test_a_strategy_divides_what_it_says(strategy: object, shares: tuple[int, in
     assert (alone.weights, alone.gradients, alone.optimizer) == (1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "hosted"),
+    [
+        ("fsdp2", (False, False)),
+        ("fsdp2_offload", (True, True)),
+        ({"class_path": "sft_lightning.strategies.FSDP2", "init_args": {"offload": True}}, (True, True)),
+        ("deepspeed_stage_2_offload", (False, True)),
+        ("deepspeed_stage_3_offload", (True, True)),
+        ({"class_path": "x.DeepSpeedZeRO", "init_args": {"stage": 3, "offload_optimizer": "cpu"}}, (False, True)),
+        (
+            {"class_path": "x.DeepSpeedZeRO", "init_args": {"config": {"zero_optimization": {
+                "stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "none"}}}}},
+            (True, False),
+        ),
+    ],
+)  # fmt: skip
+def test_a_strategy_keeps_on_the_host_what_it_says(strategy: object, hosted: tuple[bool, bool]) -> None:
+    found = sharding_of(strategy, 4)
+    assert (found.weights_on_host, found.optimizer_on_host) == hosted
+
+
+def test_copies_of_a_model_are_each_divided_over_their_own_gpus() -> None:
+    found = sharding_of({"class_path": "sft_lightning.strategies.FSDP2", "init_args": {"replicas": 2}}, 8)
+    assert (found.weights, found.gradients, found.optimizer) == (4, 4, 4)
+
+
 def test_the_largest_that_fits_is_found() -> None:
     assert largest(lambda n: n <= 37, 100) == 37
     assert largest(lambda n: False, 100) == 0

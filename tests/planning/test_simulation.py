@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.attention import PACKED
 from sft_lightning.models.generation import base_model
+from sft_lightning.models.quantization import QuantizationConfig, load_quantized
 from sft_lightning.planning.simulation import simulate_step, training_step
 from sft_lightning.planning.skeleton import build_skeleton
 from sft_lightning.training.module import CausalLMModule
@@ -36,7 +38,11 @@ def real_peak(name: str, adapter: AdapterConfig | None, rows: int, length: int, 
     """Bytes that the allocator had out at once in a step, beside what was there before it."""
     values = {key: value for key, value in shape(name).items() if key != "model_type"}
     base = AutoModelForCausalLM.from_config(LlamaConfig(**values), attn_implementation=PACKED).train()
-    model: Any = base if adapter is None else add_adapter(base, adapter)
+    return peak_of(base if adapter is None else add_adapter(base, adapter), rows, length, checkpointing)
+
+
+def peak_of(model: Any, rows: int, length: int, checkpointing: bool) -> int:
+    """Bytes that the allocator had out at once in a step of a model, beside what was there before it."""
     if checkpointing:
         base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -48,6 +54,31 @@ def real_peak(name: str, adapter: AdapterConfig | None, rows: int, length: int, 
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def int8_model(name: str, folder: Path) -> PreTrainedModel:
+    """The model, its linear layers in LLM.int8."""
+    values = {key: value for key, value in shape(name).items() if key != "model_type"}
+    AutoModelForCausalLM.from_config(LlamaConfig(**values)).save_pretrained(folder)
+    return load_quantized(
+        str(folder), QuantizationConfig(bits=8), dtype=torch.bfloat16, attn_implementation=PACKED
+    ).train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_simulated_step_of_8_bits_takes_what_bitsandbytes_takes_on_the_cpu(
+    name: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    configuration = module(name, AdapterConfig(r=8))
+    configuration.model_dtype = "bfloat16"
+    skeleton = build_skeleton(configuration, 2000)
+    options: Any = {"batch_size": 2, "max_length": 256, "gradient_checkpointing": checkpointing}
+    simulated = simulate_step(skeleton, **options, int8="cpu")
+    plain = simulate_step(skeleton, **options)
+    real = peak_of(add_adapter(int8_model(name, tmp_path), AdapterConfig(r=8)), 2, 256, checkpointing)
+    print(f"{name} {checkpointing}: {simulated.peak / real - 1:+.2%}, plain {plain.peak / real - 1:+.2%}")
+    assert simulated.peak == pytest.approx(real, rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -12,11 +12,13 @@ from sft_lightning.errors import UserError
 from sft_lightning.strategies.deepspeed_config import (
     FromYaml,
     ZeroOptions,
+    check_sense,
     from_options,
     offloads_optimizer,
     read_config,
     resolve,
     stage_of,
+    uses_nvme,
 )
 
 
@@ -233,3 +235,35 @@ def test_a_file_is_read_and_a_wrong_one_is_named(tmp_path: Path) -> None:
         read_config(file)
     with pytest.raises(UserError, match="does not exist"):
         read_config(tmp_path / "none.json")
+
+
+PLUS_PLUS = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
+
+
+def test_zero_plus_plus_by_our_keys_is_that_of_a_json() -> None:
+    keys = ZeroOptions(stage=3, quantized_weights=True, quantized_gradients=True, hpz_partition_size=8)
+    found = from_options(keys)["zero_optimization"]
+    assert {key: found[key] for key in PLUS_PLUS} == PLUS_PLUS
+    check_sense({"zero_optimization": PLUS_PLUS}, world_size=16, on_gpu=True, source="ds.json")
+
+
+@pytest.mark.parametrize(
+    ("zero", "world_size", "on_gpu", "said"),
+    [
+        ({**PLUS_PLUS, "stage": 2}, 16, True, "ds.json: zero_quantized_weights is of ZeRO-3, and the stage is 2"),
+        ({"stage": 2, "zero_hpz_partition_size": 2}, 2, False, "zero_hpz_partition_size is of ZeRO-3"),
+        (PLUS_PLUS, 12, True, "zero_hpz_partition_size 8 does not divide the 12 processes"),
+        (PLUS_PLUS, 16, False, "zero_quantized_weights needs CUDA kernels, and this run is on the CPU"),
+    ],
+)
+def test_zero_plus_plus_that_makes_no_sense_is_refused(
+    zero: dict[str, Any], world_size: int, on_gpu: bool, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        check_sense({"zero_optimization": zero}, world_size=world_size, on_gpu=on_gpu, source="ds.json")
+
+
+def test_nvme_is_seen_in_either_place() -> None:
+    assert uses_nvme(from_options(ZeroOptions(stage=3, offload_parameters="nvme", nvme_path="/nvme")))
+    assert uses_nvme({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}})
+    assert not uses_nvme(from_options(ZeroOptions(stage=2, offload_optimizer="cpu")))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
-from callbacks import SampleGeneration, Throughput
 from sft_lightning.errors import UserError
 from sft_lightning.strategies import FSDP2, register_strategies
-from sft_lightning.strategies.names import check_name, without_samples
+from sft_lightning.strategies.names import check_name, is_sharded
 
 
 def test_short_names_make_strategies() -> None:
@@ -29,15 +28,13 @@ def test_other_values_are_let_through(strategy: object) -> None:
     check_name(strategy)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_offload", FSDP2()])
-def test_samples_of_one_process_are_left_out_where_it_has_a_part_of_the_model(strategy: object) -> None:
-    throughput = Throughput()
-    assert without_samples([SampleGeneration(), throughput], strategy) == [throughput]
-
-
-def test_samples_stay_where_every_process_has_the_model() -> None:
-    samples = SampleGeneration()
-    assert without_samples([samples], "ddp") == [samples]
+@pytest.mark.parametrize(
+    ("name", "sharded"),
+    [("fsdp2", True), ("deepspeed_stage_3", True), ("deepspeed_stage_2", False), ("ddp", False)],
+)
+def test_who_shards_weights_is_known(name: str, sharded: bool) -> None:
+    register_strategies()
+    assert is_sharded(StrategyRegistry.get(name)) is sharded
 
 
 @pytest.mark.parametrize("replicas", [0, -1])

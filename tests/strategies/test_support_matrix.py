@@ -38,6 +38,11 @@ STRATEGIES: Mapping[str, Sharding | None] = {
     "ddp": None,
     "fsdp2": Sharding("fsdp2", 3),
     "fsdp2_offload": Sharding("fsdp2_offload", 3, offload=True),
+    "deepspeed_stage_1": Sharding("deepspeed_stage_1", 1),
+    "deepspeed_stage_2": Sharding("deepspeed_stage_2", 2),
+    "deepspeed_stage_2_offload": Sharding("deepspeed_stage_2_offload", 2),
+    "deepspeed_stage_3": Sharding("deepspeed_stage_3", 3),
+    "deepspeed_stage_3_offload": Sharding("deepspeed_stage_3_offload", 3, offload=True),
 }
 FAST = {("LoRA", "ddp"), ("QLoRA", "fsdp2"), ("int8 LoRA", "fsdp2")}
 CELLS = [

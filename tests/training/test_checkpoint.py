@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from sft_lightning.errors import UserError
 from sft_lightning.training.checkpoint import (
     AtomicCheckpointIO,
+    check_run_folder,
     check_trainable_state,
     random_state,
     set_random_state,
@@ -85,3 +88,73 @@ def test_a_process_killed_while_writing_leaves_a_whole_checkpoint(delay: float, 
     found = torch.load(path)
     assert found["number"] >= 3
     assert (found["data"] == found["number"]).all()
+
+
+def test_a_full_disk_is_one_message_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    writer.save_checkpoint({"number": 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"checkpoint '.*last.ckpt' cannot be written: File too large;"):
+            writer.save_checkpoint({"number": 2, "data": torch.zeros(1_000_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.load(path) == {"number": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written: File exists"):
+        AtomicCheckpointIO().save_checkpoint({"x": 1}, tmp_path / "file" / "last.ckpt")
+    with pytest.raises(UserError, match=r"default_root_dir: cannot write to '.*run': Not a directory"):
+        check_run_folder(tmp_path / "file" / "run", None)
+
+
+def test_an_error_in_what_is_saved_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
+    class Broken:
+        def __reduce__(self) -> str:
+            raise RuntimeError("no state")
+
+    with pytest.raises(RuntimeError, match="no state"):
+        AtomicCheckpointIO().save_checkpoint({"x": Broken()}, tmp_path / "last.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step=8.ckpt.123.tmp").write_bytes(b"half")
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, tmp_path / "last.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("files", "ckpt_path", "message"),
+    [
+        ([], None, None),
+        (["config.yaml", "events.out.tfevents.1"], None, None),  # stopped before anything was trained
+        (["checkpoints/.last.ckpt.123.tmp"], "last", None),  # killed while it wrote its first checkpoint
+        ([], "last", None),
+        (["checkpoints/last.ckpt"], "last", None),
+        (["checkpoints/step=8.ckpt"], "run/checkpoints/step=8.ckpt", None),
+        (
+            ["checkpoints/last.ckpt", "adapter/adapter_config.json"],
+            None,
+            "checkpoints and adapter .*_path last,",
+        ),
+        (["checkpoints/step=8.ckpt"], "last", r"--ckpt_path .*/step=8.ckpt, choose another folder"),
+        (["model/config.json"], "last", r"holds the model of an earlier run; choose another folder, or remove it"),
+    ],
+)
+def test_a_folder_is_used_if_it_is_new_or_continued_from(
+    files: list[str], ckpt_path: str | None, message: str | None, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    if message is None:
+        check_run_folder(tmp_path / "run", ckpt_path)
+        assert (tmp_path / "run").is_dir()
+    else:
+        with pytest.raises(UserError, match=message):
+            check_run_folder(tmp_path / "run", ckpt_path)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning.pytorch import Callback, Trainer
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sft_lightning.__main__ import main
 from sft_lightning.data import streaming
+
+ReadRun = Callable[[Path], Any]
 
 CHECKPOINTING = (
     "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
@@ -64,71 +60,44 @@ def fit(args: list[str], run: Path, *more: str) -> int:
     return main(["fit", *args, f"--trainer.default_root_dir={run}", *more])
 
 
-def scalars(run: Path, tag: str) -> dict[int, float]:
-    """A value of every optimizer step, from all event files of a run; later ones win."""
-    found: dict[int, float] = {}
-    for file in sorted(run.glob("events*"), key=lambda path: path.stat().st_mtime):
-        events = EventAccumulator(str(file)).Reload()
-        if tag in events.Tags()["scalars"]:
-            found |= {event.step: event.value for event in events.Scalars(tag)}
-    return found
-
-
-def losses(run: Path) -> dict[int, float]:
-    return scalars(run, "train/loss")
-
-
-def checkpoint(run: Path, name: str = "last") -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
-    return loaded
-
-
 def position(saved: dict[str, Any]) -> dict[str, Any]:
     (found,) = saved["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     return dict(found)
 
 
-def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert first["global_step"] == second["global_step"]
-    assert first["state_dict"].keys() == second["state_dict"].keys()
-    for name, tensor in first["state_dict"].items():
-        assert torch.equal(tensor, second["state_dict"][name]), name
-    moments = [list(state["optimizer_states"][0]["state"].values()) for state in (first, second)]
-    for one, other in zip(*moments, strict=True):
-        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
-    assert first["lr_schedulers"] == second["lr_schedulers"]
-
-
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
 def test_a_streamed_run_continued_from_any_checkpoint_ends_in_the_same_bits(
-    packing: str, stream_args: list[str], tmp_path: Path
+    packing: str, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
     args = [*stream_args, f"--data.packing={packing}"]
-    assert fit(args, tmp_path / "whole") == 0
-    whole = losses(tmp_path / "whole")
-    assert sorted(whole) == list(range(12))
-    assert position(checkpoint(tmp_path / "whole"))["window"]["window"] >= 2
+    whole = read_run(tmp_path / "whole")
+    assert fit(args, whole.folder) == 0
+    assert sorted(whole.losses) == list(range(12))
+    assert position(whole.checkpoint())["window"]["window"] >= 2
     for step in (4, 10):
-        again = tmp_path / f"again_{step}"
-        saved = tmp_path / "whole" / "checkpoints" / f"step={step}.ckpt"
-        assert position(checkpoint(tmp_path / "whole", f"step={step}"))["rows"] == step * 3
-        assert fit(args, again, f"--ckpt_path={saved}") == 0
-        assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(again))
-        assert losses(again) == {at: loss for at, loss in whole.items() if at >= step}
+        again = read_run(tmp_path / f"again_{step}")
+        assert position(whole.checkpoint(f"step={step}"))["rows"] == step * 3
+        assert fit(args, again.folder, f"--ckpt_path={whole.path(f'step={step}')}") == 0
+        again.assert_ends_in_the_bits_of(whole)
+        assert again.losses == {at: loss for at, loss in whole.losses.items() if at >= step}
 
 
-def test_validation_runs_while_streaming_and_at_the_end(stream_args: list[str], tmp_path: Path) -> None:
+def test_validation_runs_while_streaming_and_at_the_end(
+    stream_args: list[str], tmp_path: Path, read_run: ReadRun
+) -> None:
     assert fit(stream_args, tmp_path / "run") == 0
-    assert len(scalars(tmp_path / "run", "val/loss/held")) == 6
+    assert len(read_run(tmp_path / "run").scalars("val/loss/held")) == 6
     apart = [*stream_args, "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=12"]
     assert fit(apart, tmp_path / "apart") == 0
-    assert len(scalars(tmp_path / "apart", "val/loss/held")) == 3
+    assert len(read_run(tmp_path / "apart").scalars("val/loss/held")) == 3
 
 
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("first", [3, 8])
-def test_a_streamed_run_that_ended_goes_on_with_more_steps(first: int, stream_args: list[str], tmp_path: Path) -> None:
+def test_a_streamed_run_that_ended_goes_on_with_more_steps(
+    first: int, stream_args: list[str], tmp_path: Path, read_run: ReadRun
+) -> None:
     def run(name: str, steps: int, *more: str) -> None:
         constant = ["--model.lr_scheduler.name=constant", f"--trainer.max_steps={steps}"]
         every_step = [arg.replace("every_n_train_steps: 2", "every_n_train_steps: 1") for arg in stream_args]
@@ -137,8 +106,8 @@ def test_a_streamed_run_that_ended_goes_on_with_more_steps(first: int, stream_ar
     run("whole", 12)
     run("part", first)
     run("part", 12, "--ckpt_path=last")
-    assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "part"))
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    read_run(tmp_path / "part").assert_ends_in_the_bits_of(read_run(tmp_path / "whole"))
+    assert read_run(tmp_path / "part").losses == read_run(tmp_path / "whole").losses
 
 
 class SaveAt(Callback):
@@ -156,40 +125,37 @@ class SaveAt(Callback):
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("micro_batch", [1, 13, 26])
 def test_a_checkpoint_within_a_step_continues_at_its_start(
-    micro_batch: int, stream_args: list[str], tmp_path: Path
+    micro_batch: int, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
     saver = f"{{class_path: {__name__}.SaveAt, init_args: {{micro_batch: {micro_batch}, folder: {tmp_path}}}}}"
-    args = [*stream_args, "--model.adapter.dropout=0"]
-    assert fit(args, tmp_path / "whole", f"--trainer.callbacks+={saver}") == 0
-    assert fit(args, tmp_path / "again", f"--ckpt_path={tmp_path / f'micro={micro_batch}.ckpt'}") == 0
-    whole, again = losses(tmp_path / "whole"), losses(tmp_path / "again")
-    assert again == {step: loss for step, loss in whole.items() if step >= micro_batch // 3}
-    assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "again"))
+    whole, again = read_run(tmp_path / "whole"), read_run(tmp_path / "again")
+    assert fit(stream_args, whole.folder, f"--trainer.callbacks+={saver}") == 0
+    assert fit(stream_args, again.folder, f"--ckpt_path={tmp_path / f'micro={micro_batch}.ckpt'}") == 0
+    assert again.losses == {step: loss for step, loss in whole.losses.items() if step >= micro_batch // 3}
+    again.assert_ends_in_the_bits_of(whole)
 
 
 @pytest.mark.usefixtures("small_windows")
-def test_another_split_of_the_global_batch_continues_with_the_same_rows(stream_args: list[str], tmp_path: Path) -> None:
+def test_another_split_of_the_global_batch_continues_with_the_same_rows(
+    stream_args: list[str], tmp_path: Path, read_run: ReadRun
+) -> None:
     args = [*stream_args, "--model.adapter.dropout=0"]
-    assert fit(args, tmp_path / "whole") == 0
-    saved = tmp_path / "whole" / "checkpoints" / "step=6.ckpt"
+    whole, again = read_run(tmp_path / "whole"), read_run(tmp_path / "again")
+    assert fit(args, whole.folder) == 0
     other = ["--data.batch_size=3", "--trainer.accumulate_grad_batches=1"]
-    assert fit(args, tmp_path / "again", *other, f"--ckpt_path={saved}") == 0
-    whole, again = losses(tmp_path / "whole"), losses(tmp_path / "again")
-    assert again == pytest.approx({step: whole[step] for step in range(6, 12)}, abs=1e-5)
+    assert fit(args, again.folder, *other, f"--ckpt_path={whole.path('step=6')}") == 0
+    assert again.losses == pytest.approx({step: whole.losses[step] for step in range(6, 12)}, abs=1e-5)
 
 
-def test_a_killed_streamed_run_continues_to_the_same_bits(stream_args: list[str], tmp_path: Path) -> None:
-    assert fit(stream_args, tmp_path / "whole") == 0
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "sft_lightning", "fit", *stream_args, f"--trainer.default_root_dir={killed}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (killed / "checkpoints" / "step=4.ckpt").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert fit(stream_args, killed, "--ckpt_path=last") == 0
-    assert_same_bits(checkpoint(tmp_path / "whole"), checkpoint(killed))
+def test_a_killed_streamed_run_continues_to_the_same_bits(
+    stream_args: list[str], tmp_path: Path, read_run: ReadRun, fit_and_kill: Callable[..., None]
+) -> None:
+    whole, killed = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
+    assert fit(stream_args, whole.folder) == 0
+    fit_and_kill([*stream_args, f"--trainer.default_root_dir={killed.folder}"], 17)
+    assert killed.checkpoint()["global_step"] == 4
+    assert fit(stream_args, killed.folder, "--ckpt_path=last") == 0
+    killed.assert_ends_in_the_bits_of(whole)
 
 
 @pytest.mark.usefixtures("small_windows")

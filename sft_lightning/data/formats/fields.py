@@ -17,6 +17,9 @@ Reason = Literal[
     "consecutive_turns",
     "no_question",
     "no_answer",
+    "different_prompts",
+    "same_answers",
+    "rewritten_pair",
 ]
 """Why a record cannot be learned from; the codes of the data report."""
 

@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapter_folder import read_config, read_weights
 from sft_lightning.models.export import MANIFEST
-from sft_lightning.models.merging.exported_adapter import read_config, read_weights
 from sft_lightning.models.merging.shards import weight_files
 from sft_lightning.models.quantization import QuantizationConfig
 

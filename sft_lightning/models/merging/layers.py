@@ -18,11 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from sft_lightning.models.merging.exported_adapter import attach_adapter, base_tensors, read_config, read_weights
+from sft_lightning.models.adapter_folder import CHANGE_BASE, attach_adapter, base_tensors, read_config, read_weights
 
 ADAPTER = "default"
 _LAYER_BY_LAYER = ("LORA", "IA3", "LOHA", "LOKR")
-_FROM_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica", "lora_ga", "eva")
 
 
 def empty_model(config: PretrainedConfig, *, vocab_size: int, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -62,7 +61,7 @@ def why_whole(folder: Path) -> str | None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in _LAYER_BY_LAYER:
         return f"{kind} adapters are merged by PEFT on the whole model"
-    if getattr(config, "init_lora_weights", None) in _FROM_BASE:
+    if getattr(config, "init_lora_weights", None) in CHANGE_BASE:
         return f"init_lora_weights {config.init_lora_weights!r} changes the base before the update is added"
     for option in ("target_parameters", "layer_replication"):
         if getattr(config, option, None):

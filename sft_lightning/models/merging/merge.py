@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.export import MANIFEST
-from sft_lightning.models.merging.base import MergePlan, plan_merge, read_manifest
+from sft_lightning.models.adapter_folder import AdapterError
+from sft_lightning.models.merging.base import MergePlan, plan_merge
 from sft_lightning.models.merging.checks import Difference, Trained, ask_trained, check_answers
+from sft_lightning.models.merging.companions import copy_companions, describe, load_tokenizer, rearrange_for_meta
 from sft_lightning.models.merging.folders import replaced_folder
-from sft_lightning.models.merging.model_card import model_card
+from sft_lightning.models.merging.meta_checkpoint import check_meta_format
 from sft_lightning.models.merging.probes import (
     answers,
     logits_of,
@@ -25,40 +25,11 @@ from sft_lightning.models.merging.probes import (
     mean_divergence,
     random_ids,
 )
-from sft_lightning.models.merging.shards import parse_size, tensor_names
+from sft_lightning.models.merging.report import BaseName, MergeReport
+from sft_lightning.models.merging.shards import parse_size
 from sft_lightning.models.merging.stream import Merged, merge_weights
 from sft_lightning.models.merging.whole import load_float32, reference_logits
 from sft_lightning.models.quantization import QuantizationConfig
-
-BaseName = Literal["original", "dequantized"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What merging did."""
-
-    output_dir: Path
-    base: BaseName
-    """What the adapters were merged into: the base as it is stored, or the values that quantization left of it."""
-
-    dtype: str
-    """Types of the written weights."""
-
-    difference: Difference | None
-    """`None` if it was not measured."""
-
-    divergences: Mapping[BaseName, float]
-    """For a quantized base, KL(trained model ‖ merged model) in nats per token, for each base that was tried."""
-
-    whole: str | None
-    """Why the whole model had to be in memory; `None`: the base was read shard by shard."""
-
-    left_out: Sequence[str]
-    """Tensors of the base's files that the model does not have."""
-
-    untied: bool
-    """Whether the head became a matrix of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +37,7 @@ class MergeOptions:
     """How to merge.
 
     Raises:
-        UserError: If the size is none.
+        UserError: If the size is none, or the number of files is of another format.
     """
 
     model_name_or_path: str | None = None
@@ -85,6 +56,12 @@ class MergeOptions:
     max_shard_size: str = "5GB"
     """Largest file of weights."""
 
+    format: Literal["huggingface", "pth"] = "huggingface"
+    """`pth`: a Llama as Meta's own code reads it, `consolidated.NN.pth` and `params.json`."""
+
+    model_parallel_size: int = 1
+    """Of `pth`: into how many files the weights are divided, one for each GPU that Meta's code runs on."""
+
     verify: bool = True
     """Load the result again and compare it with the base under its adapters. This takes memory for the whole model in
     float32, which merging itself does not."""
@@ -94,6 +71,11 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
+        if self.model_parallel_size != 1 and self.format != "pth":
+            raise UserError(
+                f"merge --model_parallel_size: {self.model_parallel_size} is of --format pth, and the format is "
+                f"{self.format}; remove it, or set the format"
+            )
 
 
 @dataclass
@@ -125,6 +107,15 @@ def merge_adapters(
         UserError: If a folder is not an adapter, or does not fit its base or the options.
         RuntimeError: If the merged model, loaded again, does not answer like the adapted one.
     """
+    try:
+        return _merge(adapters, Path(output_dir), options, rows)
+    except AdapterError as error:
+        raise UserError(f"merge --adapter: {error}") from error
+
+
+def _merge(
+    adapters: Sequence[str], output_dir: Path, options: MergeOptions, rows: Sequence[Sequence[int]] | None
+) -> MergeReport:
     plan = plan_merge(
         adapters,
         model_name_or_path=options.model_name_or_path,
@@ -133,17 +124,21 @@ def merge_adapters(
         max_shard_size=parse_size(options.max_shard_size),
         trust_remote_code=options.trust_remote_code,
     )
+    if options.format == "pth":
+        check_meta_format(plan.config, plan.vocab_sizes[-1], options.model_parallel_size)
     choices = _choices(plan, options)
-    tokenizer = _tokenizer(plan)
-    with replaced_folder(Path(output_dir)) as target:
+    tokenizer = load_tokenizer(plan)
+    with replaced_folder(output_dir) as target:
         trained = ask_trained(plan, choices, tokenizer, rows)
         tried = {
             choice: _try(plan, target / choice, trained, choice, tokenizer, verify=options.verify) for choice in choices
         }
         best = min(tried, key=lambda choice: tried[choice].divergence or 0) if options.base == "auto" else options.base
-        report = _report(Path(output_dir), best, tried)
+        report = _report(output_dir, options, best, tried)
         _keep(target, tried[best].folder)
-        _describe(target, plan, report)
+        describe(target, plan, report)
+        if options.format == "pth":
+            rearrange_for_meta(plan, target, tried[best].merged.config, options.model_parallel_size)
     return report
 
 
@@ -176,7 +171,7 @@ def _try(
     folder.mkdir()
     quantized = trained.quantized if choice == "dequantized" else None
     candidate = _Candidate(folder, merge_weights(plan, folder, quantized))
-    _write_companions(plan, folder, tokenizer)
+    copy_companions(plan, folder, tokenizer)
     if verify:
         probe = random_ids(plan.vocab_sizes[1], rows=2, length=min(32, max_positions(plan.config)))
         reference = reference_logits(plan, quantized, probe, candidate.merged.dtypes)
@@ -191,7 +186,9 @@ def _names(dtypes: Mapping[str, torch.dtype]) -> str:
     return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
 
 
-def _report(output_dir: Path, best: BaseName, tried: Mapping[BaseName, _Candidate]) -> MergeReport:
+def _report(
+    output_dir: Path, options: MergeOptions, best: BaseName, tried: Mapping[BaseName, _Candidate]
+) -> MergeReport:
     chosen = tried[best]
     return MergeReport(
         output_dir=output_dir,
@@ -202,27 +199,8 @@ def _report(output_dir: Path, best: BaseName, tried: Mapping[BaseName, _Candidat
         whole=chosen.merged.whole,
         left_out=chosen.merged.left_out,
         untied=chosen.merged.untied,
+        format=options.format,
     )
-
-
-def _tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
-    """Return the last adapter's tokenizer, chat template included, or the base's; `None` if neither has one."""
-    for folder in (plan.adapters[-1], plan.folder):
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=plan.trust_remote_code
-            )
-            return tokenizer
-    return None
-
-
-def _write_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    names = ["generation_config.json", *(path.name for path in plan.folder.glob("*.py"))]
-    for name in names:
-        if (plan.folder / name).is_file() and not (folder / name).exists():
-            shutil.copyfile(plan.folder / name, folder / name)
 
 
 def _keep(target: Path, chosen: Path) -> None:
@@ -233,16 +211,3 @@ def _keep(target: Path, chosen: Path) -> None:
     for path in list(chosen.iterdir()):
         path.rename(target / path.name)
     chosen.rmdir()
-
-
-def _describe(folder: Path, plan: MergePlan, report: MergeReport) -> None:
-    manifest = {
-        "base": plan.name,
-        "merged_into": report.base,
-        "adapters": [str(adapter) for adapter in plan.adapters],
-        "dtype": report.dtype,
-        "num_tensors": len(tensor_names(folder)),
-        "runs": [read_manifest(adapter) for adapter in plan.adapters],
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sft_lightning.models.adapter_folder import read_config
 from sft_lightning.models.merging.base import MergePlan, read_manifest
-from sft_lightning.models.merging.exported_adapter import read_config
-
-if TYPE_CHECKING:
-    from sft_lightning.models.merging.merge import MergeReport
+from sft_lightning.models.merging.report import MergeReport
 
 
 def model_card(plan: MergePlan, report: MergeReport) -> str:
     """Return the text of `README.md`, as the Hub reads it."""
-    parts = [_front_matter(plan), f"# {report.output_dir.name}", _origin(plan, report), _measured(report)]
+    parts = [_front_matter(plan, report), f"# {report.output_dir.name}", _origin(plan, report), _measured(report)]
     parts += [_run(adapter) for adapter in plan.adapters]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -26,8 +24,9 @@ def run_folder_of(adapter: Path) -> Path | None:
     return next((folder for folder in parents[:2] if (folder / "config.yaml").is_file()), None)
 
 
-def _front_matter(plan: MergePlan) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+def _front_matter(plan: MergePlan, report: MergeReport) -> str:
+    library = [] if report.format == "pth" else ["library_name: transformers"]
+    lines = ["---", *library, "pipeline_tag: text-generation"]
     if not Path(plan.name).exists() and plan.name.count("/") == 1:
         lines.append(f"base_model: {plan.name}")
     return "\n".join([*lines, "tags:", "- sft_lightning", "- merged", "---"])
@@ -55,6 +54,10 @@ def _adapter(folder: Path) -> str:
 
 def _measured(report: MergeReport) -> str:
     lines = []
+    if report.format == "pth":
+        lines.append(
+            "The weights are in Meta's own layout (`consolidated.NN.pth`, `params.json`), moved, not computed."
+        )
     if report.difference is not None:
         lines.append(
             f"Loaded again, its logits differ from those of the base under its adapters by at most "

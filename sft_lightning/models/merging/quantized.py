@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sft_lightning.models.merging.base import MergePlan, grow_embeddings
-from sft_lightning.models.quantization import keep_weight_layout
+from sft_lightning.models.quantization import load_quantized
+from sft_lightning.models.quantized_adapters import keep_input_dtype
 
 
 class QuantizedBase:
@@ -24,16 +25,15 @@ class QuantizedBase:
         if plan.quantization is None:
             raise ValueError("the plan has no quantization")
         # transformers would put quantized weights on a GPU where there is one; merging is done on the CPU.
-        options: dict[str, Any] = {
-            "dtype": plan.training_dtype,
-            "trust_remote_code": plan.trust_remote_code,
-            "device_map": {"": "cpu"},
-        }
-        quantization = plan.quantization.to_transformers(plan.training_dtype)
-        model = AutoModelForCausalLM.from_pretrained(plan.folder, quantization_config=quantization, **options)
-        keep_weight_layout(model)
-        self._model: PreTrainedModel = model.eval()
-
+        model = load_quantized(
+            str(plan.folder),
+            plan.quantization,
+            config=copy.deepcopy(plan.config),
+            dtype=plan.training_dtype,
+            trust_remote_code=plan.trust_remote_code,
+            device_map={"": "cpu"},
+        )
+        self._model = model.eval()
         kinds = ("Linear4bit", "Linear8bitLt")
         self._layers = {n: module for n, module in model.named_modules() if type(module).__name__ in kinds}
 
@@ -61,4 +61,6 @@ class QuantizedBase:
     def trained(self, plan: MergePlan) -> PeftModel:
         """Return the model that was trained: the one adapter of the plan on this base, which is changed by it."""
         grow_embeddings(self._model, plan.vocab_sizes[-1])
-        return PeftModel.from_pretrained(self._model, str(plan.adapters[0])).eval()
+        model = PeftModel.from_pretrained(self._model, str(plan.adapters[0])).eval()
+        keep_input_dtype(model)
+        return model

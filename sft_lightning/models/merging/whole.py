@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sft_lightning.models.adapter_folder import read_config
 from sft_lightning.models.merging.base import MergePlan, grow_embeddings
-from sft_lightning.models.merging.exported_adapter import read_config
 from sft_lightning.models.merging.probes import logits_of
 from sft_lightning.models.merging.quantized import QuantizedBase
 

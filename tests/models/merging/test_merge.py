@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -16,9 +17,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MambaConfig,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -29,9 +32,10 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.adapters import AdapterConfig, add_adapter
 from sft_lightning.models.export import export_adapter
 from sft_lightning.models.merging.layers import LayerMerger
-from sft_lightning.models.merging.merge import MergeOptions, MergeReport, merge_adapters
+from sft_lightning.models.merging.merge import MergeOptions, merge_adapters
+from sft_lightning.models.merging.report import MergeReport
 from sft_lightning.models.merging.shards import ShardWriter, weight_files
-from sft_lightning.models.quantization import QuantizationConfig, keep_weight_layout
+from sft_lightning.models.quantization import QuantizationConfig, load_quantized
 
 IDS = torch.arange(20)[None]
 
@@ -392,10 +396,7 @@ def test_memory_is_that_of_a_shard_not_of_the_model(tmp_path: Path) -> None:
 
 
 def make_quantized_run(base: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, bits: int) -> Path:
-    quantization = QuantizationConfig(bits=bits)
-    options = {"quantization_config": quantization.to_transformers(torch.float32), "dtype": torch.float32}
-    model = AutoModelForCausalLM.from_pretrained(base, **options)
-    keep_weight_layout(model)
+    model = load_quantized(str(base), QuantizationConfig(bits=bits), dtype=torch.float32)
     manifest = {"dtype": "float32", "quantization": {"bits": bits, "quant_type": "nf4", "double_quant": True}}
     export_adapter(learn(add_adapter(model, AdapterConfig(r=2))), tokenizer, folder, manifest)
     return folder
@@ -416,16 +417,24 @@ def test_both_bases_are_measured_and_the_one_nearer_to_training_is_written(
     assert not (tmp_path / "merged/dequantized").exists()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+QUANTIZED_FAMILIES: dict[str, PretrainedConfig] = {
+    "gpt2": GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=64),
+    "falcon": FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+    "mamba": MambaConfig(hidden_size=32, num_hidden_layers=1, state_size=8, time_step_rank=4),
+}
+
+
+@pytest.mark.parametrize("family", ["llama", *QUANTIZED_FAMILIES])
 def test_the_dequantized_base_answers_like_the_trained_model(
     family: str, model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    base = model_dir if family == "llama" else make_base(tmp_path / "base", shape)
+    base = model_dir
+    if family != "llama":
+        shape = copy.deepcopy(QUANTIZED_FAMILIES[family])
+        shape.vocab_size = len(tokenizer)
+        base = make_base(tmp_path / "base", shape)
     adapter = make_quantized_run(base, tokenizer, tmp_path / "adapter", 4)
-    options = {"quantization_config": QuantizationConfig(bits=4).to_transformers(torch.float32)}
-    quantized = load(base, dtype=torch.float32, **options)
-    keep_weight_layout(quantized)
+    quantized = load_quantized(str(base), QuantizationConfig(bits=4), dtype=torch.float32)
     trained = logits(PeftModel.from_pretrained(quantized, adapter).eval())
     merge_adapters([str(adapter)], str(tmp_path / "merged"), MergeOptions(base="dequantized"))
     torch.testing.assert_close(logits(load(tmp_path / "merged")), trained, atol=1e-4, rtol=0)
@@ -515,6 +524,17 @@ def test_a_longer_context_of_the_run_is_in_the_merged_configuration(adapter: Pat
     assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters == rope
 
 
+def test_a_quantized_base_is_asked_with_the_longer_context_that_it_was_trained_with(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    adapter = make_quantized_run(model_dir, tokenizer, tmp_path / "adapter", 4)
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    manifest = json.loads((adapter / "run_manifest.json").read_text())
+    (adapter / "run_manifest.json").write_text(json.dumps({**manifest, "rope_parameters": rope}))
+    report = merge_adapters([str(adapter)], str(tmp_path / "merged"))
+    assert report.divergences["dequantized"] < 1e-9  # else both would be far from a model of other positions
+
+
 def test_nothing_is_pushed_anywhere(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError
@@ -556,7 +576,7 @@ def test_without_verifying_nothing_is_claimed(adapter: Path, tmp_path: Path) -> 
 
 
 def test_what_is_no_adapter_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not an adapter folder"):
+    with pytest.raises(UserError, match=r"merge --adapter: .* is not an adapter folder"):
         merge(model_dir, tmp_path / "merged")
 
 

@@ -1,0 +1,264 @@
+"""Runs that are continued from a checkpoint, beside the uninterrupted ones.
+
+As a script it is one of several processes, started by `compare`: torchrun … equality_resume.py WORK_AS_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from equality_gradients import RECORDS
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.sources import SourceConfig
+from sft_lightning.models.adapters import AdapterConfig
+from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.types import IGNORE_INDEX
+
+ROWS_PER_STEP = 4
+STEPS_PER_EPOCH = -(-len(RECORDS) // ROWS_PER_STEP)
+NUM_STEPS = 2 * STEPS_PER_EPOCH
+
+MODES = ("full", "lora", "qlora", "int8")
+
+MOMENTS = {
+    "first step": 1,
+    "mid epoch": 2,
+    "after a validation": 3,
+    "within an accumulation window": 4,
+    "epoch boundary": STEPS_PER_EPOCH,
+    "second epoch": STEPS_PER_EPOCH + 2,
+    "before the last step": NUM_STEPS - 1,
+    "last step": NUM_STEPS,
+    "streaming": 5,
+}
+"""Where a run is interrupted, and after how many optimizer steps; the last of a streamed run."""
+
+TOLERANCE = 1e-5
+"""Largest relative difference of a step's loss where the number of processes has changed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run to its end."""
+
+    mode: str
+    """One of `MODES`."""
+
+    processes: int
+
+    dropout: bool
+    """Whether anything is drawn while training."""
+
+    moment: str = ""
+    """A key of `MOMENTS`, of the checkpoint that the run starts from; none for an uninterrupted one."""
+
+    started_by: int = 0
+    """Processes that the interrupted run had."""
+
+    streams: bool = False
+    """Whether the data is read while training."""
+
+    def folder(self, root: Path) -> Path:
+        """Return where its files are."""
+        name = f"{self.mode}_{self.processes}_{self.dropout}_{self.streams}"
+        return root / "runs" / (f"{name}_{self.started_by}_{self.moment.replace(' ', '_')}" if self.moment else name)
+
+    @property
+    def uninterrupted(self) -> Run:
+        """The run that was interrupted, had it not been."""
+        return replace(self, processes=self.started_by or self.processes, moment="", started_by=0)
+
+
+class Watch(Callback):
+    """Saves a checkpoint at every moment, and keeps each step's loss and rows.
+
+    Args:
+        folder: Where checkpoints go; `None` saves none.
+        streams: Whether the data is read while training.
+    """
+
+    def __init__(self, folder: Path | None, streams: bool) -> None:
+        self.folder, self.streams = folder, streams
+        self.losses: dict[int, float] = {}
+        self.rows: dict[int, int] = {}
+        self._rows = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up the step's rows, whatever their order, and save."""
+        for labels in batch["labels"]:
+            self._rows += zlib.crc32(labels[labels != IGNORE_INDEX].numpy().tobytes())
+        accumulating = trainer.fit_loop._should_accumulate()
+        if not accumulating:
+            reduce = trainer.strategy.reduce
+            self.losses[trainer.global_step] = float(reduce(pl_module._step_loss, reduce_op="sum"))  # type: ignore[arg-type]
+            self.rows[trainer.global_step] = int(reduce(torch.tensor(self._rows), reduce_op="sum"))
+            self._rows = 0
+        for moment in ("streaming",) if self.streams else (*MOMENTS,)[:-1]:
+            within = moment == "within an accumulation window"
+            if moment not in ("after a validation", "epoch boundary") and accumulating is within:
+                self._save(trainer, moment)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.streams:
+            self._save(trainer, "after a validation")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.streams:
+            self._save(trainer, "epoch boundary")
+
+    def _save(self, trainer: Trainer, moment: str) -> None:
+        if self.folder is not None and trainer.global_step == MOMENTS[moment]:
+            path = self.folder / f"{moment.replace(' ', '_')}.ckpt"
+            if not trainer.strategy.broadcast(path.exists()):  # of an accumulation window, the first micro-batch
+                trainer.save_checkpoint(path)
+
+
+def train(run: Run, model: Path) -> None:
+    """Run to the end, in as many processes as call this, and leave a checkpoint of it beside its losses and rows."""
+    seed_everything(0, verbose=False)
+    folder = run.folder(model)
+    source = SourceConfig(path=str(model / "records.json"), streaming=run.streams)
+    data = SFTDataModule(
+        sources={"toy": source}, val_sources={"held": SourceConfig(path=str(model / "records.json"), max_examples=3)},
+        template="alpaca", max_length=250, packing="none",
+        tokenizer_name_or_path=str(model), store_dir=str(model / "stores"),
+    )  # fmt: skip
+    adapter = None if run.mode == "full" else AdapterConfig(r=4, dropout=0.3 if run.dropout else 0.0)
+    bits: dict[str, Literal[4, 8]] = {"qlora": 4, "int8": 8}
+    module = CausalLMModule(
+        model_name_or_path=str(model), dtype="float32", adapter=adapter,
+        dropout=0.1 if run.dropout and run.mode == "full" else None,
+        quantization=QuantizationConfig(bits=bits[run.mode]) if run.mode in bits else None,
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+    )  # fmt: skip
+    watch = Watch(None if run.moment else folder, run.streams)
+    accumulate = ROWS_PER_STEP // run.processes
+    trainer = Trainer(
+        max_epochs=-1 if run.streams else 2, max_steps=NUM_STEPS if run.streams else -1,
+        accumulate_grad_batches=accumulate, val_check_interval=3 * accumulate, num_sanity_val_steps=0,
+        gradient_clip_val=1.0, callbacks=[watch], accelerator="cpu",
+        devices=run.processes, strategy="ddp" if run.processes > 1 else "auto",
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, default_root_dir=folder,
+    )  # fmt: skip
+    saved = run.uninterrupted.folder(model) / f"{run.moment.replace(' ', '_')}.ckpt"
+    trainer.fit(module, data, ckpt_path=str(saved) if run.moment else None)
+    trainer.save_checkpoint(folder / "end.ckpt")
+    if trainer.is_global_zero:
+        seen = {"losses": watch.losses, "rows": watch.rows}
+        (folder / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
+
+
+def differences(run: Run, model: Path) -> tuple[list[str], float]:
+    """Compare a continued run with the uninterrupted one.
+
+    Returns:
+        What is not equal to the last bit of: steps, rows, losses, weights, optimizer, schedule, random states; and the
+        largest relative difference of a step's loss.
+    """
+    folders = run.folder(model), run.uninterrupted.folder(model)
+    (found, expected) = (json.loads((folder / "seen.json").read_text(encoding="utf-8")) for folder in folders)
+    (one, other) = (torch.load(folder / "end.ckpt", weights_only=True) for folder in folders)
+    left = [step for step in expected["losses"] if int(step) > MOMENTS[run.moment]]
+    equal = {
+        "steps": list(found["losses"]) == left and one["global_step"] == other["global_step"],
+        "rows": all(found["rows"].get(step) == expected["rows"][step] for step in left),
+        "losses": all(found["losses"].get(step) == expected["losses"][step] for step in left),
+        "weights": _same(one["state_dict"], other["state_dict"]),
+        "optimizer": _same(one["optimizer_states"], other["optimizer_states"]),
+        "schedule": one["lr_schedulers"] == other["lr_schedulers"],
+        "random states": _same(one["random_states"], other["random_states"]),
+    }
+    off = [abs(found["losses"].get(step, float("inf")) / expected["losses"][step] - 1) for step in left]
+    return [name for name, same in equal.items() if not same], max(off, default=0.0)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare nested values, tensors by their bits."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return bool(one == other)
+
+
+def cell(run: Run, model: Path) -> str:
+    """Say how a continued run compares: `bits`, or the rows and the largest difference of a loss.
+
+    Raises:
+        RuntimeError: If it does not do what is promised.
+    """
+    different, off = differences(run, model)
+    if run.started_by == run.processes:
+        if different:
+            raise RuntimeError(f"{run}: not to the same bits: {', '.join(different)}")
+        return "bits"
+    if {"steps", "rows", "schedule"} & set(different) or off > TOLERANCE:
+        raise RuntimeError(f"{run}: {', '.join(different)} differ, a loss by {off:.1e}")
+    return f"rows, {off:.0e}"
+
+
+def uninterrupted(processes: int, modes: tuple[str, ...] = MODES) -> list[Run]:
+    """Return the runs that leave checkpoints."""
+    flags = (False, True)
+    return [Run(mode, processes, drop, streams=streams) for mode in modes for drop in flags for streams in flags]
+
+
+def continued(processes: int, started_by: int, modes: tuple[str, ...] = MODES) -> Iterator[Run]:
+    """Yield a run from every moment; where the number of processes changes, without dropout, which would change too."""
+    for mode in modes:
+        for moment in MOMENTS:
+            yield Run(mode, processes, processes == started_by, moment, started_by, moment == "streaming")
+
+
+def train_together(runs: list[Run], model: Path) -> None:
+    """Train runs one after the other, in processes that are started for them where there are several."""
+    if runs[0].processes == 1:
+        for run in runs:
+            train(run, model)
+        return
+    work = json.dumps({"model": str(model), "runs": [asdict(run) for run in runs]})
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={runs[0].processes}")
+    done = subprocess.run([sys.executable, *launcher, __file__, work], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"processes that were to train failed:\n{done.stderr[-3000:]}")
+
+
+def table(model: Path) -> str:
+    """Train everything, and return how continued runs compare as a Markdown table."""
+    topologies = [(1, 1), (2, 2), (2, 1), (1, 2)]
+    for processes in (1, 2):
+        train_together(uninterrupted(processes), model)
+    cells: dict[tuple[str, str], list[str]] = {}
+    for started_by, processes in topologies:
+        runs = list(continued(processes, started_by))
+        train_together(runs, model)
+        for run in runs:
+            cells.setdefault((run.mode, run.moment), []).append(cell(run, model))
+    head = " | ".join(f"{started_by} → {processes}" for started_by, processes in topologies)
+    lines = [f"| mode | checkpoint | {head} |", "|---|---|---|---|---|---|"]
+    lines += [f"| {mode} | {moment} | {' | '.join(row)} |" for (mode, moment), row in cells.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    given = json.loads(sys.argv[1])
+    for options in given["runs"]:
+        train(Run(**options), Path(given["model"]))

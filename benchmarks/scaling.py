@@ -1,0 +1,215 @@
+"""Two processes against one on the CPU: speed, bytes sent and memory of each strategy, beside what theory says.
+
+    python benchmarks/scaling.py [--repeats 1] [--only ddp fsdp2 deepspeed_stage_1 …]
+
+A Llama of 80 M parameters (hidden 640, 12 layers, float32) from one folder, full fine-tuning with AdamW, four rows of
+128 tokens an optimizer step, which two processes share; one thread a process, gloo. Efficiency is the time of a step of
+one process over twice that of two; the fastest step counts.
+
+Theory. Sent: a collective over P bytes costs a process (N-1)/N · P where it gathers or scatters and twice that where it
+reduces for all. DDP reduces the gradients for all; ZeRO-1 and -2 scatter them and gather the weights; FSDP2 and ZeRO-3
+gather the weights twice and scatter the gradients once (Rajbhandari et al., 2019, arXiv:1910.02054, section 7). Held
+between steps: the tensors that a process has, which are weights, gradients and Adam's two moments, of which the
+strategy divides some; DeepSpeed has dropped most gradients by then, and steps on a copy of the weights, in float32 too.
+Loading and ready: the largest sum of what all processes together hold (PSS) until the model is loaded, and until the
+first step, above what they held empty. Everything is in copies of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE / "peers"))
+
+from processes import empty_folder, hardware, use_two_cores  # noqa: E402
+
+RESULTS = _HERE / "results"
+VOCABULARY, LENGTH, ROWS, STEPS = 16_000, 128, 4, 5
+GATHERED = {"all_reduce": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
+"""What a collective costs a process, in (N-1)/N of its bytes."""
+
+THEORY_SENT = {"ddp": 2, "fsdp2": 3, "deepspeed_stage_1": 2, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
+"""Bytes of a step, in (N-1)/N of the model's."""
+
+THEORY_HELD = {
+    "one process": (16, 0), "ddp": (16, 0), "fsdp2": (0, 16), "deepspeed_stage_1": (4, 12),
+    "deepspeed_stage_2": (4, 12), "deepspeed_stage_3": (0, 20),
+}  # fmt: skip
+"""Bytes a parameter that every process has, and that are divided among them."""
+
+
+def write_inputs(folder: Path) -> int:
+    """Write model, tokenizer and rows; return the bytes of the model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10, num_key_value_heads=10,
+        vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    words = {"<pad>": 0, "</s>": 1, **{str(index): index for index in range(2, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(folder / "model")
+    ids = torch.randint(2, VOCABULARY, (ROWS * STEPS, LENGTH - 1)).tolist()
+    rows = (json.dumps({"text": " ".join(map(str, row))}) for row in ids)
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def command(folder: Path, strategy: str, processes: int) -> list[str]:
+    """Return the run of a strategy."""
+    config = {
+        "task": "pretrain",
+        "model": {
+            "model_name_or_path": str(folder / "model"), "dtype": "float32", "gradient_checkpointing": False,
+            "lr_scheduler": {"name": "constant"},
+        },
+        "data": {
+            "sources": {"rows": {"path": str(folder / "rows.jsonl")}}, "max_length": LENGTH, "packing": "none",
+            "batch_size": ROWS // processes, "store_dir": str(folder / "stores"),
+        },
+        "trainer": {
+            "accelerator": "cpu", "devices": processes, "strategy": strategy, "max_steps": STEPS, "logger": False,
+            "enable_checkpointing": False, "enable_progress_bar": False, "gradient_clip_val": 0,
+            "default_root_dir": str(folder / f"run_{strategy}_{processes}"),
+            "callbacks": [
+                {"class_path": "scaling_watch.ScalingWatch"},
+                {"class_path": "callbacks.SampleGeneration", "init_args": {"prompts": []}},
+            ],
+        },
+    }  # fmt: skip
+    file = folder / f"{strategy}_{processes}.yaml"
+    file.write_text(json.dumps(config))  # JSON is YAML
+    return [sys.executable, "-m", "sft_lightning", "fit", "--config", str(file)]
+
+
+def pss(process: psutil.Process) -> int:
+    """Return the memory of a process and all that it started, in bytes."""
+    try:
+        family = [process, *process.children(recursive=True)]
+        return sum(each.memory_full_info().pss for each in family)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def run(folder: Path, strategy: str, processes: int) -> dict[str, Any]:
+    """Run a strategy, and look at the memory of all its processes meanwhile."""
+    answers = folder / f"answers_{strategy}_{processes}"
+    answers.mkdir(exist_ok=True)
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "SCALING_FOLDER": str(answers), "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(_HERE / "peers"), str(_HERE.parent)]),
+    }  # fmt: skip
+    held: list[tuple[float, int]] = []
+    with (answers / "said.txt").open("w") as said:
+        started = psutil.Popen(
+            command(folder, strategy, processes), env=environment, stdout=said, stderr=subprocess.STDOUT
+        )
+        while started.poll() is None:
+            held.append((time.time(), pss(started)))
+            time.sleep(0.05)
+    if started.returncode:
+        raise SystemExit(f"{strategy} failed:\n{(answers / 'said.txt').read_text()[-3000:]}")
+    ranks = [json.loads((answers / f"{rank}.json").read_text()) for rank in range(processes)]
+    empty = sum(rank["bytes_empty"] for rank in ranks)
+    first = min(rank["marks"]["empty"] for rank in ranks)
+
+    def peak(until: str) -> int:
+        last = max(rank["marks"][until] for rank in ranks)
+        return max((amount for when, amount in held if first <= when <= last), default=empty) - empty
+
+    return {
+        "seconds": min(max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)),
+        "bytes_by_collective": ranks[0]["bytes_by_collective"],
+        "bytes_held": max(rank["bytes_live"] for rank in ranks),
+        "bytes_loading": peak("loaded"),
+        "bytes_ready": peak("ready"),
+    }
+
+
+def sent_bytes(by_collective: Mapping[str, int], processes: int) -> float:
+    """Return what a process sends, from what its collectives were over."""
+    amounts = dict(by_collective)
+    # gloo scatters by reducing for all, which is not the strategy's doing.
+    amounts["all_reduce"] = amounts.get("all_reduce", 0) - amounts.get("_reduce_scatter_base_", 0)
+    return sum(GATHERED[name] * (processes - 1) / processes * amount for name, amount in amounts.items())
+
+
+def rows(found: Mapping[str, dict[str, Any]], model_bytes: int) -> list[list[str]]:
+    """Return the table: a strategy a row."""
+    alone = found["one process"]["seconds"]
+    table = []
+    for name, answer in found.items():
+        processes = 1 if name == "one process" else 2
+        whole, divided = THEORY_HELD[name]
+        theory_held = (whole + divided / processes) / 4
+        sent, theory_sent = sent_bytes(answer["bytes_by_collective"], processes), THEORY_SENT.get(name, 0)
+        table.append([
+            name,
+            f"{answer['seconds']:.2f}",
+            "" if processes == 1 else f"{alone / (processes * answer['seconds']):.0%}",
+            f"{sent / model_bytes:.2f}",
+            f"{theory_sent * (processes - 1) / processes:.2f}",
+            f"{answer['bytes_held'] / model_bytes:.2f}",
+            f"{theory_held:.2f}",
+            f"{answer['bytes_loading'] / model_bytes:.2f}",
+            f"{answer['bytes_ready'] / model_bytes:.2f}",
+        ])  # fmt: skip
+    return table
+
+
+HEAD = ["", "s a step", "efficiency", "sent", "theory", "held", "theory", "loading", "ready"]
+
+
+def main() -> None:
+    """Measure, print the table (as Markdown too), write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=1, help="Runs of each strategy; the fastest counts.")
+    parser.add_argument("--only", nargs="+", choices=list(THEORY_SENT), default=list(THEORY_SENT))
+    args = parser.parse_args()
+    use_two_cores()
+    with empty_folder() as folder:
+        model_bytes = write_inputs(folder)
+        ways = [("one process", "auto", 1), *((name, name, 2) for name in args.only)]
+        found = {
+            name: min((run(folder, strategy, n) for _ in range(args.repeats)), key=lambda answer: answer["seconds"])
+            for name, strategy, n in ways
+        }
+    table = rows(found, model_bytes)
+    shown = Table(*HEAD)
+    for row in table:
+        shown.add_row(*row)
+    Console().print(shown)
+    print("\n".join("| " + " | ".join(row) + " |" for row in [HEAD, ["---"] * len(HEAD), *table]))
+    result = {
+        "date": date.today().isoformat(), "hardware": hardware(), "python": platform.python_version(),
+        "torch": torch.__version__, "model_bytes": model_bytes, "repeats": args.repeats, "ways": found,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"scaling_cpu_{result['date']}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {os.path.relpath(file)}")
+
+
+if __name__ == "__main__":
+    main()

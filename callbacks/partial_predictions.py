@@ -1,0 +1,107 @@
+"""Predictions of a run that is not at its end: a line that says what they are made with, then a line for each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from sft_lightning.errors import UserError
+
+_AGAIN = "restore it, remove the file to answer everything again, or choose another trainer.default_root_dir"
+
+
+class PartialPredictions:
+    """What a process has written so far.
+
+    A killed run may leave a torn last line, or a batch of which some rows are missing: those are cut off.
+
+    Args:
+        path: The file; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = _whole_lines(path)
+        self._header = lines[0] if lines else b""
+        self._rows = lines[1:]
+
+    def check_alone(self, expected: Sequence[Path]) -> None:
+        """Check that the folder has no other run's answers.
+
+        Args:
+            expected: Where the processes of this run write.
+
+        Raises:
+            UserError: If a run with another number of processes was interrupted here.
+        """
+        stem = expected[0].name.partition(".partial")[0]
+        for other in sorted(self.path.parent.glob(f"{stem}.partial*")):
+            if other not in expected:
+                raise UserError(f"{other}: answers of a run with another number of processes; {_AGAIN}")
+
+    def check_made_with(self, made_with: Mapping[str, Any]) -> None:
+        """Check that what is there was made with the same, and note it for a file that is still to be written.
+
+        Args:
+            made_with: What answers depend on, each under the words in which a change of it is told.
+
+        Raises:
+            UserError: If something has changed since.
+        """
+        now = json.loads(json.dumps(made_with))
+        before = json.loads(self._header) if self._rows else now
+        for key, value in now.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{self.path}: holds {len(self._rows):,} answers of an interrupted run, and since then {key} "
+                    f"changed{_difference(before.get(key), value)}; {_AGAIN}"
+                )
+        if not self._rows:
+            self._header = json.dumps(now).encode() + b"\n"
+
+    def whole_batches(self, batch_lengths: Sequence[int]) -> tuple[int, int]:
+        """Return how many of the first batches are there with all their rows, and those rows.
+
+        Args:
+            batch_lengths: Rows of each batch.
+        """
+        batches = rows = 0
+        for length in batch_lengths:
+            if not length or rows + length > len(self._rows):
+                break
+            batches, rows = batches + 1, rows + length
+        return batches, rows
+
+    def open_after(self, num_rows: int) -> TextIO:
+        """Open the file to write on after its first rows; what stands behind them is cut off."""
+        if num_rows:
+            os.truncate(self.path, sum(map(len, [self._header, *self._rows[:num_rows]])))
+        else:
+            self.path.write_bytes(self._header)
+        return self.path.open("a", encoding="utf-8")
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Return the lines up to the first that is torn."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # behind the last line feed is nothing, or a torn line
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        lines.append(line + b"\n")
+    return lines
+
+
+def _difference(before: Any, now: Any) -> str:
+    """Return a change of values as a reader can compare them; nothing of hashes."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        changes = [f"{key} {before.get(key)} → {value}" for key, value in now.items() if before.get(key) != value]
+        return f": {', '.join(changes)}"
+    is_hash = isinstance(now, str) and len(now) == 32
+    return "" if is_hash else f": {before} → {now}"

@@ -1,0 +1,83 @@
+"""What holds of preference training alone: where its loss starts, and that a pair's answers do not see each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from sft_lightning.data.pairs_collate import collate_pairs
+from sft_lightning.data.pairs_store import PairExample
+from sft_lightning.selftest.checks import Check, within
+from sft_lightning.selftest.rows import SmallData
+from sft_lightning.selftest.runs import Run
+from sft_lightning.training.preference import DPOModule
+from sft_lightning.training.preference_losses import PreferenceConfig
+
+_FLOAT32_TOLERANCE = 1e-5
+
+
+def check_start(run: Run, config: PreferenceConfig) -> Check:
+    """Check that the loss of the first step is that of a model that is its own reference.
+
+    Args:
+        run: A run of one step, without chance.
+        config: The loss.
+    """
+    name = "loss at step 0"
+    if not config.has_reference:
+        return Check(name, None, f"the loss {config.loss} has no reference model to start at")
+    module = run.module
+    if config.reference == "adapter_off" and module.adapter is not None and module.adapter.path is not None:
+        return Check(name, None, "model.preference.reference: adapter_off compares with the base, not with the start")
+    found, expected = float(run.trainer.callback_metrics["train/loss"]), start_loss(config)
+    what = f"{found:.6f}, {'log 2' if config.loss == 'sigmoid' else f'{expected:.6f}'} expected: relative difference"
+    return within(name, abs(found - expected) / expected, max(_FLOAT32_TOLERANCE, run.rounding), what)
+
+
+def start_loss(config: PreferenceConfig) -> float:
+    """Return the loss of a pair whose two log-ratios are equal, in nats."""
+    return {"sigmoid": math.log(2), "ipo": 1 / (2 * config.beta) ** 2, "hinge": 1.0}[config.loss]
+
+
+def check_pairs(run: Run, small: SmallData) -> Check:
+    """Compare the log-probabilities of answers in packed rows with those of each conversation in a row of its own.
+
+    Args:
+        run: A run that has loaded the model.
+        small: Pairs to pack.
+    """
+    data = small.module(batch_size=1, packing="best_fit")
+    data.setup("fit")
+    plan = data.plan(0)
+    row = max((plan.row(each).tolist() for each in range(plan.num_rows)), key=len)
+    examples = [(document[0], data.planner.corpora.example(*document)) for document in row]
+    pairs = [(number, example) for number, example in examples if isinstance(example, PairExample)]
+    module = run.module.to(run.device)
+    if not isinstance(module, DPOModule):
+        raise TypeError(f"expected a DPOModule, found a {type(module).__name__}")
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad(), run.trainer.precision_plugin.forward_context():
+            packed, separate = (
+                module.answers(
+                    _on_device(
+                        collate_pairs([pairs], together=together, pad_token_id=data.stop_token_id, denominator=1.0),
+                        run.device,
+                    )
+                ).log_probs
+                for together in (True, False)
+            )
+    finally:
+        module.train(training)
+    scale = max(1.0, float(separate.abs().max()))
+    what = f"{len(pairs)} pairs in a row against a row for each conversation: log-probabilities differ by"
+    return within(
+        "pair isolation", float((packed - separate).abs().max()) / scale, max(_FLOAT32_TOLERANCE, run.rounding), what
+    )
+
+
+def _on_device(batch: Any, device: torch.device) -> Any:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,81 @@
+"""Checkpoints and exports of a sharded model: those of a single process, written by rank 0 from whole weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
+
+from sft_lightning.strategies.whole import gather_parameters, whole_parameters
+
+
+class WholeExports(Strategy):
+    """What sharded strategies have in common; stands before Lightning's strategy in the list of bases."""
+
+    _whole_at_end: AbstractContextManager[None] | None = None
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no process has the whole model."""
+        return True
+
+    @property
+    def _module(self) -> Any:
+        if self.lightning_module is None:
+            raise RuntimeError("the strategy has no module yet; the trainer connects it")
+        return self.lightning_module
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Weights are loaded while they are whole."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer's state is Lightning's to restore."""
+        return True
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write one file on rank 0; whoever exports the model on that occasion finds whole weights in it."""
+        whole = checkpoint.get("state_dict", {}) if self.shards_weights else {}
+        with whole_parameters(self._module, whole):
+            if self.is_global_zero:
+                self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the file; every process its own."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def export_whole_at_end(self, trainer: Trainer) -> None:
+        """Let callbacks that export when training ends find whole weights on rank 0."""
+        others: list[Callback] = vars(trainer)["callbacks"]
+        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(other, _WholeAtEnd) for other in others):
+            others.insert(0, _WholeAtEnd())
+
+    def make_whole(self) -> None:
+        """Put whole weights on rank 0 for the exports: what trains of an adapted model, else all; all ranks call it."""
+        adapted = isinstance(self._module.language_model, PeftModel)
+        whole = gather_parameters(self._module, keep=self.is_global_zero, trainable_only=adapted)
+        self._whole_at_end = whole_parameters(self._module, whole)
+        self._whole_at_end.__enter__()
+
+    def on_train_end(self) -> None:
+        """Put the shards back."""
+        if self._whole_at_end is not None:
+            self._whole_at_end.__exit__(None, None, None)
+            self._whole_at_end = None
+
+
+class _WholeAtEnd(Callback):
+    """Stands before all other callbacks: those that export when training ends find whole weights on rank 0."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        strategy.make_whole()

@@ -1,0 +1,96 @@
+"""What a model makes of a micro-batch: logits and losses at supervised tokens only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sft_lightning.models.generation import base_model
+from sft_lightning.models.head import Head
+from sft_lightning.models.routers import find_router_loss, tokens_of_documents
+from sft_lightning.training.losses import (
+    LossSums,
+    Targets,
+    cross_entropy_sums,
+    find_targets,
+    linear_cross_entropy,
+    projected_cross_entropy,
+)
+from sft_lightning.types import Batch
+
+
+def decoder_inputs(batch: Batch) -> dict[str, Any]:
+    """Return what the decoder is called with."""
+    return {
+        "input_ids": batch["input_ids"],
+        "position_ids": batch["position_ids"],
+        "document_lengths": batch["document_lengths"],
+        "use_cache": False,
+    }
+
+
+def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | None, batch: Batch) -> LossSums:
+    """Return the loss sums of a micro-batch.
+
+    Args:
+        model: The model, adapters included.
+        head: Its head; `None` lets the model itself make the logits.
+        batch: Rows.
+    """
+    targets = find_targets(batch["labels"], batch["loss_weights"])
+    inputs = decoder_inputs(batch)
+    if head is None:
+        logits, out = logits_at(model, inputs, targets.positions)
+        sums = cross_entropy_sums(logits, targets)
+    else:
+        out = head.decoder(**inputs)
+        sums = _sums_under(head, out.last_hidden_state.flatten(0, 1)[targets.positions], targets, base_model(model))
+    routers = router_loss(model, out, batch) if model.training else None
+    # Each token of the step carries its share of the routers' loss, as of its own.
+    return sums if routers is None else sums._replace(loss=sums.loss + routers * sums.weight)
+
+
+def _sums_under(head: Head, hidden: torch.Tensor, targets: Targets, base: PreTrainedModel) -> LossSums:
+    """Return the loss sums of hidden states at the targets' positions, (N, D)."""
+    if head.linear is None:
+        return projected_cross_entropy(hidden, head.project, targets, base.config.vocab_size)
+    return linear_cross_entropy(
+        hidden, head.linear.weight, head.linear.bias, targets, scale=head.scale, softcap=head.softcap
+    )
+
+
+def router_loss(model: PreTrainedModel | PeftModel, outputs: Any, batch: Batch) -> torch.Tensor | None:
+    """Return the loss of a mixture of experts' routers, its coefficient included; `None` for other models.
+
+    Args:
+        model: The model, adapters included.
+        outputs: What the model or its decoder returned for the micro-batch.
+        batch: The micro-batch.
+    """
+    routers = find_router_loss(model)
+    if routers is not None:
+        return routers(outputs, tokens_of_documents(batch["labels"], batch["document_lengths"]))
+    own: torch.Tensor | None = getattr(outputs, "aux_loss", None)
+    return None if own is None else base_model(model).config.get_text_config().router_aux_loss_coef * own
+
+
+def logits_at(
+    model: PreTrainedModel | PeftModel, inputs: dict[str, Any], positions: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
+    """Let the model itself make the logits, of all columns at which some row has one of the positions.
+
+    Args:
+        model: The model, adapters included.
+        inputs: As `decoder_inputs` makes them.
+        positions: In the flattened (B · S) micro-batch, (N,).
+
+    Returns:
+        The logits, (N, V), and all that the model returned.
+    """
+    width = inputs["input_ids"].shape[1]
+    columns, index = torch.unique(positions % width, return_inverse=True)
+    out = model(**inputs, logits_to_keep=columns)
+    return out.logits[positions // width, index], out

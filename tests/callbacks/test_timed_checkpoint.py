@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from callbacks import Throughput, TimedCheckpoint
+from sft_lightning.cli import _default_checkpoints
+
+
+def test_every_epoch_and_every_half_hour_are_saved_by_default() -> None:
+    by_epoch, by_time = _default_checkpoints([Throughput()])
+    assert isinstance(by_epoch, ModelCheckpoint)
+    assert by_epoch.every_n_epochs == 1
+    assert isinstance(by_time, TimedCheckpoint)
+    assert by_time._train_time_interval == timedelta(minutes=30)
+
+
+def test_another_interval_leaves_the_epochs_ends_and_another_cadence_leaves_nothing_of_ours() -> None:
+    own: list[Callback] = [TimedCheckpoint(timedelta(hours=2))]
+    [by_epoch] = _default_checkpoints(own)
+    assert not isinstance(by_epoch, TimedCheckpoint)
+    assert _default_checkpoints([ModelCheckpoint(every_n_train_steps=500)]) == []
+    assert _default_checkpoints([*own, ModelCheckpoint(every_n_train_steps=500)]) == []
+
+
+@pytest.mark.parametrize(("interval", "steps"), [("00:00:00", [1, 2, 3, 4, 5, 6, 7, 8]), ("01:00:00", [8])])
+def test_the_clock_is_looked_at_when_an_optimizer_step_has_ended(
+    interval: str, steps: list[int], fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = ModelCheckpoint._save_checkpoint
+
+    def note(self: ModelCheckpoint, trainer: object, filepath: str) -> None:
+        save(self, trainer, filepath)  # type: ignore[arg-type]
+        if Path(filepath).name == "last.ckpt":
+            saved.append(torch.load(filepath, weights_only=True)["global_step"])
+
+    monkeypatch.setattr(ModelCheckpoint, "_save_checkpoint", note)
+    timed = f"{{class_path: callbacks.TimedCheckpoint, init_args: {{train_time_interval: {interval}}}}}"
+    run = fit(
+        f"--trainer.callbacks+={timed}",
+        "--trainer.accumulate_grad_batches=3",
+        "--data.packing=none",
+    )
+    assert sorted(set(saved)) == steps
+    assert sorted(path.name for path in (run / "checkpoints").glob("*.ckpt")) == ["last.ckpt", "step=8.ckpt"]

@@ -1,0 +1,103 @@
+"""What a run left behind, read back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+class RunFolder:
+    """A run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        """A value of every optimizer step, from all event files of the run; later ones win."""
+        found: dict[int, float] = {}
+        for file in sorted(self.folder.glob("events*"), key=lambda path: path.stat().st_mtime):
+            events = EventAccumulator(str(file)).Reload()
+            if tag in events.Tags()["scalars"]:
+                found |= {event.step: event.value for event in events.Scalars(tag)}
+        return found
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return self.scalars("train/loss")
+
+    def path(self, name: str = "last") -> Path:
+        return self.folder / "checkpoints" / f"{name}.ckpt"
+
+    def checkpoint(self, name: str = "last") -> dict[str, Any]:
+        loaded: dict[str, Any] = torch.load(self.path(name), weights_only=True)
+        return loaded
+
+    def assert_ends_in_the_bits_of(self, other: RunFolder) -> None:
+        """Step, weights, optimizer, schedule and random states of the last checkpoints are the same."""
+        one, two = self.checkpoint(), other.checkpoint()
+        assert one["global_step"] == two["global_step"]
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_states"):
+            assert_same_bits(one[key], two[key], key)
+
+
+def assert_same_bits(one: Any, other: Any, where: str) -> None:
+    """Compare nested values, tensors by their bits."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key, value in one.items():
+            assert_same_bits(value, other[key], f"{where}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, value in enumerate(one):
+            assert_same_bits(value, other[index], f"{where}/{index}")
+    else:
+        assert one == other, where
+
+
+@pytest.fixture(scope="session")
+def read_run() -> Callable[[Path], RunFolder]:
+    """Read what a run left in its folder."""
+    return RunFolder
+
+
+KILLER = """
+import os, signal
+from lightning.pytorch import Callback
+
+class KillAt(Callback):
+    def __init__(self, micro_batch: int) -> None:
+        self.left = micro_batch
+
+    def on_train_batch_end(self, *args) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def fit_and_kill(tmp_path: Path) -> Callable[[list[str], int], None]:
+    """Run `fit` in a process of its own, which ends by SIGKILL after so many micro-batches, however fast it is."""
+
+    def run(options: list[str], micro_batch: int) -> None:
+        (tmp_path / "killer.py").write_text(KILLER)
+        killer = f"--trainer.callbacks+={{class_path: killer.KillAt, init_args: {{micro_batch: {micro_batch}}}}}"
+        done = subprocess.run(
+            [sys.executable, "-m", "sft_lightning", "fit", *options, killer],
+            capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+
+    return run

@@ -1,0 +1,120 @@
+"""One gradient for every split, one outcome for every interrupted run: by the scripts that write `docs/equality.md`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def _load(name: str) -> Any:
+    sys.path.insert(0, str(_BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(_BENCHMARKS))
+
+
+gradients, resume = _load("equality_gradients"), _load("equality_resume")
+
+ALONE = [split for split in gradients.all_splits(1) if split.batch_size in (1, 4) and split.accumulate < 24]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    saved: Path = gradients.save_model(tmp_path_factory.mktemp("equality"))
+    return saved
+
+
+def ids(split: Any) -> str:
+    return f"{split.mode}-{split.packing}-{split.batch_size}x{split.accumulate}"
+
+
+@pytest.mark.parametrize("split", ALONE, ids=ids)
+def test_every_split_of_a_step_has_the_gradient_of_a_bare_loop(split: Any, model: Path) -> None:
+    measured = gradients.measure(split, model)
+    assert measured.difference <= gradients.TOLERANCE
+    assert (measured.steps > 1) is (split.accumulate * split.batch_size < 20)
+
+
+def test_a_mean_of_means_is_told_from_the_mean_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mean_of_means(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+        sums = self(batch)
+        return sums.loss / sums.weight  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(gradients.CausalLMModule, "training_step", mean_of_means)
+    assert gradients.measure(gradients.Split("full", "none", 2, 4, 1), model).difference > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_gradient_is_the_same_over_several_processes(processes: int, model: Path) -> None:
+    measured = gradients.measure_together(gradients.all_splits(processes), model)
+    assert len(measured) == len(gradients.all_splits(processes))
+    assert max(each.difference for each in measured) <= gradients.TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def interrupted(model: Path) -> Path:
+    """A run with dropout in one process, which left a checkpoint at every moment; and a streamed one."""
+    for streams in (False, True):
+        resume.train(resume.Run("lora", 1, True, streams=streams), model)
+    return model
+
+
+@pytest.mark.parametrize("moment", resume.MOMENTS)
+def test_a_run_continued_from_any_moment_ends_in_the_same_bits(moment: str, interrupted: Path) -> None:
+    run = resume.Run("lora", 1, True, moment, 1, streams=moment == "streaming")
+    resume.train(run, interrupted)
+    assert resume.differences(run, interrupted) == ([], 0.0)
+
+
+def test_a_run_with_other_bits_is_told_from_the_uninterrupted_one(interrupted: Path) -> None:
+    run = resume.Run("lora", 1, True, "mid epoch", 1)
+    resume.train(run, interrupted)
+    without = replace(run, mode="full")
+    for of, to in ((run, without), (run.uninterrupted, replace(without.uninterrupted))):
+        to.folder(interrupted).mkdir(parents=True, exist_ok=True)
+        for name in ("seen.json", "end.ckpt"):
+            (to.folder(interrupted) / name).write_bytes((of.folder(interrupted) / name).read_bytes())
+    end = without.folder(interrupted) / "end.ckpt"
+    state = torch.load(end, weights_only=True)
+    state["random_states"][0]["torch"][0] += 1
+    next(iter(state["state_dict"].values())).view(-1)[0].add_(1e-7)
+    torch.save(state, end)
+    assert resume.differences(without, interrupted) == (["weights", "random states"], 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("started_by", "processes"), [(1, 1), (2, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize("mode", resume.MODES)
+def test_every_mode_is_continued_by_as_many_processes_and_by_others(
+    mode: str, started_by: int, processes: int, model: Path
+) -> None:
+    missing = [run for run in resume.uninterrupted(started_by, (mode,)) if not run.folder(model).exists()]
+    if missing:
+        resume.train_together(missing, model)
+    runs = list(resume.continued(processes, started_by, (mode,)))
+    resume.train_together(runs, model)
+    cells = {resume.cell(run, model).split(",")[0] for run in runs}
+    assert cells == ({"bits"} if started_by == processes else {"rows"})
+
+
+def test_the_guide_shows_what_is_promised() -> None:
+    guide = (_BENCHMARKS.parent / "docs" / "equality.md").read_text(encoding="utf-8")
+    found = [
+        float(each)
+        for each in re.findall(r"^\| (?:full|lora) \| (?:none|best_fit|concat) \|.* (\S+) \|$", guide, re.MULTILINE)
+    ]
+    assert len(found) == sum(len(gradients.all_splits(processes)) for processes in (1, 2, 4))
+    assert max(found) <= gradients.TOLERANCE
+    rows = re.findall(r"^\| (\w+) \| ([\w ]+) \| bits \| bits \| rows, \S+ \| rows, \S+ \|$", guide, re.MULTILINE)
+    assert rows == [(mode, moment) for mode in resume.MODES for moment in resume.MOMENTS]
