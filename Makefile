@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-all test-gpu test-browser check docs bench bench-data equality wheel clean
+.PHONY: help setup demo test test-all test-gpu test-browser check docs bench bench-data bench-scaling equality wheel clean
 
 help:  ## Show this list (the default)
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,7 +45,7 @@ bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (m
 	$(BIN)/python benchmarks/data.py
 
 equality: setup  ## Compare gradients over splits and resumed runs with whole ones; writes docs/equality.md (5 minutes)
-	$(BIN)/python benchmarks/equality.py > docs/equality.md.new && mv docs/equality.md.new docs/equality.md
+	$(BIN)/python benchmarks/equality.py
 
 bench-scaling: setup  ## Two processes against one: speed, bytes sent, memory of each strategy (10 minutes)
 	$(BIN)/python benchmarks/scaling.py

@@ -1,4 +1,4 @@
-"""One gradient for every split, and one outcome for every interrupted run; prints `docs/equality.md`.
+"""One gradient for every split, and one outcome for every interrupted run; writes `docs/equality.md`.
 
 python benchmarks/equality.py > docs/equality.md    (`make equality`; five minutes on two cores)
 """
@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sever
 import equality_gradients as gradients
 import equality_resume as resume
 
+PAGE = Path(__file__).parents[1] / "docs" / "equality.md"
+
 
 def document(model: Path) -> str:
     """Measure everything and return `docs/equality.md`."""
@@ -33,12 +35,11 @@ Written by `make equality` ({versions}; CPU, float32, gloo).
 
 ## One gradient for every split
 
-The same records, with weights 0.25, 1 and 3, dealt to micro-batches, accumulation and processes in {len(measured)}
-ways. Each is compared with the gradient that a bare PyTorch loop finds: transformers' own attention, one document at a
-time, float64, Σ weight · cross entropy of the optimizer step over its weight. The difference is the norm over all
-trained parameters, relative to the gradient's norm, the largest of the epoch's optimizer steps. The last step is a
-partial one, so that some processes have no row in it; of `concat`, which cuts documents, some rows have no token with
-a loss.
+The same records, with weights 0.25, 1 and 3, are dealt to micro-batches, steps and processes in {len(measured)} ways. Each
+is compared with the gradient that a bare PyTorch loop finds: transformers' own attention, one document at a time,
+float64, Σ weight · cross entropy of the optimizer step over its weight. The difference is the norm over all trained
+parameters, relative to the gradient's norm, the largest of the epoch's optimizer steps. The last step is a partial one,
+so that some processes have no row in it; of `concat`, which cuts documents, some rows have no token with a loss.
 
 Largest difference: {largest:.1e} (at most {gradients.TOLERANCE:.0e}).
 
@@ -57,11 +58,12 @@ relative (at most {resume.TOLERANCE:.0e}).
 
 
 def main() -> None:
-    """Print the document."""
+    """Write the document."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as temporary:
-        print(document(gradients.save_model(Path(temporary))), end="")
+        text = document(gradients.save_model(Path(temporary)))
+    PAGE.write_text(text, encoding="utf-8")  # not to the standard output, where libraries say things too
 
 
 if __name__ == "__main__":

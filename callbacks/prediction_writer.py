@@ -16,9 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from callbacks.partial_predictions import PartialPredictions
 from callbacks.run_folder import datamodule_of, run_folder
 from sft_lightning.data.prompts import PromptLoader
-from sft_lightning.errors import UserError
 from sft_lightning.models.fingerprint import model_fingerprint
-from sft_lightning.strategies.names import is_sharded
 from sft_lightning.training.module import CausalLMModule
 
 _NAME = "predictions.jsonl"
@@ -35,13 +33,6 @@ class PredictionWriter(Callback):
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "predict" and trainer.world_size > 1 and is_sharded(trainer.strategy):
-            raise UserError(
-                "trainer.strategy: FSDP2 leaves no process with the whole model, and in `predict` each answers prompts "
-                "of its own; use trainer.strategy: ddp, or trainer.devices: 1, or the command `compare`"
-            )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CausalLMModule):

@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils.logging import disable_progress_bar
 
 import callbacks as observers
@@ -60,6 +61,7 @@ def quiet_libraries() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
     )
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the seed stands in config.yaml
     # LLM.int8 rounds float32 to float16 on its way and says so at every matrix product.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -71,6 +73,7 @@ def quiet_libraries() -> None:
         r".*`is_gradient_checkpointing` is deprecated.*",
         r".*Total length of `list` across ranks is zero.*",  # no validation data
         r".*exists and is not empty.*",  # we refuse to overwrite a run ourselves
+        r".*there is no last checkpoint available.*",  # we say so ourselves
         r".*LightningCLI's args parameter is intended.*",  # `sys.argv` must stay whole: other ranks are started with it
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -181,13 +184,15 @@ class SFTCommandLine(LightningCLI):
         self._get(self.config, "trainer")["default_root_dir"] = str(root)  # for config.yaml, which can be run again
         if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
             config["max_epochs"] = 1
-        if self._command == "fit" and not config["fast_dev_run"]:
-            check_run_folder(root, self._get(self.config, "ckpt_path"))
+        leaves_results = self._command == "fit" and not config["fast_dev_run"]
+        if leaves_results and check_run_folder(root, self._get(self.config, "ckpt_path")):
+            rank_zero_info(f"--ckpt_path last: {root} has no checkpoint yet; the run starts from the beginning")
         check_name(config["strategy"])
         config["callbacks"] = _with_default_callbacks(config)
         if self._command != "fit":
             self.save_config_callback = None
         trainer = super().instantiate_trainer(**kwargs)
+        _check_precision(config["precision"], trainer.precision)
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
@@ -224,6 +229,15 @@ def _default_checkpoints(given: Sequence[Callback]) -> list[Callback]:
     timed = [] if brought else [observers.TimedCheckpoint()]
     # Both write `last.ckpt`: without a version counter, which would make it `last-v1.ckpt`.
     return [ModelCheckpoint(filename="{step}", save_last=True, enable_version_counter=False), *timed]
+
+
+def _check_precision(asked: Any, found: Any) -> None:
+    """Check that the trainer computes as the user says; on the CPU, Lightning takes bfloat16 for float16."""
+    if str(asked) in ("16", "16-mixed") and found != "16-mixed":
+        raise UserError(
+            f"trainer.precision: {asked} scales the loss for float16, which needs a GPU, and there is none; set "
+            "bf16-mixed, or 32-true"
+        )
 
 
 def _default_run_folder(config_files: Sequence[Any] | None) -> str:

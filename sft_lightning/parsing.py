@@ -31,7 +31,9 @@ _UNION = re.compile(
 )
 _CHOICES = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<value>.*)")
 _TYPE = re.compile(r"Expected a <class '(?P<type>\w+)'>\. Got value: (?P<value>.*)")
-_MISSING_PACKAGE = re.compile(r"class_path '(?P<path>[\w.]+)':\s+Requirement '(?P<needed>(?P<name>[\w-]+)[^']*)' not met")
+_MISSING_PACKAGE = re.compile(
+    r"class_path '(?P<path>[\w.]+)':\s+Requirement '(?P<needed>(?P<name>[\w-]+)[^']*)' not met"
+)
 _EXTRAS = ("wandb", "deepspeed")
 
 

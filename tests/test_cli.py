@@ -151,6 +151,13 @@ def test_a_runs_own_config_continues_it(fit_args: list[str], tmp_path: Path) -> 
     assert json.loads((tmp_path / "run" / "adapter" / "run_manifest.json").read_text())["epoch"] == 2
 
 
+def test_ckpt_path_last_in_a_new_folder_starts_from_the_beginning_and_says_so(
+    fit_args: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["fit", *fit_args, "--trainer.max_steps=1", "--ckpt_path=last"]) == 0
+    assert f"--ckpt_path last: {tmp_path / 'run'} has no checkpoint yet" in caplog.text
+
+
 def test_ckpt_path_last_without_a_checkpoint_overwrites_nothing(
     fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

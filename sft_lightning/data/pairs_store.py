@@ -55,8 +55,8 @@ class SharedPair(TokenizedExample):
 def share_prompt(pair: PairExample) -> SharedPair | None:
     """Return a pair with what both conversations begin with only once; `None` if there is nothing to share.
 
-    The token before an answer stays with the answer, in both of them: the answer's first token is predicted from it, and
-    a label is predicted from what stands before it in the row.
+    The token before an answer stays with the answer, in both of them: the answer's first token is predicted from it,
+    and a label is predicted from what stands before it in the row.
     """
     chosen, rejected = pair.halves()
     shorter = min(len(chosen.input_ids), len(rejected.input_ids))

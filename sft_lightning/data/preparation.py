@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _NOT_TOKENS = {
     "blending", "collate", "corpus", "datamodule", "highlight", "loader", "marked_text", "packing", "plan",
     "planner", "preparation", "prompts", "reading", "report", "report_table", "splits", "store", "stream_source",
-    "streaming", "pairs_store", "pairs_reader", "pairs_collate", "pairs_datamodule",
+    "streaming", "training_rows", "pairs_store", "pairs_reader", "pairs_collate", "pairs_datamodule",
 }  # fmt: skip
 """Modules of this package that have no say in which tokens come out; any other, new ones too, is part of the key."""
 

@@ -77,41 +77,39 @@ def packed_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
     rows = []
     for r, lengths in enumerate(document_lengths):
-        q, k, v = (torch.split(x[r : r + 1], [int(n) for n in lengths], dim=2) for x in (query, key, value))
-        documents = [
-            (_two_documents if isinstance(length, SharedPrompt) else _document)(
-                *qkv, length, scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap
-            )
-            for *qkv, length in zip(q, k, v, lengths, strict=True)
-        ]
+        parts = [torch.split(x[r : r + 1], [int(n) for n in lengths], dim=2) for x in (query, key, value)]
+        documents = [_attend(q, k, v, length, options) for q, k, v, length in zip(*parts, lengths, strict=True)]
         rows.append(torch.cat(documents, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
-def _two_documents(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: SharedPrompt, **options: Any
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Causal attention of two documents that share their beginning; (1, heads, L, head_dim) in and out."""
+    """Causal attention of one document, or of two that share their beginning; (1, heads, L, head_dim) in and out."""
+    if not isinstance(length, SharedPrompt):
+        return _document(query, key, value, **options)
     end = length.common + length.first
-    first = _document(query[:, :, :end], key[:, :, :end], value[:, :, :end], end, **options)
-    seen = (torch.cat([x[:, :, : length.common], x[:, :, end:]], dim=2) for x in (key, value))
-    return torch.cat([first, _document(query[:, :, end:], *seen, int(length) - end, **options)], dim=2)
+    first = _document(query[:, :, :end], key[:, :, :end], value[:, :, :end], **options)
+    k, v = (torch.cat([x[:, :, : length.common], x[:, :, end:]], dim=2) for x in (key, value))
+    return torch.cat([first, _document(query[:, :, end:], k, v, **options)], dim=2)
 
 
 def _document(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    length: int,
     *,
     scaling: float | None,
     dropout: float,
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of a document's last `length` tokens; (1, heads, length, head_dim) out."""
+    """Causal attention of the last L tokens of a document to all of it; (1, heads, L, head_dim) out."""
+    length = query.shape[2]
     before = key.shape[2] - length
     windowed = sliding_window is not None and sliding_window < key.shape[2]
     if softcap is None and not windowed and not before:

@@ -11,6 +11,7 @@ import torch
 from sft_lightning.data.collate import collate
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs_store import PairExample
+from sft_lightning.models.quantization import rounding_each_token_alone
 from sft_lightning.selftest.runs import Run
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
 from sft_lightning.types import Batch, TokenizedExample
@@ -50,7 +51,7 @@ def loss_sums(run: Run, rows: Sequence[Sequence[TokenizedExample]]) -> LossSums:
     training = module.training
     module.eval()
     try:
-        with run.trainer.precision_plugin.forward_context():
+        with run.trainer.precision_plugin.forward_context(), rounding_each_token_alone(module.language_model):
             sums: LossSums = module(batch_of(rows, run.data, run.device))
             return sums
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,6 +36,7 @@ from sft_lightning.strategies.exporting import WholeExports
 from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
 from sft_lightning.strategies.sharding import store_as_bytes
 from sft_lightning.strategies.whole import gather_optimizer_state
+from sft_lightning.strategies.zero_host import OnHost, check_async_io
 from sft_lightning.strategies.zero_state import gather_state, gather_weights, load_state, load_weights, partitions
 
 _OF_OPTIMIZER = ("optimizer", "scheduler")
@@ -166,7 +165,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         self.config = resolve(config, self._from_yaml(None), source=self._source)
         if offloads_optimizer(self.config):
             module: Any = self.lightning_module
-            module.optimizer = _OnHost(module.optimizer)
+            module.optimizer = OnHost(module.optimizer)
 
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
         optimizer, schedule = super()._init_optimizers()
@@ -245,20 +244,6 @@ class _Precision(DeepSpeedPrecision):
         super().backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
-def check_async_io(source: str) -> None:
-    """Check that DeepSpeed can read and write NVMe.
-
-    Raises:
-        UserError: If libaio is missing, which its `async_io` is compiled with.
-    """
-    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise UserError(
-            f"{source}: offloading to nvme needs libaio, which is not installed (Debian: apt install libaio-dev); "
-            "or offload to cpu"
-        )
-
-
 def _asked(options: ZeroOptions, config: str | dict[str, Any] | None) -> dict[str, Any]:
     if config is None:
         return from_options(options)
@@ -266,26 +251,3 @@ def _asked(options: ZeroOptions, config: str | dict[str, Any] | None) -> dict[st
     if beside:
         raise UserError(f"trainer.strategy.config: says it all, so there is no place for {', '.join(beside)}")
     return read_config(config) if isinstance(config, str) else config
-
-
-class _OnHost:
-    """Makes DeepSpeed's Adam for the host in the place of a torch Adam with the same groups and values.
-
-    Args:
-        make: `model.optimizer`.
-    """
-
-    def __init__(self, make: Any) -> None:
-        self._make = make
-
-    def __call__(self, groups: Any) -> Optimizer:
-        made: Optimizer = self._make(groups)
-        name = type(made).__name__
-        if name not in ("Adam", "AdamW"):
-            raise UserError(f"model.optimizer: {name} has no version for the host; take AdamW, or do not offload it")
-        host_adam: Any = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-
-        keys: Mapping[str, Any] = {key: made.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        rank_zero_info(f"optimizer: DeepSpeedCPUAdam takes {name}'s steps on the host, with its values")
-        on_host: Optimizer = host_adam(made.param_groups, adamw_mode=name == "AdamW", **keys)
-        return on_host

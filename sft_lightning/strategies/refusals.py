@@ -44,6 +44,9 @@ class Asked:
     only_adapter: bool = True
     """`False` if base weights train beside an adapter."""
 
+    use_dora: bool = False
+    """Whether the adapter is DoRA, which takes the norms of the base's weights."""
+
     prompt_learning: bool = False
     """Whether the adapter is made of virtual tokens, which are outside the base model."""
 
@@ -62,6 +65,11 @@ def refusal(asked: Asked, sharding: Sharding) -> str | None:
             f"model.quantization.bits: {bits}, but trainer.strategy {name} keeps weights in host memory, away from "
             f"the constants they are decoded with; use trainer.strategy: {_without_offload(sharding)}, or "
             "model.quantization: null"
+        )
+    if asked.use_dora and sharding.is_deepspeed and sharding.stage == 3:
+        return (
+            f"model.adapter.use_dora: true, but trainer.strategy {name} gathers a layer's weights only within the "
+            "layer, and DoRA takes their norms outside of it; use trainer.strategy: fsdp2, or deepspeed_stage_2"
         )
     if asked.prompt_learning and sharding.stage == 3 and not sharding.is_deepspeed:
         return (
@@ -89,6 +97,7 @@ def asked_of(module: Any) -> Asked:
         quantization_bits=None if quantization is None else quantization.bits,
         dtype=getattr(module, "model_dtype", "float32"),
         only_adapter=True if adapter is None else adapter.only_adapter,
+        use_dora=bool(getattr(adapter, "use_dora", False) or getattr(peft_config, "use_dora", False)),
         prompt_learning=bool(getattr(peft_config, "is_prompt_learning", False)),
     )
 

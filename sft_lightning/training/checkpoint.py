@@ -138,12 +138,15 @@ def _write_whole(checkpoint: dict[str, Any], target: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_run_folder(root: Path, ckpt_path: str | None) -> None:
+def check_run_folder(root: Path, ckpt_path: str | None) -> bool:
     """Check that a run may write into its folder, and does not write over another run.
 
     Args:
         root: `trainer.default_root_dir`.
         ckpt_path: What the run continues from: a checkpoint, `last`, or nothing.
+
+    Returns:
+        Whether `last` was asked for, and there is none: the run starts from the beginning.
 
     Raises:
         UserError: If it holds results and the run does not continue from them, or nothing can be written to it.
@@ -169,3 +172,4 @@ def check_run_folder(root: Path, ckpt_path: str | None) -> None:
         raise UserError(
             f"trainer.default_root_dir: cannot write to {str(root)!r}: {error.strerror}; choose another folder"
         ) from error
+    return ckpt_path == "last" and not has_last

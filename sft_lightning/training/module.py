@@ -51,7 +51,7 @@ from sft_lightning.training.nonfinite import NonfiniteLosses, nonfinite_error
 from sft_lightning.training.optim import (
     LRScheduleConfig,
     build_optimizer,
-    check_loss_scaling,
+    check_float16,
     clip_gradients,
     lr_factor,
     parameter_groups,
@@ -283,9 +283,8 @@ class CausalLMModule(LightningModule):
         several = self.trainer.world_size > 1
         self.log("train/loss", self._step_loss, sync_dist=several, reduce_fx=torch.sum)
         # The rate that the step was taken with; the schedule has already moved on.
-        self.log(
-            "train/lr", torch.tensor(self._lr)
-        )  # on the host: Lightning would send a number to the device, and wait
+        # On the host: Lightning would send a number to the device, and wait.
+        self.log("train/lr", torch.tensor(self._lr))
         self.nonfinite_losses.note(self._step_loss, self.trainer.global_step)
         self._step_loss = None
         norm = getattr(self.trainer.strategy, "grad_norm", None)  # DeepSpeed's, which clips by itself
@@ -337,8 +336,9 @@ class CausalLMModule(LightningModule):
             lora_plus_ratio=adapter.lora_plus_ratio,
         )
         optimizer = build_optimizer(self.optimizer, groups)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            check_loss_scaling(optimizer)
+        if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed has masters and a scale of its own
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            check_float16(optimizer, scales_loss=scaler is not None)
         num_steps = self._data.num_optimizer_steps
         schedule = LambdaLR(optimizer, lambda step: lr_factor(self.lr_scheduler, step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -191,20 +191,31 @@ def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | N
     return norm
 
 
-def check_loss_scaling(optimizer: Optimizer) -> None:
-    """Check that `trainer.precision: 16-mixed`, which scales the loss, goes with the optimizer and the weights.
+def check_float16(optimizer: Optimizer, *, scales_loss: bool) -> None:
+    """Check that no float16 weight trains, and that a scaled loss goes with the optimizer.
+
+    Args:
+        optimizer: What it trains.
+        scales_loss: Whether the trainer scales the loss, as `trainer.precision: 16-mixed` does.
 
     Raises:
-        UserError: If the optimizer unscales inside its step, or weights in float16 train.
+        UserError: If weights in float16 train, or the optimizer unscales inside its step.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scales_loss and getattr(optimizer, "_step_supports_amp_scaling", False):
         # A fused optimizer unscales inside its step: clipping and the logged norm would see scaled gradients.
         raise UserError(
             "model.optimizer: a fused optimizer does not go with trainer.precision: 16-mixed; "
             "set init_args.fused: false, or trainer.precision: bf16-mixed"
         )
-    if any(parameter.dtype == torch.float16 for group in optimizer.param_groups for parameter in group["params"]):
+    if not any(parameter.dtype == torch.float16 for group in optimizer.param_groups for parameter in group["params"]):
+        return
+    if scales_loss:
         raise UserError(
             "model.dtype: float16 weights of the base train, whose gradients trainer.precision: 16-mixed cannot "
             "unscale; set model.dtype: float32"
         )
+    raise UserError(
+        "model.dtype, trainer.precision: float16 weights train, and would become NaN: without a scaled loss, gradients "
+        "below 6e-8 are zero in float16, and so is AdamW's eps of 1e-8. Set model.dtype: float32 with "
+        "trainer.precision: bf16-mixed (16-mixed on a GPU without bfloat16)"
+    )

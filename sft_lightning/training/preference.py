@@ -11,7 +11,9 @@ from peft import PeftModel
 from sft_lightning.data.pairs_collate import PairBatch
 from sft_lightning.data.pairs_datamodule import PairDataModule, PairPart
 from sft_lightning.errors import UserError
+from sft_lightning.models.attention import PACKED
 from sft_lightning.models.fingerprint import fingerprint
+from sft_lightning.models.quantization import rounding_each_token_alone
 from sft_lightning.training.forward import decoder_inputs, logits_at, router_loss
 from sft_lightning.training.losses import find_targets, log_probs_of, projected_log_probs
 from sft_lightning.training.metrics import SourceMeans
@@ -27,6 +29,7 @@ from sft_lightning.training.preference_reference import (
     save_table,
     table_key,
 )
+from sft_lightning.training.preference_sharing import measure_sharing, shared_fraction
 
 
 class Answers(NamedTuple):
@@ -84,7 +87,45 @@ class DPOModule(CausalLMModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self._share_prompts()
         self._find_references()
+
+    def _prove_packing_to_evaluate(self) -> None:
+        super()._prove_packing_to_evaluate()
+        if self.trainer.state.fn != "fit":
+            self._share_prompts()
+
+    # --- prompts ---------------------------------------------------------------------------------------------------
+
+    def _share_prompts(self) -> None:
+        """Decide on the loaded model whether a prompt is computed once for both of its answers."""
+        reason, data = self._why_not_shared(), self._pairs
+        data.shares_prompts = reason is None
+        if reason is not None:
+            rank_zero_info(f"prompts: with each answer ({reason})")
+        elif "train" in data.splits:
+            rank_zero_info(f"prompts: once for both answers, {shared_fraction(data):.0%} fewer tokens to compute")
+
+    @torch.no_grad()
+    def _why_not_shared(self) -> str | None:
+        """Return why each answer needs its prompt for itself; `None` if it does not."""
+        model, config = self.language_model, self.base_model.config
+        if not self.preference.share_prompts:
+            return "as model.preference.share_prompts says"
+        if config._attn_implementation != PACKED:
+            return f"the model's attention is {config._attn_implementation}, which cannot keep the two apart"
+        if self.embedding_noise is not None:
+            return "model.neftune_alpha has noise for each conversation"
+        if getattr(config.get_text_config(), "output_router_logits", False):
+            return "the routers' loss counts a prompt with each of its answers"
+        with evaluating(self), rounding_each_token_alone(model):
+            rounding = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+            found = measure_sharing(
+                lambda batch: self.answers(batch).log_probs, len(self._data.tokenizer), self.device, rounding
+            )
+        return None if found.proven else found.describe()
+
+    # --- the reference model's log-probabilities --------------------------------------------------------------------
 
     def _find_references(self) -> None:
         """See to it that every pair's reference log-probabilities are there, as of the model before training."""

@@ -42,8 +42,8 @@ class Sharing:
     def describe(self) -> str:
         """Return in words what was measured."""
         return (
-            f"log-probabilities of answers differ by {self.difference:.1e} from those of separate conversations, and by "
-            f"{self.leak:.1e} with the other answer"
+            f"log-probabilities of answers differ by {self.difference:.1e} from those of separate conversations, "
+            f"and by {self.leak:.1e} with the other answer"
         )
 
 

@@ -129,7 +129,7 @@ def test_of_a_pair_both_conversations_are_shown_with_their_masks(
         {"prompt": "Hot?", "chosen": "Cold.", "rejected": "Red."},
         {"prompt": "One?", "chosen": "Two.", "rejected": "Two."},
     ]
-    source = f"--data.sources={{toy: {{path: {write_json('pairs.json', pairs)}}}}}"
+    source = f"--data.sources={{toy: {{path: {write_json('pairs.json', pairs)}, format: preference}}}}"
     page = tmp_path / "page.html"
     assert main(["preview", "--task=dpo", *fit_args, source, f"--html={page}"]) == 0
     shown = capsys.readouterr().out

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention import PACKED, packed_attention
+from sft_lightning.models.attention import PACKED, _of_shared, packed_attention
+from sft_lightning.types import SharedPrompt
 
 LENGTHS = [[5, 3, 8], [16]]
 
@@ -82,3 +84,29 @@ def test_the_varlen_kernel_equals_the_cpu_path(window: int | None) -> None:
     torch.testing.assert_close(out.float().cpu(), expected, atol=2e-2, rtol=2e-2)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad.float().cpu(), expected_grad, atol=6e-2, rtol=6e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 5.0}, {"scaling": 0.3}], ids=str)
+def test_documents_that_share_their_beginning_are_as_if_each_had_its_own(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    common, first, second = 6, 5, 3
+    length = SharedPrompt(common, first, second)
+    q, k, v = (torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    together, _ = packed_attention(module, q, k, v, None, document_lengths=[[length]], **options)
+    rows, end = torch.arange(length), common + first
+    for kept, own in ((rows[:end], rows[:end]), (torch.cat([rows[:common], rows[end:]]), rows[end:])):
+        alone, _ = packed_attention(module, *(x[:, :, kept] for x in (q, k, v)), None, **options)
+        assert torch.allclose(alone[:, -len(own) :], together[:, own], atol=1e-6)
+
+
+def test_a_shared_beginning_is_seen_from_both_ends() -> None:
+    asking, seen, pieces = _of_shared([4, SharedPrompt(3, 2, 1)])
+    assert (asking, seen) == ([4, 5, 1], [4, 5, 4])
+    rows = torch.arange(10)
+    assert torch.cat([rows[piece] for piece in pieces]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 9]
+
+
+def test_the_length_of_a_shared_beginning_survives_copies() -> None:
+    for copied in (copy.deepcopy([SharedPrompt(3, 2, 1)])[0], copy.copy(SharedPrompt(3, 2, 1))):
+        assert (copied, copied.common, copied.first) == (6, 3, 2)

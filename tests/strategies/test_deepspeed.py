@@ -15,8 +15,9 @@ from torch import nn
 
 from sft_lightning.errors import UserError
 from sft_lightning.strategies import zero_state
-from sft_lightning.strategies.deepspeed import DeepSpeedZeRO, check_async_io
+from sft_lightning.strategies.deepspeed import DeepSpeedZeRO
 from sft_lightning.strategies.sharding import store_as_bytes
+from sft_lightning.strategies.zero_host import check_async_io
 
 Logged = Callable[[Path, str], list[float]]
 INSTALLED = importlib.util.find_spec("deepspeed") is not None

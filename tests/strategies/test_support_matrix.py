@@ -30,7 +30,7 @@ MODES: Mapping[str, tuple[str, tuple[str, ...], Asked]] = {
         Asked(),
     ),
     "LoRA with a trained head": ("lora", ("--model.adapter.modules_to_save=[lm_head]",), Asked()),
-    "DoRA": ("lora", ("--model.adapter.use_dora=true",), Asked()),
+    "DoRA": ("lora", ("--model.adapter.use_dora=true",), Asked(use_dora=True)),
     "QLoRA": ("qlora", (), Asked(quantization_bits=4)),
     "int8 LoRA": ("lora", ("--model.quantization.bits=8",), Asked(quantization_bits=8)),
 }

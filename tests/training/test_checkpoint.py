@@ -153,7 +153,8 @@ def test_a_folder_is_used_if_it_is_new_or_continued_from(
         (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / name).touch()
     if message is None:
-        check_run_folder(tmp_path / "run", ckpt_path)
+        from_the_beginning = ckpt_path == "last" and "checkpoints/last.ckpt" not in files
+        assert check_run_folder(tmp_path / "run", ckpt_path) is from_the_beginning
         assert (tmp_path / "run").is_dir()
     else:
         with pytest.raises(UserError, match=message):

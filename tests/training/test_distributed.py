@@ -62,6 +62,7 @@ def test_two_processes_learn_what_one_learns(fit_args: list[str], tmp_path: Path
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_continues_on_two_with_the_same_rows(fit_args: list[str], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     every = ("--trainer.max_epochs=2",)

@@ -80,17 +80,17 @@ def test_a_run_continued_from_any_moment_ends_in_the_same_bits(moment: str, inte
 def test_a_run_with_other_bits_is_told_from_the_uninterrupted_one(interrupted: Path) -> None:
     run = resume.Run("lora", 1, True, "mid epoch", 1)
     resume.train(run, interrupted)
-    without = replace(run, mode="full")
-    for of, to in ((run, without), (run.uninterrupted, replace(without.uninterrupted))):
+    tampered = replace(run, mode="tampered with")
+    for of, to in ((run, tampered), (run.uninterrupted, tampered.uninterrupted)):
         to.folder(interrupted).mkdir(parents=True, exist_ok=True)
         for name in ("seen.json", "end.ckpt"):
             (to.folder(interrupted) / name).write_bytes((of.folder(interrupted) / name).read_bytes())
-    end = without.folder(interrupted) / "end.ckpt"
+    end = tampered.folder(interrupted) / "end.ckpt"
     state = torch.load(end, weights_only=True)
     state["random_states"][0]["torch"][0] += 1
     next(iter(state["state_dict"].values())).view(-1)[0].add_(1e-7)
     torch.save(state, end)
-    assert resume.differences(without, interrupted) == (["weights", "random states"], 0.0)
+    assert resume.differences(tampered, interrupted) == (["weights", "random states"], 0.0)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.training.optim import (
     LRScheduleConfig,
     build_optimizer,
-    check_loss_scaling,
+    check_float16,
     lr_factor,
     parameter_groups,
 )
@@ -197,7 +197,18 @@ def test_an_optimizer_that_no_schedule_can_scale_is_refused(make: Any, said: str
 def test_loss_scaling_refuses_a_fused_optimizer_and_float16_weights() -> None:
     fused = torch.optim.AdamW(torch.nn.Linear(2, 2).parameters(), fused=True)
     with pytest.raises(UserError, match="fused: false"):
-        check_loss_scaling(fused)
-    with pytest.raises(UserError, match=r"model\.dtype"):
-        check_loss_scaling(torch.optim.AdamW(torch.nn.Linear(2, 2).half().parameters()))
-    check_loss_scaling(torch.optim.AdamW(torch.nn.Linear(2, 2).parameters()))
+        check_float16(fused, scales_loss=True)
+    check_float16(fused, scales_loss=False)
+    with pytest.raises(UserError, match=r"model\.dtype.*cannot unscale"):
+        check_float16(torch.optim.AdamW(torch.nn.Linear(2, 2).half().parameters()), scales_loss=True)
+    check_float16(torch.optim.AdamW(torch.nn.Linear(2, 2).parameters()), scales_loss=True)
+
+
+def test_float16_weights_do_not_train_without_a_scaled_loss_because_they_become_nan() -> None:
+    model = torch.nn.Linear(2, 2).half()
+    optimizer = torch.optim.AdamW(model.parameters())
+    (model.weight * 1e-8).sum().backward()
+    optimizer.step()
+    assert model.weight.isnan().any()
+    with pytest.raises(UserError, match=r"trainer\.precision: float16 weights train.*bf16-mixed"):
+        check_float16(optimizer, scales_loss=False)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,52 @@ def test_packed_and_unpacked_epochs_have_the_same_gradient(train: Train) -> None
     assert largest_difference(packed.watch.grads, unpacked.watch.grads) <= 1e-6
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_a_prompt_computed_once_gives_the_loss_and_the_gradient_of_two(kind: str, packing: str, train: Train) -> None:
+    model = {**KINDS[kind]}
+    if kind != "full":
+        model["adapter"] = replace(model.get("adapter") or AdapterConfig(r=4), dropout=0.0)
+    shared, separate = (
+        train(**model, preference=PreferenceConfig(share_prompts=share), data={"packing": packing})
+        for share in (True, False)
+    )
+    tokens = [next(iter(run.data.train_dataloader()))["num_tokens"] for run in (shared, separate)]
+    assert tokens[0] < 0.8 * tokens[1]
+    losses = [[step["train/loss"] for step in run.watch.logged] for run in (shared, separate)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert largest_difference(separate.watch.grads, shared.watch.grads) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"preference": PreferenceConfig(share_prompts=False)}, "as model.preference.share_prompts says"),
+        ({"attn_implementation": "sdpa"}, "the model's attention is sdpa"),
+        ({"neftune_alpha": 5.0}, "model.neftune_alpha has noise for each conversation"),
+    ],
+)
+def test_a_prompt_is_computed_twice_where_once_would_be_something_else(
+    model: dict[str, Any], said: str, train: Train, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        run = train(**model, data={"packing": "none"}, trainer={"max_steps": 1})
+    assert not run.data.shares_prompts
+    assert f"prompts: with each answer ({said}" in caplog.text
+
+
+def test_attention_that_lets_answers_see_each_other_is_found_out(
+    train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sft_lightning.models.attention.SharedPrompt", type(None))  # one document, read to its end
+    with caplog.at_level("INFO"):
+        run = train(trainer={"max_steps": 1})
+    assert not run.data.shares_prompts
+    assert "from those of separate conversations" in caplog.text
+
+
 def test_log_probabilities_are_those_of_each_conversation_alone(train: Train) -> None:
-    run = train(adapter=None)
+    run = train(adapter=None, preference=PreferenceConfig(share_prompts=False))
     batch = next(iter(run.data.train_dataloader()))
     found = run.module.answers(batch).log_probs.flatten()  # type: ignore[arg-type]
     expected, start = [], 0

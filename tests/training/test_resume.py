@@ -59,14 +59,13 @@ def test_a_run_continued_from_a_checkpoint_ends_in_the_same_bits(
     assert again.losses == expected
 
 
-@pytest.mark.parametrize("micro_batch", [11, 27])
 def test_a_killed_process_continues_to_the_same_bits(
-    micro_batch: int, fit_args: list[str], tmp_path: Path, read_run: ReadRun, fit_and_kill: Callable[..., None]
+    fit_args: list[str], tmp_path: Path, read_run: ReadRun, fit_and_kill: Callable[..., None]
 ) -> None:
     whole, killed = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
     assert main(["fit", *options(fit_args, whole.folder)]) == 0
-    fit_and_kill(options(fit_args, killed.folder), micro_batch)
-    assert killed.checkpoint()["global_step"] < 10
+    fit_and_kill(options(fit_args, killed.folder), 27)  # the second epoch, within an accumulation window
+    assert killed.checkpoint()["global_step"] == 8
     assert main(["fit", *options(fit_args, killed.folder), "--ckpt_path=last"]) == 0
     killed.assert_ends_in_the_bits_of(whole)
     assert whole.losses.items() >= killed.losses.items()

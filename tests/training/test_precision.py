@@ -1,0 +1,57 @@
+"""Half precision on the CPU: what runs, and what is refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_lightning.__main__ import main
+
+NO_SAMPLES = "--trainer.callbacks+={class_path: callbacks.SampleGeneration, init_args: {prompts: []}}"
+
+
+def options(fit_args: list[str], *more: str) -> list[str]:
+    args = [arg for arg in fit_args if "model.adapter" not in arg and "model.dtype" not in arg]
+    return ["fit", *args, "--trainer.accelerator=cpu", "--trainer.max_steps=2", NO_SAMPLES, *more]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "adapter"),
+    [
+        ("float32", "bf16-mixed", False),
+        ("bfloat16", "bf16-true", False),
+        ("bfloat16", "32-true", True),
+        ("float16", "32-true", True),
+    ],
+)
+def test_a_run_in_half_precision_learns(
+    dtype: str, precision: str, adapter: bool, fit_args: list[str], tmp_path: Path
+) -> None:
+    more = ["--model.adapter.r=4"] if adapter else []
+    assert main([*options(fit_args, *more), f"--model.dtype={dtype}", f"--trainer.precision={precision}"]) == 0
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert {tensor.dtype for tensor in state.values()} == {
+        torch.bfloat16 if precision == "bf16-true" else torch.float32
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "adapter", "message"),
+    [
+        ("float32", "16-mixed", False, "trainer.precision: 16-mixed scales the loss for float16, which needs a GPU"),
+        ("float16", "32-true", False, "float16 weights train, and would become NaN"),
+        ("float16", "16-true", False, "float16 weights train, and would become NaN"),
+        ("float16", "16-true", True, "float16 weights train, and would become NaN"),
+    ],
+)
+def test_float16_that_cannot_be_trained_here_is_refused(
+    dtype: str, precision: str, adapter: bool, message: str, fit_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if precision == "16-mixed" and torch.cuda.is_available():
+        pytest.skip("for machines without a GPU")
+    more = ["--model.adapter.r=4"] if adapter else []
+    assert main([*options(fit_args, *more), f"--model.dtype={dtype}", f"--trainer.precision={precision}"]) == 2
+    assert message in capsys.readouterr().err
