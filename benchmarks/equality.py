@@ -35,8 +35,8 @@ Written by `make equality` ({versions}; CPU, float32, gloo).
 
 ## One gradient for every split
 
-The same records, with weights 0.25, 1 and 3, are dealt to micro-batches, steps and processes in {len(measured)} ways. Each
-is compared with the gradient that a bare PyTorch loop finds: transformers' own attention, one document at a time,
+The same records, with weights 0.25, 1 and 3, are dealt to micro-batches, steps and processes in {len(measured)} ways.
+Each is compared with the gradient that a bare PyTorch loop finds: transformers' own attention, one document at a time,
 float64, Σ weight · cross entropy of the optimizer step over its weight. The difference is the norm over all trained
 parameters, relative to the gradient's norm, the largest of the epoch's optimizer steps. The last step is a partial one,
 so that some processes have no row in it; of `concat`, which cuts documents, some rows have no token with a loss.

@@ -101,7 +101,7 @@ def write_jobs(folder: Path, dtype: str) -> dict[str, tuple[str, Job]]:
     prepare, fit = folder / "prepare.yaml", folder / "fit.yaml"
     prepare.write_text(json.dumps(config))
     trainer = {
-        "max_steps": STEPS, "accelerator": "cpu", "default_root_dir": str(folder / "runs"), "limit_val_batches": 0,
+        "max_steps": STEPS, "accelerator": "cpu", "default_root_dir": "runs", "limit_val_batches": 0,
         "callbacks": [{"class_path": "watch.Watch"}],
     }  # fmt: skip
     fit.write_text(json.dumps({**config, "trainer": trainer}))
