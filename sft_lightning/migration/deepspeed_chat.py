@@ -119,7 +119,7 @@ SYSTEM = System(
         plain("gradient_checkpointing", "model.gradient_checkpointing", "flag"),
         plain("dropout", "model.dropout", "number"),
         left("disable_dropout", "model.dropout: 0.0", key="model.dropout"),
-        joint("offload", "trainer.strategy", "deepspeed_stage_2_offload, for stage 3 fsdp2_offload"),
+        joint("offload", "trainer.strategy", "deepspeed_stage_2_offload, deepspeed_stage_3_offload"),
         joint("dtype", "trainer.precision, model.dtype", default="fp16"),
         joint("zero_stage", "trainer.strategy", "0: none", default="0"),
         plain("lora_dim", "model.adapter.r", "number", note="with `alpha: 1`, `dropout: 0`"),

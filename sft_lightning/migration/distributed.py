@@ -16,9 +16,9 @@ def strategy(options: Options, draft: Draft, *, quantized: bool) -> None:
     """Carry over the launcher's devices, DeepSpeed and FSDP."""
     devices(options, draft)
     name = _deepspeed(options, draft) if options.text("deepspeed") else _fsdp(options, draft)
-    if name and quantized and name.startswith("fsdp2"):
+    if name and quantized and name.startswith(("fsdp2", "deepspeed_stage_3")):
         if draft.values.get("model.quantization", {}).get("bits") == 4:
-            draft.set("trainer.strategy", "fsdp2", "shards the 4-bit base, without offload")
+            draft.set("trainer.strategy", name.removesuffix("_offload"), "shards the 4-bit base, without offload")
         else:
             draft.leave(f"strategy {name}", "an 8-bit base cannot be sharded; ddp holds a copy per GPU")
     elif name:
@@ -45,9 +45,10 @@ def devices(options: Options, draft: Draft) -> None:
 
 
 def stage_name(stage: int, *, offload: bool) -> str | None:
-    """Return the strategy that does what a ZeRO stage does, `fsdp2` for stage 3; `None` for stage 0."""
-    name = {0: None, 1: "deepspeed_stage_1", 2: "deepspeed_stage_2", 3: "fsdp2"}[stage]
-    return f"{name}_offload" if name and offload and stage > 1 else name
+    """Return the strategy of a ZeRO stage; `None` for stage 0."""
+    if stage == 0:
+        return None
+    return f"deepspeed_stage_{stage}_offload" if offload and stage > 1 else f"deepspeed_stage_{stage}"
 
 
 def _deepspeed(options: Options, draft: Draft) -> str | None:

@@ -76,7 +76,7 @@ def test_the_scripts_of_step_1_become_configurations(migrate: Migrate, accepted:
     assert trainer["max_epochs"] == (epochs or 1)
     assert data["batch_size"] == (batch or 16)
     assert trainer["accumulate_grad_batches"] == accumulate
-    strategies = {0: None, 2: "deepspeed_stage_2", 3: "fsdp2"}  # ZeRO-3 is refused here: fsdp2 shards as much
+    strategies = {0: None, 2: "deepspeed_stage_2", 3: "deepspeed_stage_3"}
     assert found["trainer"].get("strategy") == strategies[int(stage)]
     assert found["trainer"].get("devices") == (1 if launcher else None)
     assert trainer["default_root_dir"] == "./output"

@@ -65,7 +65,7 @@ def test_the_forks_recipes_become_configurations(migrate: Migrate, accepted: Acc
     assert config["trainer"]["accumulate_grad_batches"] == row["accumulate"]
     assert config["trainer"]["max_epochs"] == row["epochs"]
     assert config["trainer"]["precision"] == "bf16-mixed"
-    assert config["trainer"]["strategy"] == {2: "deepspeed_stage_2", 3: "fsdp2"}[row["stage"]]
+    assert config["trainer"]["strategy"] == f"deepspeed_stage_{row['stage']}"
     assert config["trainer"]["callbacks"][0]["init_args"]["save_top_k"] == 3
     for option in ("--tf32 True", "--flash_attn True", "--logging_strategy steps", "--run_name a test"):
         assert f"#   {option}: " in found["text"]
@@ -103,9 +103,9 @@ def test_the_deepspeed_file_tells_stage_and_offload_where_it_is_there(migrate: M
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
     base = ["train_lora.py", "--model_name_or_path", "m", "--deepspeed", str(file)]
-    assert migrate("fastchat", base)["trainer"]["strategy"] == "fsdp2_offload"
+    assert migrate("fastchat", base)["trainer"]["strategy"] == "deepspeed_stage_3_offload"
     quantized = migrate("fastchat", [*base, "--q_lora", "True"])
-    assert quantized["trainer"]["strategy"] == "fsdp2"
+    assert quantized["trainer"]["strategy"] == "deepspeed_stage_3"
     assert "shards the 4-bit base, without offload" in quantized["text"]
 
 

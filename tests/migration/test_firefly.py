@@ -78,7 +78,7 @@ def test_pretraining_in_full_is_a_task(migrate: Migrate, accepted: Accepted) -> 
     assert (config["task"], config["data"]["packing"], config["model"]["adapter"]) == ("pretrain", "concat", None)
     assert config["data"]["sources"]["pretrain"]["format"] == "text"
     assert config["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
-    assert config["trainer"]["strategy"] == "fsdp2"
+    assert config["trainer"]["strategy"] == "deepspeed_stage_3"
 
 
 def test_a_command_that_names_the_file_is_followed(migrate: Migrate, tmp_path: Path) -> None:
