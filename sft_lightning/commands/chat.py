@@ -27,12 +27,15 @@ def main(args: Sequence[str]) -> None:
     chat(**parser.parse_args(list(args)).as_dict())
 
 
+_LONGEST_ANSWER = 512
+
+
 def chat(
     model: str | None = None,
     adapter: str | None = None,
     system: str | None = None,
     history: bool | Literal["auto"] = "auto",
-    max_new_tokens: int = 512,
+    max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -52,7 +55,7 @@ def chat(
         adapter: PEFT adapter folder to put on it.
         system: System message.
         history: Whether a prompt goes on with the conversation; auto: in a terminal, not in a pipe.
-        max_new_tokens: Tokens per answer at most.
+        max_new_tokens: Tokens per answer at most; default: 512, or half of a shorter context.
         temperature: 0 always takes the most likely token; default: the checkpoint's, 0 if it names none.
         top_k: Sample among this many tokens; 0 for all; default: the checkpoint's.
         top_p: Sample among the most likely tokens that together have this probability; default: the checkpoint's.
@@ -65,11 +68,14 @@ def chat(
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     given = {name: value for name, value in options.items() if value is not None}
-    GenerationConfig(max_new_tokens=max_new_tokens, seed=seed, **given)  # type: ignore[arg-type]  # checked before loading
+    wanted = _LONGEST_ANSWER if max_new_tokens is None else max_new_tokens
+    GenerationConfig(max_new_tokens=wanted, seed=seed, **given)  # type: ignore[arg-type]  # checked before loading
     load = LoadOptions(quantization, dtype, device, trust_remote_code)
     served = load_served("--model", model, adapter, load)
+    if max_new_tokens is None and served.context_length is not None:
+        wanted = max(1, min(wanted, served.context_length // 2))
     own = checkpoint_defaults(served)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, seed=seed, **{**own, **given})
+    config = GenerationConfig(max_new_tokens=wanted, seed=seed, **{**own, **given})
     conversation = Conversation(served, config, system)
     if sys.stdin.isatty():
         _talk(served, conversation, keep=history is not False)

@@ -122,3 +122,11 @@ def test_a_prompt_that_does_not_fit_is_named_by_its_line(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n" + "long " * 600 + "\n"))
     assert main(["chat", f"--model={chat_dir}", "--max_new_tokens=2"]) == 2
     assert "line 2 of the input: the prompt has" in capsys.readouterr().err
+
+
+def test_an_answer_of_default_length_leaves_a_short_context_half_for_the_prompt(
+    chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("One?\n"))
+    assert main(["chat", f"--model={chat_dir}"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
