@@ -50,6 +50,7 @@ def test_lora_learns_what_one_process_learns_and_exports_it(
     assert "logits not compared, because no process has the whole model" in said
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_learns_what_one_process_learns_and_exports_it(
     runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path
 ) -> None:
