@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--repeats 1] [--only ddp fsdp2 deepspeed_stage_1 …]
 
 A Llama of 80 M parameters (hidden 640, 12 layers, float32) from one folder, full fine-tuning with AdamW, four rows of
-128 tokens an optimizer step, which two processes share; one thread a process, gloo. Efficiency is the time of a step of
+512 tokens an optimizer step, which two processes share; one thread a process, gloo. Efficiency is the time of a step of
 one process over twice that of two; the fastest step counts.
 
 Theory. Sent: a collective over P bytes costs a process (N-1)/N · P where it gathers or scatters and twice that where it
@@ -42,7 +42,7 @@ sys.path.insert(0, str(_HERE / "peers"))
 from processes import empty_folder, hardware, use_two_cores  # noqa: E402
 
 RESULTS = _HERE / "results"
-VOCABULARY, LENGTH, ROWS, STEPS = 16_000, 128, 4, 5
+VOCABULARY, LENGTH, ROWS, STEPS = 16_000, 512, 4, 5
 GATHERED = {"all_reduce": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
 """What a collective costs a process, in (N-1)/N of its bytes."""
 
