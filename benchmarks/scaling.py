@@ -33,12 +33,11 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "peers"))
 
+from numbers_model import text_of, write_model  # noqa: E402
 from processes import empty_folder, hardware, use_two_cores  # noqa: E402
 
 RESULTS = _HERE / "results"
@@ -58,22 +57,11 @@ THEORY_HELD = {
 
 def write_inputs(folder: Path) -> int:
     """Write model, tokenizer and rows; return the bytes of the model."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10, num_key_value_heads=10,
-        vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder / "model")
-    words = {"<pad>": 0, "</s>": 1, **{str(index): index for index in range(2, VOCABULARY)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
-    tokenizer.save_pretrained(folder / "model")
+    size = write_model(folder / "model", vocab_size=VOCABULARY, hidden=640, intermediate=1728, layers=12, heads=10)
     ids = torch.randint(2, VOCABULARY, (ROWS * STEPS, LENGTH - 1)).tolist()
-    rows = (json.dumps({"text": " ".join(map(str, row))}) for row in ids)
+    rows = (json.dumps({"text": text_of(row)}) for row in ids)
     (folder / "rows.jsonl").write_text("\n".join(rows))
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return size
 
 
 def command(folder: Path, strategy: str, processes: int) -> list[str]:

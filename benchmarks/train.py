@@ -23,17 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "peers"))
 
 from environments import PEERS, environment  # noqa: E402
 from job import Answer, Job  # noqa: E402
+from numbers_model import text_of, write_model  # noqa: E402
 from processes import NUM_CORES, empty_folder, fastest, hardware, measure, use_two_cores  # noqa: E402
 
 RESULTS = _HERE / "results"
@@ -46,27 +44,13 @@ LARGEST_LOSS_DIFFERENCE = {"float32": 1e-5, "bfloat16": 2e-2}
 """What two ways of adding up the same numbers may differ by, over eight steps."""
 
 
-def write_model(folder: Path) -> None:
-    """Write the model and a tokenizer whose words are numbers."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        vocab_size=VOCABULARY, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = {"<pad>": 0, "</s>": 1, **{str(index): index for index in range(2, VOCABULARY)}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
-
-
 def write_documents(file: Path) -> None:
     """Write random documents of Alpaca-like lengths."""
     generator = np.random.default_rng(1)
     lengths = generator.lognormal(4.8, 0.8, NUM_DOCUMENTS).astype(np.int64).clip(16, 1023)
     with file.open("w") as out:
         for length in lengths:
-            text = " ".join(map(str, generator.integers(2, VOCABULARY, length)))
+            text = text_of(generator.integers(2, VOCABULARY, length).tolist())
             out.write(json.dumps({"text": text}) + "\n")
 
 
@@ -95,7 +79,7 @@ def configuration(folder: Path, dtype: str) -> dict[str, Any]:
 
 def write_jobs(folder: Path, dtype: str) -> dict[str, tuple[str, Job]]:
     """Write what is measured on; return script and job of each way."""
-    write_model(folder / "model")
+    write_model(folder / "model", vocab_size=VOCABULARY, hidden=256, intermediate=688, layers=4, heads=4)
     write_documents(folder / "rows.jsonl")
     config = configuration(folder, dtype)
     prepare, fit = folder / "prepare.yaml", folder / "fit.yaml"

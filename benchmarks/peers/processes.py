@@ -34,7 +34,7 @@ def hardware() -> str:
 @contextmanager
 def empty_folder() -> Iterator[Path]:
     """Give a folder that is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="bench-data-") as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         yield Path(folder)
 
 

@@ -182,6 +182,12 @@ class SFTDataModule(LightningDataModule):
         """The token that ends an answer."""
         return stop_token_id(self.template, self.tokenizer)
 
+    @property
+    def pad_token_id(self) -> int:
+        """What fills rows up: the tokenizer's pad token, else its stop token; masked by position either way."""
+        own: int | None = self.tokenizer.pad_token_id
+        return self.stop_token_id if own is None else own
+
     @functools.cached_property
     def builder(self) -> ExampleBuilder:
         """What makes examples of records."""
@@ -437,8 +443,7 @@ class SFTDataModule(LightningDataModule):
         return EvaluationLoader(plan, topology, self._collate(Corpora([corpus]).example))
 
     def _collate(self, example: Callable[[int, int, int], TokenizedExample]) -> Collate:
-        pad = self.tokenizer.pad_token_id
-        pad_token_id = self.stop_token_id if pad is None else pad
+        pad_token_id = self.pad_token_id
 
         def make(plan: EpochPlan, rows: Sequence[int], denominator: float) -> Batch:
             documents = [[example(*document) for document in plan.row(row).tolist()] for row in rows]

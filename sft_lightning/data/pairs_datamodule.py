@@ -141,8 +141,7 @@ class PairDataModule(SFTDataModule):
         return self.store_dir / "references"
 
     def _collate(self, example: Callable[[int, int, int], TokenizedExample]) -> Collate:
-        pad = self.tokenizer.pad_token_id
-        pad_token_id = self.stop_token_id if pad is None else pad
+        pad_token_id = self.pad_token_id
 
         def pair(document: Sequence[int]) -> tuple[int, PairExample]:
             found = example(document[0], document[1], document[2])
