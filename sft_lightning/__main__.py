@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from pathlib import Path
 
 from sft_lightning import __version__
 from sft_lightning.errors import UserError, did_you_mean
+
+_OF_SEVERAL_PROCESSES = ("fit", "validate", "test", "predict", "prepare")
+"""Commands that a launcher may start several times over; of the others, each would do the whole work."""
 
 USAGE = "usage: python -m sft_lightning COMMAND [options]"
 HELP = """
@@ -48,7 +52,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in commands:
         near = did_you_mean(name, commands)
         return _wrong(f"unknown command {name!r}.{near} Commands: {', '.join(commands)}.")
+    rank, world_size = _place_among_processes()
+    if world_size > 1 and name not in _OF_SEVERAL_PROCESSES:
+        # The others leave in silence, and without an error for which a launcher would end the one that says it.
+        return 0 if rank else _wrong(_one_process(name, world_size))
     return _run(name, args[1:])
+
+
+def _place_among_processes() -> tuple[int, int]:
+    """Return this process's number and how many a launcher started: torchrun and its like, or srun.
+
+    `WORLD_SIZE` alone says nothing: clusters set it for a container in which nothing has been launched yet.
+    """
+    names = ("RANK", "WORLD_SIZE") if "LOCAL_RANK" in os.environ else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    rank, world_size = (os.environ.get(name, "") for name in names)
+    return int(rank or 0), int(world_size or 1)
+
+
+def _one_process(name: str, world_size: int) -> str:
+    return (
+        f"{name}: runs in one process, and was launched in {world_size}, each of which would do the whole work; start "
+        f"it without the launcher: python -m sft_lightning {name} ..."
+    )
 
 
 def find_commands() -> Mapping[str, str]:

@@ -49,3 +49,46 @@ def test_the_module_runs_as_a_program() -> None:
         [sys.executable, "-m", "sft_lightning", "--version"], capture_output=True, text=True, check=True
     )
     assert __version__ in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [
+        ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, 2),
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, 0),  # rank 0 says it for all
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 2),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, 0),
+    ],
+)
+def test_a_command_of_one_process_is_not_run_by_several(
+    variables: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["merge", "--no-such-option"]) == status
+    said = capsys.readouterr().err
+    if status:
+        assert "merge: runs in one process, and was launched in 2" in said
+        assert "without the launcher: python -m sft_lightning merge" in said
+    else:
+        assert not said
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "8", "RANK": "3"}, {"SLURM_NTASKS": "16"}],
+)
+def test_a_cluster_that_has_launched_nothing_yet_is_none_of_its_business(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["migrate", "--help"]) == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_several_processes_may_prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["prepare", "--data.max_lenght=3"]) == 2
+    assert "max_length" in capsys.readouterr().err

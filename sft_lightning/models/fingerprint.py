@@ -18,11 +18,17 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = xxhash.xxh3_128()
     tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = _own_part(tensor)
         digest.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
         flat = local.detach().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
+
+
+def _own_part(tensor: Any) -> torch.Tensor:
+    """Return what this process has of a tensor: FSDP2's shard, ZeRO-3's partition, or all."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+    return part
 
 
 def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from sft_lightning.errors import UserError
 from sft_lightning.models.contrastive import contrastive_search
 from sft_lightning.models.diverse_beam import diverse_beam_search
+from sft_lightning.models.in_step import computing_device, in_step
 
 DecodingMode = Literal["greedy", "sampling", "beam", "beam_sampling", "diverse_beam", "contrastive"]
 
@@ -132,7 +133,8 @@ def generate(
     """Generate an answer to each prompt.
 
     Args:
-        model: The model; its mode and its attention implementation are restored afterwards.
+        model: The model; its mode and its attention implementation are restored afterwards. Where processes share its
+            weights, all of them call this, one that has no prompts too.
         tokenizer: Its tokenizer.
         prompts: Rendered generation prompts, special tokens included.
         stop_token_id: The token that ends an answer.
@@ -141,9 +143,7 @@ def generate(
     Returns:
         The answers without the stop token.
     """
-    if not prompts:
-        return []
-    ids = tokenizer(list(prompts), add_special_tokens=False).input_ids
+    ids = tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
     pad = stop_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = generate_ids(model, ids, stop_token_ids=[stop_token_id], pad_token_id=pad, config=config)
     return [decode(tokenizer, answer.token_ids) for [answer] in answers]
@@ -168,7 +168,8 @@ def generate_ids(
     """Generate answers to prompts in tokens, all in one batch.
 
     Args:
-        model: The model; its mode and its attention implementation are restored afterwards.
+        model: The model; its mode and its attention implementation are restored afterwards. Where processes share its
+            weights, all of them call this, each with its own prompts or none.
         prompts: Token ids of each prompt, none empty.
         stop_token_ids: The tokens that end an answer.
         pad_token_id: Filler.
@@ -188,17 +189,36 @@ def generate_ids(
             f"generation: num_return_sequences: {config.mode} has {most} answer{'s' if most > 1 else ''} to a prompt "
             f"(got {num_return_sequences})"
         )
-    device = next(model.parameters()).device
+    with _serving(model), in_step(base_model(model)):
+        out = (
+            _continue(model, prompts, config, stop_token_ids, pad_token_id, num_return_sequences, streamer)
+            if prompts
+            else []
+        )
+    stops = set(stop_token_ids)
+    answers = [_cut(row, stops) for row in out]
+    return [answers[i : i + num_return_sequences] for i in range(0, len(answers), num_return_sequences)]
+
+
+def _continue(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+    num_return_sequences: int,
+    streamer: BaseStreamer | None,
+) -> list[list[int]]:
+    """Return the answers as they come out of the model: padded on the right, stop tokens included."""
+    device = computing_device(model)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=device)
-    devices = [device] if device.type == "cuda" else []
-    with _serving(model), torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         if config.mode in ("contrastive", "diverse_beam"):
-            out = _search(model, ids, mask, config, stop_token_ids, pad_token_id)[:, :num_return_sequences].flatten(
-                0, 1
-            )
+            found = _search(model, ids, mask, config, stop_token_ids, pad_token_id)
+            out = found[:, :num_return_sequences].flatten(0, 1)
         else:
             out = model.generate(  # type: ignore[operator]  # PeftModel forwards to its base
                 input_ids=ids,
@@ -207,16 +227,11 @@ def generate_ids(
                 pad_token_id=pad_token_id,
                 num_return_sequences=num_return_sequences,
                 streamer=streamer,
-                synced_gpus=_is_sharded(model),  # all processes take the steps of the one that takes the most
+                synced_gpus=False,  # `in_step` sees to it
                 **_options(config),
             )[:, width:]
-    stops = set(stop_token_ids)
-    answers = [_cut(row, stops) for row in out.tolist()]
-    return [answers[i : i + num_return_sequences] for i in range(0, len(answers), num_return_sequences)]
-
-
-def _is_sharded(model: torch.nn.Module) -> bool:
-    return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    rows: list[list[int]] = out.tolist()
+    return rows
 
 
 def _search(

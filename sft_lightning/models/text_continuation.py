@@ -40,7 +40,7 @@ class TextContinuation:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._accepted = set(inspect.signature(base.forward).parameters)
         self._name = type(base).__name__
-        self._model = model
+        self._model = base  # adapters are inside; processes that share its weights count its passes
         self._hidden = hidden
         self.mask = attention_mask
         self._cache: Any = None

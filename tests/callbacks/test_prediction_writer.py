@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,21 +141,3 @@ def test_rows_of_several_processes_are_joined_in_the_order_of_the_data(tmp_path:
     _join(parts, 2, tmp_path / "predictions.jsonl")
     assert (tmp_path / "predictions.jsonl").read_text().split() == [str(number) for number in range(9)]
     assert not any(path.exists() for path in parts)
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_file_of_one(fit_args: list[str], alpaca_file: Path, tmp_path: Path) -> None:
-    files = []
-    for processes, strategy in ((1, "auto"), (2, "ddp")):
-        folder = tmp_path / strategy
-        command = [
-            *(sys.executable, "-m", "sft_lightning", "predict", *fit_args, "--data.batch_size=5"),
-            f"--data.predict_sources={{asked: {{path: {alpaca_file}, format: alpaca}}}}",
-            "--model.generation={max_new_tokens: 6, temperature: 1.0}",
-            *(f"--trainer.devices={processes}", f"--trainer.strategy={strategy}", "--trainer.accelerator=cpu"),
-            f"--trainer.default_root_dir={folder}",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        files.append((folder / "predictions.jsonl").read_bytes())
-    assert files[0] == files[1]
