@@ -18,7 +18,7 @@ def strategy(options: Options, draft: Draft, *, quantized: bool) -> None:
     name = _deepspeed(options, draft) if options.text("deepspeed") else _fsdp(options, draft)
     if name and quantized and name.startswith(("fsdp2", "deepspeed_stage_3")):
         if draft.values.get("model.quantization", {}).get("bits") == 4:
-            draft.set("trainer.strategy", name.removesuffix("_offload"), "shards the 4-bit base, without offload")
+            draft.set("trainer.strategy", name, "shards the 4-bit base too")
         else:
             draft.leave(f"strategy {name}", "an 8-bit base cannot be sharded; ddp holds a copy per GPU")
     elif name:
@@ -48,7 +48,7 @@ def stage_name(stage: int, *, offload: bool) -> str | None:
     """Return the strategy of a ZeRO stage; `None` for stage 0."""
     if stage == 0:
         return None
-    return f"deepspeed_stage_{stage}_offload" if offload and stage > 1 else f"deepspeed_stage_{stage}"
+    return f"deepspeed_stage_{stage}{'_offload' if offload else ''}"
 
 
 def _deepspeed(options: Options, draft: Draft) -> str | None:

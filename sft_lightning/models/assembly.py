@@ -32,6 +32,7 @@ def assemble_model(
     resize_vocabulary: bool,
     adapter: AdapterConfig | None,
     trainable: Sequence[str] | None,
+    on_host: bool,
     say: Callable[[str], None],
 ) -> PreTrainedModel | PeftModel:
     """Load a base, embed the tokenizer's tokens, and put the adapter on it or freeze what does not train.
@@ -50,6 +51,7 @@ def assemble_model(
         resize_vocabulary: Take a tokenizer that has more tokens than the model embeds.
         adapter: The adapter; `None` for none.
         trainable: Without an adapter: what trains; `None` for all.
+        on_host: Leave quantized weights in host memory too, as all others are; for whoever shards them.
         say: Hears what was done that the user did not ask for by name.
 
     Raises:
@@ -66,6 +68,7 @@ def assemble_model(
         vocab_size=len(tokenizer),
         overrides=overrides,
         trust_remote_code=trust_remote_code,
+        on_host=on_host,
     )
     rows, names = num_rows(base), embedding_names(base)
     unknown = resize_embeddings(

@@ -77,6 +77,7 @@ def load_model(
     vocab_size: int,
     overrides: ConfigOverrides = ConfigOverrides(),  # noqa: B008 (frozen)
     trust_remote_code: bool = False,
+    on_host: bool = False,
 ) -> PreTrainedModel:
     """Load a base model, or build one from scratch.
 
@@ -89,6 +90,7 @@ def load_model(
         vocab_size: The tokenizer's, used by `from_config` where it names none.
         overrides: What to change in the model's configuration.
         trust_remote_code: Run code that comes with the model.
+        on_host: Leave quantized weights in host memory too, as all others are.
 
     Raises:
         UserError: If not exactly one of the two is given, nothing can be loaded from it, or it is no causal language
@@ -113,11 +115,29 @@ def load_model(
         return _checked(AutoModelForCausalLM.from_config(config, **options))
     with _loading("model", str(name_or_path)):
         if quantization is not None:
-            model = load_quantized(str(name_or_path), quantization, config=config, **options)
+            model = load_quantized(str(name_or_path), quantization, config=config, on_host=on_host, **options)
         else:
             model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there
     return model
+
+
+def copies_weights(
+    name_or_path: str | None, *, dtype: DTypeName, quantization: QuantizationConfig | None, trust_remote_code: bool
+) -> bool:
+    """Whether loading a model makes tensors of another type than those in its files, which it would only map.
+
+    Args:
+        name_or_path: Folder or Hub id; `None` for a model that is built from scratch.
+        dtype: As for `load_model`.
+        quantization: As for `load_model`.
+        trust_remote_code: Run code that comes with the model.
+    """
+    if name_or_path is None or quantization is not None:
+        return True
+    with _loading("model", name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    return bool(config.dtype != getattr(torch, dtype))
 
 
 def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig:

@@ -7,37 +7,38 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.deepspeed_config import (
-    FromYaml,
+from sft_lightning.strategies.deepspeed_config import FromYaml, asked_config, resolve
+from sft_lightning.strategies.exporting import WholeExports
+from sft_lightning.strategies.refusals import Sharding, asked_of, check_module, check_optimizer
+from sft_lightning.strategies.sharding import keep_quantization_states, store_as_bytes
+from sft_lightning.strategies.turns import one_process_at_a_time
+from sft_lightning.strategies.whole import gather_optimizer_state
+from sft_lightning.strategies.zero_access import partitions
+from sft_lightning.strategies.zero_checks import check_nvme, check_one_type, check_sense
+from sft_lightning.strategies.zero_external import gather_for_dora
+from sft_lightning.strategies.zero_host import OnHost
+from sft_lightning.strategies.zero_options import (
+    OFFLOAD_OPTIMIZER,
+    OFFLOAD_PARAMETERS,
     OffloadDevice,
     ZeroOptions,
-    check_sense,
-    from_options,
-    offloads_optimizer,
-    read_config,
-    resolve,
+    offload_of,
     stage_of,
-    uses_nvme,
 )
-from sft_lightning.strategies.exporting import WholeExports
-from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
-from sft_lightning.strategies.sharding import store_as_bytes
-from sft_lightning.strategies.whole import gather_optimizer_state
-from sft_lightning.strategies.zero_host import OnHost, check_async_io
-from sft_lightning.strategies.zero_state import gather_state, gather_weights, load_state, load_weights, partitions
+from sft_lightning.strategies.zero_partition import gathered_in_forward, keep_what_is_sent, load_part, partition_model
+from sft_lightning.strategies.zero_precision import ZeroPrecision
+from sft_lightning.strategies.zero_state import gather_state, gather_weights, load_state, load_weights
 
 _OF_OPTIMIZER = ("optimizer", "scheduler")
 
@@ -50,7 +51,8 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
 
     Args:
         stage: See `ZeroOptions`, as all that follow.
-        offload_optimizer: Where the optimizer's state and its step go; the step is DeepSpeed's Adam for the host.
+        offload_optimizer: Where the optimizer's state and its step go; the step is DeepSpeed's Adam for the host. To
+            NVMe: stage 3.
         offload_parameters: Where weights wait; stage 3.
         nvme_path: Folder on a local disk.
         quantized_weights: ZeRO++, stage 3.
@@ -86,8 +88,8 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
             quantized_gradients=quantized_gradients,
             hpz_partition_size=hpz_partition_size,
         )
-        self._asked = _asked(options, config)
-        self._source = config if isinstance(config, str) else "trainer.strategy.config"
+        self._asked = asked_config(options, config)
+        self._source = config if isinstance(config, str) else "trainer.strategy"
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         given = {key: value for key, value in copy.deepcopy(self._asked).items() if key not in _OF_OPTIMIZER}
@@ -97,10 +99,8 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
     @property
     def sharding(self) -> Sharding:
         """What it does with weights."""
-        zero = self._asked.get("zero_optimization", {})
-        offload = (zero.get("offload_param") or {}).get("device", "none") != "none"
-        stage = stage_of(self._asked)
-        return Sharding(f"deepspeed_stage_{stage}{'_offload' if offload else ''}", stage, offload=offload)
+        stage, offload = stage_of(self._asked), bool(offload_of(self._asked, OFFLOAD_PARAMETERS))
+        return Sharding(f"deepspeed_stage_{stage}{'_offload' if offload else ''}", stage)
 
     @property
     def shards_weights(self) -> bool:
@@ -118,17 +118,17 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
     def connect(self, model: LightningModule) -> None:
         """Refuse, before any weight is read, what cannot be sharded or offloaded."""
         check_module(model, self.sharding)
-        world_size = self.num_nodes * self.num_processes
-        check_sense(self._asked, world_size=world_size, on_gpu=self.root_device.type == "cuda", source=self._source)
-        if uses_nvme(self._asked):
-            check_async_io(self._source)
+        asked, source, world_size = self._asked, self._source, self.num_nodes * self.num_processes
+        check_sense(asked, world_size=world_size, on_gpu=self.root_device.type == "cuda", source=source)
+        check_one_type(asked, asked_of(model), precision=str(self.precision_plugin.precision), source=source)
+        check_nvme(asked, source)
         super().connect(model)
 
     def setup_environment(self) -> None:
         """As Lightning's, without its refusal of the CPU."""
         super(DeepSpeedStrategy, self).setup_environment()
         precision: Any = self.precision_plugin.precision
-        self.precision_plugin = _Precision(precision)
+        self.precision_plugin = ZeroPrecision(precision)
 
     def setup_distributed(self) -> None:
         """As Lightning's, without its check of device indices, which the CPU has not."""
@@ -142,13 +142,22 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Let the module load its model whole; ZeRO-3 partitions it afterwards, when its engine is made."""
+        """Let the module load its model whole; ZeRO-3 partitions it then, before any device would hold it."""
         self._init_config_if_needed()
-        yield
+        module, config = self._module, self.config or {}
+        with one_process_at_a_time(wanted=self.shards_weights and module.copies_weights):
+            yield
+            self.precision_plugin.convert_module(module)  # a type is changed before it is partitioned
+            store_as_bytes(module)
+            if self.shards_weights:
+                keep_what_is_sent(module, config)
+        if self.shards_weights:
+            partition_model(module, config, self.root_device)
+            gather_for_dora(module)
+            keep_quantization_states(module, self.root_device)
 
     def setup(self, trainer: Trainer) -> None:
-        """Make DeepSpeed's engine, and under ZeRO-3 partition the model."""
-        store_as_bytes(self._module)
+        """Make DeepSpeed's engine."""
         super().setup(trainer)
         if self.shards_weights:
             self.export_whole_at_end(trainer)
@@ -163,12 +172,13 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         """Let the YAML fill the configuration, or refuse it; what is of the optimizer is checked once that is made."""
         config = {key: value for key, value in self._asked.items() if key not in _OF_OPTIMIZER}
         self.config = resolve(config, self._from_yaml(None), source=self._source)
-        if offloads_optimizer(self.config):
+        if offload_of(self.config, OFFLOAD_OPTIMIZER):
             module: Any = self.lightning_module
             module.optimizer = OnHost(module.optimizer)
 
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
-        optimizer, schedule = super()._init_optimizers()
+        with gathered_in_forward(self._module):  # the module asks its model what can be packed
+            optimizer, schedule = super()._init_optimizers()
         resolve(self._asked, self._from_yaml(optimizer), source=self._source)
         check_optimizer(optimizer, self.sharding)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]  # ZeRO puts its partitions there
@@ -196,7 +206,8 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         """Gather what trains, in float32; empty but on rank 0."""
         if not partitions(self._zero):
             return dict(self._module.state_dict())
-        return gather_weights({parameter: name for name, parameter in self._trained.items()}, keep=self.is_global_zero)
+        names = {parameter: name for name, parameter in self._trained.items()}
+        return gather_weights(self._zero, names, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gather the optimizer's state; empty but on rank 0."""
@@ -205,8 +216,10 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         return gather_state(self._zero, self._groups, keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the weights, before DeepSpeed has them."""
-        self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        """Load the weights, before DeepSpeed's optimizer has them."""
+        parameters = dict(self._module.named_parameters())
+        state = {name: load_part(parameters.get(name), value) for name, value in checkpoint["state_dict"].items()}
+        self._module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give DeepSpeed its part of the float32 weights and of the optimizer's state."""
@@ -214,7 +227,8 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         if not partitions(self._zero):
             self._zero.load_state_dict(state)
             return
-        load_weights({self._trained[name]: value for name, value in checkpoint["state_dict"].items()})
+        trained = self._trained
+        load_weights(self._zero, {trained[name]: value for name, value in checkpoint["state_dict"].items()})
         load_state(self._zero, self._groups, state)
 
     @property
@@ -225,29 +239,3 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
     @property
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self._module.named_parameters() if parameter.requires_grad}
-
-
-class _Precision(DeepSpeedPrecision):
-    """Lightning's, which would make float32 of a bfloat16 base under `precision: 32-true`, round the weights of the
-    loss, and divide it by the number of micro-batches a second time."""
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        """Leave the types alone, unless all is to be in half precision."""
-        return module if self.precision == "32-true" else super().convert_module(module)
-
-    def convert_input(self, data: Any) -> Any:
-        """Leave a batch as it is: its only floating-point values are the weights of the loss."""
-        return data
-
-    def backward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Let DeepSpeed run the backward pass of a loss that is divided already."""
-        super().backward(tensor, *args, scale_wrt_gas=False, **kwargs)
-
-
-def _asked(options: ZeroOptions, config: str | dict[str, Any] | None) -> dict[str, Any]:
-    if config is None:
-        return from_options(options)
-    beside = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    if beside:
-        raise UserError(f"trainer.strategy.config: says it all, so there is no place for {', '.join(beside)}")
-    return read_config(config) if isinstance(config, str) else config

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration as a dict: from our keys or from a user's JSON, agreeing with the YAML or refused.
+"""DeepSpeed's configuration as a dict: read from a user's JSON, filled in from the YAML, or refused where they differ.
 
 The YAML decides on optimizer, schedule, batch sizes, clipping and precision; a JSON may repeat what it says or leave it
 to us (`auto`, as the Hugging Face Trainer writes it), and may not say otherwise. Keys: DeepSpeed's docs/config-json.
@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sft_lightning.errors import UserError
+from sft_lightning.strategies.zero_options import OFFLOAD_OPTIMIZER, ZeroOptions, from_options, offload_of
 
 AUTO = "auto"
-OffloadDevice = Literal["cpu", "nvme"]
 
 _PRECISIONS = {
     "bf16": ("bf16-mixed", "bf16-true"),
@@ -25,55 +25,6 @@ _PRECISIONS = {
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _ADAMS = {"adam": "adamw", "adamw": "adamw", "fusedadam": "adamw", "deepspeedcpuadam": "adamw"}
 """DeepSpeed's Adam decays weights as AdamW does, unless `adam_w_mode` says no."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroOptions:
-    """What our own keys say of ZeRO (Rajbhandari et al., 2019, arXiv:1910.02054).
-
-    Raises:
-        UserError: If the stage is none of 0..3, or something is offloaded that the stage does not shard.
-    """
-
-    stage: int = 2
-    """0 shards nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
-
-    offload_optimizer: OffloadDevice | None = None
-    """Where the optimizer's state and its step go."""
-
-    offload_parameters: OffloadDevice | None = None
-    """Where weights wait; stage 3."""
-
-    nvme_path: str | None = None
-    """Folder on a local disk for what is offloaded to NVMe."""
-
-    quantized_weights: bool = False
-    """ZeRO++ (Wang et al., 2023, arXiv:2306.10209): gather weights as int8; stage 3."""
-
-    quantized_gradients: bool = False
-    """ZeRO++: reduce gradients as int4 and int8, between nodes and within; stage 3, and GPUs."""
-
-    hpz_partition_size: int = 1
-    """ZeRO++: processes of a secondary partition, those of a node; 1 for none; stage 3."""
-
-    def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3):
-            raise UserError(f"trainer.strategy.stage: must be 0, 1, 2 or 3 (got {self.stage})")
-        if self.offload_optimizer and self.stage == 0:
-            raise UserError("trainer.strategy.offload_optimizer: stage 0 shards no optimizer state; set stage 2")
-        of_stage_3 = {
-            "offload_parameters": self.offload_parameters is not None,
-            "quantized_weights": self.quantized_weights,
-            "quantized_gradients": self.quantized_gradients,
-            "hpz_partition_size": self.hpz_partition_size > 1,
-        }
-        for key, wanted in of_stage_3.items():
-            if wanted and self.stage != 3:
-                raise UserError(f"trainer.strategy.{key}: is of ZeRO-3, and stage is {self.stage}; set stage: 3")
-        if self.hpz_partition_size < 1:
-            raise UserError(f"trainer.strategy.hpz_partition_size: must be at least 1 (got {self.hpz_partition_size})")
-        if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
-            raise UserError("trainer.strategy.nvme_path: needed to offload to nvme; name a folder on a local disk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,30 +59,6 @@ class FromYaml:
     """`trainer.precision`."""
 
 
-def from_options(options: ZeroOptions) -> dict[str, Any]:
-    """Return the `zero_optimization` that our keys describe, in a configuration of its own."""
-    zero: dict[str, Any] = {"stage": options.stage}
-    if options.stage >= 1:
-        zero |= {"contiguous_gradients": True, "overlap_comm": True}
-    if options.offload_optimizer:
-        zero["offload_optimizer"] = _offload(options.offload_optimizer, options.nvme_path)
-    if options.offload_parameters:
-        zero["offload_param"] = _offload(options.offload_parameters, options.nvme_path)
-    if options.quantized_weights:
-        zero["zero_quantized_weights"] = True
-    if options.quantized_gradients:
-        zero["zero_quantized_gradients"] = True
-    if options.hpz_partition_size > 1:
-        zero["zero_hpz_partition_size"] = options.hpz_partition_size
-    if options.stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    return {"zero_optimization": zero, "zero_allow_untested_optimizer": True}
-
-
-def _offload(device: OffloadDevice, nvme_path: str | None) -> dict[str, Any]:
-    return {"device": "cpu", "pin_memory": True} if device == "cpu" else {"device": "nvme", "nvme_path": nvme_path}
-
-
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
@@ -150,11 +77,25 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def asked_config(options: ZeroOptions, config: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Return the configuration that our keys describe, or the JSON or dict that stands in their place.
+
+    Raises:
+        UserError: If there are both.
+    """
+    if config is None:
+        return from_options(options)
+    beside = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    if beside:
+        raise UserError(f"trainer.strategy.config: says it all, so there is no place for {', '.join(beside)}")
+    return read_config(config) if isinstance(config, str) else config
+
+
 def resolve(config: Mapping[str, Any], yaml: FromYaml, *, source: str) -> dict[str, Any]:
     """Return the configuration that DeepSpeed gets: all that the YAML says filled in, every `auto` resolved.
 
     Args:
-        config: The user's JSON, or `from_options`.
+        config: The user's JSON, or `zero_options.from_options`.
         yaml: What the YAML says.
         source: Name of the JSON, for errors.
 
@@ -175,55 +116,10 @@ def resolve(config: Mapping[str, Any], yaml: FromYaml, *, source: str) -> dict[s
             given = {key: value for key, value in config.get(block, {}).items() if value != AUTO}
             resolved[block] = {**given, "enabled": True}
     resolved.setdefault("zero_allow_untested_optimizer", True)
-    if offloads_optimizer(resolved):
+    if offload_of(resolved, OFFLOAD_OPTIMIZER):
         resolved.setdefault("zero_force_ds_cpu_optimizer", True)
     cleaned: dict[str, Any] = _without_auto(resolved)
     return cleaned
-
-
-def offloads_optimizer(config: Mapping[str, Any]) -> bool:
-    """Whether the optimizer's step is taken on the host, which wants `DeepSpeedCPUAdam`."""
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    return offload.get("device", "none") not in ("none", None)
-
-
-def uses_nvme(config: Mapping[str, Any]) -> bool:
-    """Whether anything is offloaded to NVMe, which wants DeepSpeed's `async_io`."""
-    zero = config.get("zero_optimization", {})
-    return any((zero.get(key) or {}).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
-
-
-def check_sense(config: Mapping[str, Any], *, world_size: int, on_gpu: bool, source: str) -> None:
-    """Check what ZeRO++ (Wang et al., 2023, arXiv:2306.10209) asks of the machine.
-
-    Args:
-        config: DeepSpeed's configuration.
-        world_size: Processes.
-        on_gpu: Whether they compute on GPUs.
-        source: Name of the JSON, for errors.
-
-    Raises:
-        UserError: If the stage is below 3, the secondary partition does not divide the processes, or something that is
-            quantized on the way would be so by the CPU.
-    """
-    zero = config.get("zero_optimization", {})
-    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key) is True]
-    partition = zero.get("zero_hpz_partition_size", 1)
-    asked = [*quantized, *(["zero_hpz_partition_size"] if partition not in (1, AUTO) else [])]
-    if asked and stage_of(config) != 3:
-        raise UserError(f"{source}: {asked[0]} is of ZeRO-3, and the stage is {stage_of(config)}; set stage 3")
-    if partition not in (1, AUTO) and world_size % partition:
-        raise UserError(
-            f"{source}: zero_hpz_partition_size {partition} does not divide the {world_size} processes; set it to the "
-            "number of GPUs of a node"
-        )
-    if quantized and not on_gpu:
-        raise UserError(f"{source}: {quantized[0]} needs CUDA kernels, and this run is on the CPU; remove it")
-
-
-def stage_of(config: Mapping[str, Any]) -> int:
-    """Return the ZeRO stage of a configuration; 0 where it says nothing."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
 def _differs(value: Any, expected: float) -> bool:

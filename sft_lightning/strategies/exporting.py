@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
@@ -54,10 +55,13 @@ class WholeExports(Strategy):
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def export_whole_at_end(self, trainer: Trainer) -> None:
-        """Let callbacks that export when training ends find whole weights on rank 0."""
+        """Let callbacks that export when training ends find whole weights on rank 0, and checkpoints the shards."""
         others: list[Callback] = vars(trainer)["callbacks"]
-        if trainer.state.fn == TrainerFn.FITTING and not any(isinstance(other, _WholeAtEnd) for other in others):
-            others.insert(0, _WholeAtEnd())
+        if trainer.state.fn != TrainerFn.FITTING or any(isinstance(other, _WholeAtEnd) for other in others):
+            return
+        checkpoints = [index for index, other in enumerate(others) if isinstance(other, Checkpoint)]
+        others.insert(min(checkpoints, default=len(others)), _ShardsForCheckpoints())
+        others.insert(0, _WholeAtEnd())
 
     def make_whole(self) -> None:
         """Put whole weights on rank 0 for the exports: what trains of an adapted model, else all; all ranks call it."""
@@ -66,7 +70,7 @@ class WholeExports(Strategy):
         self._whole_at_end = whole_parameters(self._module, whole)
         self._whole_at_end.__enter__()
 
-    def on_train_end(self) -> None:
+    def make_sharded(self) -> None:
         """Put the shards back."""
         if self._whole_at_end is not None:
             self._whole_at_end.__exit__(None, None, None)
@@ -79,3 +83,12 @@ class _WholeAtEnd(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy: Any = trainer.strategy
         strategy.make_whole()
+
+
+class _ShardsForCheckpoints(Callback):
+    """Stands before the checkpoints, which are the trainer's last callbacks: one of the end is gathered by all ranks
+    from their shards, as any other."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        strategy.make_sharded()

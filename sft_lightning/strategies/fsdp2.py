@@ -6,13 +6,13 @@ Shards are an affair of the strategy: the module loads its model as always, chec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
@@ -21,6 +21,7 @@ from sft_lightning.models.generation import base_model
 from sft_lightning.strategies.exporting import WholeExports
 from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
 from sft_lightning.strategies.sharding import shard_model
+from sft_lightning.strategies.turns import one_process_at_a_time
 from sft_lightning.strategies.whole import (
     gather_optimizer_state,
     gather_parameters,
@@ -58,7 +59,7 @@ class FSDP2(WholeExports, ModelParallelStrategy):
     @property
     def sharding(self) -> Sharding:
         """What it does with weights."""
-        return Sharding("fsdp2_offload" if self.offload else "fsdp2", 3, offload=self.offload)
+        return Sharding("fsdp2_offload" if self.offload else "fsdp2", 3)
 
     # --- setting up ------------------------------------------------------------------------------------------------
 
@@ -83,18 +84,19 @@ class FSDP2(WholeExports, ModelParallelStrategy):
             shape = (self.replicas, world_size // self.replicas)
             self._sharding_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard"))
 
-    def setup(self, trainer: Trainer) -> None:
-        """Shard the model, then make the optimizer over the shards."""
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Let the module load its model whole, and shard it."""
         if self._sharding_mesh is None:
-            raise RuntimeError("setup_environment, which the trainer calls, comes before setup")
-        if trainer.state.fn == TrainerFn.PREDICTING and trainer.world_size > 1:
-            raise UserError(
-                "trainer.strategy: predict gives every process other prompts, and with fsdp2 all must take the same "
-                "number of steps together; use --trainer.strategy ddp, or --trainer.devices 1"
-            )
-        model = self._language_model
-        self.precision_plugin.convert_module(model)  # a type is changed before it is sharded
-        shard_model(base_model(model), self._sharding_mesh, offload=self.offload)
+            raise RuntimeError("setup_environment, which the trainer calls, comes before a model is loaded")
+        with one_process_at_a_time(wanted=self._module.copies_weights):
+            yield
+            model = self._language_model
+            self.precision_plugin.convert_module(model)  # a type is changed before it is sharded
+            shard_model(base_model(model), self._sharding_mesh, self.root_device, offload=self.offload)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Make the optimizer over the shards."""
         super().setup(trainer)
         self.export_whole_at_end(trainer)
 

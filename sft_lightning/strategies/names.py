@@ -22,9 +22,9 @@ def register_strategies() -> None:
         name = f"deepspeed_stage_{stage}"
         StrategyRegistry.register(name, DeepSpeedZeRO, f"ZeRO stage {stage}", override=True, stage=stage)
     offload: dict[str, Any] = {"override": True, "offload_optimizer": "cpu"}
-    StrategyRegistry.register(
-        "deepspeed_stage_2_offload", DeepSpeedZeRO, "ZeRO-2, Adam on the host", stage=2, **offload
-    )
+    for stage in (1, 2):
+        name = f"deepspeed_stage_{stage}_offload"
+        StrategyRegistry.register(name, DeepSpeedZeRO, f"ZeRO-{stage}, Adam on the host", stage=stage, **offload)
     offload["offload_parameters"] = "cpu"
     StrategyRegistry.register(
         "deepspeed_stage_3_offload", DeepSpeedZeRO, "ZeRO-3, weights and Adam on the host", stage=3, **offload

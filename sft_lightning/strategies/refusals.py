@@ -22,9 +22,6 @@ class Sharding:
     """ZeRO's count (Rajbhandari et al., 2019, arXiv:1910.02054): 1 shards optimizer state, 2 gradients too, 3 weights
     too. FSDP2 is 3."""
 
-    offload: bool = False
-    """Whether weights are kept in host memory."""
-
     @property
     def is_deepspeed(self) -> bool:
         """Whether DeepSpeed does it."""
@@ -44,9 +41,6 @@ class Asked:
     only_adapter: bool = True
     """`False` if base weights train beside an adapter."""
 
-    use_dora: bool = False
-    """Whether the adapter is DoRA, which takes the norms of the base's weights."""
-
     prompt_learning: bool = False
     """Whether the adapter is made of virtual tokens, which are outside the base model."""
 
@@ -56,20 +50,9 @@ def refusal(asked: Asked, sharding: Sharding) -> str | None:
     bits, name = asked.quantization_bits, sharding.name
     if bits == 8 and sharding.stage == 3:
         return (
-            f"model.quantization.bits: 8, but trainer.strategy {name} shards weights as plain tensors, and those of "
-            "LLM.int8 carry row scales that would be lost; use bits: 4 (QLoRA), or trainer.strategy: deepspeed_stage_2 "
-            "or ddp"
-        )
-    if bits is not None and sharding.offload and sharding.stage == 3:
-        return (
-            f"model.quantization.bits: {bits}, but trainer.strategy {name} keeps weights in host memory, away from "
-            f"the constants they are decoded with; use trainer.strategy: {_without_offload(sharding)}, or "
-            "model.quantization: null"
-        )
-    if asked.use_dora and sharding.is_deepspeed and sharding.stage == 3:
-        return (
-            f"model.adapter.use_dora: true, but trainer.strategy {name} gathers a layer's weights only within the "
-            "layer, and DoRA takes their norms outside of it; use trainer.strategy: fsdp2, or deepspeed_stage_2"
+            f"model.quantization.bits: 8, but trainer.strategy {name} shards parameters, and the layers of LLM.int8 "
+            "keep weights and row scales beside theirs, which would be lost or stay whole in every process; use bits: "
+            "4 (QLoRA), or trainer.strategy: deepspeed_stage_2 or ddp"
         )
     if asked.prompt_learning and sharding.stage == 3 and not sharding.is_deepspeed:
         return (
@@ -85,10 +68,6 @@ def refusal(asked: Asked, sharding: Sharding) -> str | None:
     return None
 
 
-def _without_offload(sharding: Sharding) -> str:
-    return "deepspeed_stage_3" if sharding.is_deepspeed else "fsdp2"
-
-
 def asked_of(module: Any) -> Asked:
     """Return what a `CausalLMModule` that has loaded nothing yet will ask."""
     quantization, adapter = getattr(module, "quantization", None), getattr(module, "adapter", None)
@@ -97,7 +76,6 @@ def asked_of(module: Any) -> Asked:
         quantization_bits=None if quantization is None else quantization.bits,
         dtype=getattr(module, "model_dtype", "float32"),
         only_adapter=True if adapter is None else adapter.only_adapter,
-        use_dora=bool(getattr(adapter, "use_dora", False) or getattr(peft_config, "use_dora", False)),
         prompt_learning=bool(getattr(peft_config, "is_prompt_learning", False)),
     )
 

@@ -49,12 +49,13 @@ def shard_groups(model: PreTrainedModel) -> list[nn.Module]:
     return [*groups, model]
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
+def shard_model(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, *, offload: bool = False) -> None:
     """Shard a transformers model, adapters inside it included, in place; a model that is sharded already is left alone.
 
     Args:
         model: The base model; its parameters become DTensors, sharded by their first axis.
         mesh: One axis: fully sharded over it. Two: replicated over the first, sharded over the second.
+        device: Where this process computes.
         offload: Keep shards, gradients and the optimizer's state in host memory.
 
     Raises:
@@ -62,7 +63,7 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = Fal
     """
     if isinstance(model, FSDPModule):
         return
-    keep_quantization_states(model)
+    keep_quantization_states(model, device)
     groups = shard_groups(model)
     for module in groups:
         check_one_trainable_type(module)
@@ -86,8 +87,8 @@ def check_one_trainable_type(module: nn.Module) -> None:
         )
 
 
-def keep_quantization_states(model: nn.Module) -> None:
-    """Let every 4-bit layer hold what its weight is decoded with.
+def keep_quantization_states(model: nn.Module, device: torch.device) -> None:
+    """Let every 4-bit layer hold what its weight is decoded with, on the device that it computes on.
 
     bitsandbytes keeps it on the parameter, which sharding replaces by a plain one; where the parameter has none, the
     layer's own is used (bitsandbytes/nn/modules.py, `fix_4bit_weight_quant_state_from_module`).
@@ -95,6 +96,7 @@ def keep_quantization_states(model: nn.Module) -> None:
     for module in model.modules():
         state = getattr(module.weight, "quant_state", None) if isinstance(module, Linear4bit) else None
         if state is not None:
+            state.to(device)
             module.quant_state = state
 
 

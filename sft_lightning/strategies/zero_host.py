@@ -1,4 +1,4 @@
-"""What ZeRO puts on the host or on NVMe: DeepSpeed's Adam for the host, and whether its file access can be had."""
+"""The optimizer whose state ZeRO puts on the host or on NVMe: DeepSpeed's Adam for the host."""
 
 from __future__ import annotations
 
@@ -10,20 +10,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-
-
-def check_async_io(source: str) -> None:
-    """Check that DeepSpeed can read and write NVMe.
-
-    Raises:
-        UserError: If libaio is missing, which its `async_io` is compiled with.
-    """
-    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise UserError(
-            f"{source}: offloading to nvme needs libaio, which is not installed (Debian: apt install libaio-dev); "
-            "or offload to cpu"
-        )
 
 
 class OnHost:

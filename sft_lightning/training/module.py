@@ -23,7 +23,7 @@ from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.generation import GenerationConfig, base_model, generate
 from sft_lightning.models.head import Head, find_head
 from sft_lightning.models.isolation import choose_packing, prove_isolation
-from sft_lightning.models.loading import DTypeName
+from sft_lightning.models.loading import DTypeName, copies_weights
 from sft_lightning.models.masked import keep_documents_apart
 from sft_lightning.models.memory import (
     check_checkpointing,
@@ -174,6 +174,7 @@ class CausalLMModule(LightningModule):
             resize_vocabulary=self.resize_vocabulary,
             adapter=self.adapter,
             trainable=self.trainable,
+            on_host=getattr(self.trainer.strategy, "shards_weights", False),
             say=rank_zero_info,
         )
         if self.embedding_noise is not None:
@@ -181,6 +182,16 @@ class CausalLMModule(LightningModule):
         if self.attn_implementation == "auto" and keep_documents_apart(self.model):
             family = self.base_model.config.model_type
             rank_zero_info(f"attention: {family}'s own, with a mask that keeps documents apart")
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether `configure_model` is about to make weights of its own, where it could map those in the files."""
+        return self.model is None and copies_weights(
+            self.model_name_or_path,
+            dtype=self.model_dtype,
+            quantization=self.quantization,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     @property
     def language_model(self) -> PreTrainedModel | PeftModel:
@@ -386,7 +397,10 @@ class CausalLMModule(LightningModule):
             self.log(f"{stage}/{name}", value)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
-        """Return the prompt, the generated answer and, where the data has one, the reference of each example."""
+        """Return the prompt, the generated answer and, where the data has one, the reference of each example.
+
+        An empty batch is no idle step: where processes share the weights, it takes part in the others' passes.
+        """
         data = self._data
         answers = generate(
             self.language_model,

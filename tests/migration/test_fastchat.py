@@ -105,8 +105,8 @@ def test_the_deepspeed_file_tells_stage_and_offload_where_it_is_there(migrate: M
     base = ["train_lora.py", "--model_name_or_path", "m", "--deepspeed", str(file)]
     assert migrate("fastchat", base)["trainer"]["strategy"] == "deepspeed_stage_3_offload"
     quantized = migrate("fastchat", [*base, "--q_lora", "True"])
-    assert quantized["trainer"]["strategy"] == "deepspeed_stage_3"
-    assert "shards the 4-bit base, without offload" in quantized["text"]
+    assert quantized["trainer"]["strategy"] == "deepspeed_stage_3_offload"
+    assert "shards the 4-bit base too" in quantized["text"]
 
 
 @pytest.mark.parametrize(

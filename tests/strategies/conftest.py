@@ -16,9 +16,6 @@ import pytest
 TIMEOUT = 400
 """Seconds after which a run hangs; DeepSpeed's Adam for the host is compiled at first use, in half of them."""
 
-EXTENSIONS = os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "torch_extensions"))
-"""What is compiled is kept, wherever the tests' other caches are."""
-
 MODES: Mapping[str, tuple[str, ...]] = {
     "full": ("--model.optimizer.init_args.lr=1e-3",),
     "lora": ("--model.adapter.r=4", "--model.adapter.dropout=0"),
@@ -70,7 +67,7 @@ class Runs:
         with subprocess.Popen(
             self.command(folder, mode, *extra, **which),  # type: ignore[arg-type]
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": EXTENSIONS},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         ) as process:  # fmt: skip
             try:
                 said, _ = process.communicate(timeout=TIMEOUT)

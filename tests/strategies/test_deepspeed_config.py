@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: from keys, from the JSONs that users have, and where they contradict the YAML."""
+"""DeepSpeed's configuration: the JSONs that users have, filled in from the YAML, and where they contradict it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,8 @@ from typing import Any
 import pytest
 
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.deepspeed_config import (
-    FromYaml,
-    ZeroOptions,
-    check_sense,
-    from_options,
-    offloads_optimizer,
-    read_config,
-    resolve,
-    stage_of,
-    uses_nvme,
-)
+from sft_lightning.strategies.deepspeed_config import FromYaml, read_config, resolve
+from sft_lightning.strategies.zero_options import stage_of
 
 
 def yaml(**changes: Any) -> FromYaml:
@@ -195,34 +186,6 @@ def test_resolving_leaves_the_users_dict_alone() -> None:
     assert json.dumps(FIREFLY_Z3) == before
 
 
-def test_keys_become_deepspeeds() -> None:
-    assert from_options(ZeroOptions(stage=0))["zero_optimization"] == {"stage": 0}
-    two = from_options(ZeroOptions(stage=2, offload_optimizer="cpu"))
-    assert two["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
-    assert offloads_optimizer(two)
-    three = from_options(ZeroOptions(stage=3, offload_parameters="nvme", nvme_path="fast", hpz_partition_size=8))
-    assert three["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "fast"}
-    assert three["zero_optimization"]["zero_hpz_partition_size"] == 8
-    assert not offloads_optimizer(three)
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"stage": 4}, "must be 0, 1, 2 or 3 (got 4)"),
-        ({"stage": 0, "offload_optimizer": "cpu"}, "stage 0 shards no optimizer state"),
-        ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters: is of ZeRO-3, and stage is 2"),
-        ({"stage": 2, "quantized_weights": True}, "quantized_weights: is of ZeRO-3"),
-        ({"stage": 2, "hpz_partition_size": 8}, "hpz_partition_size: is of ZeRO-3"),
-        ({"stage": 3, "offload_optimizer": "nvme"}, "nvme_path: needed"),
-    ],
-)
-def test_keys_that_do_not_go_together_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError) as error:
-        ZeroOptions(**options)
-    assert said in str(error.value)
-
-
 def test_a_file_is_read_and_a_wrong_one_is_named(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(FASTCHAT_S2))
@@ -235,35 +198,3 @@ def test_a_file_is_read_and_a_wrong_one_is_named(tmp_path: Path) -> None:
         read_config(file)
     with pytest.raises(UserError, match="does not exist"):
         read_config(tmp_path / "none.json")
-
-
-PLUS_PLUS = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
-
-
-def test_zero_plus_plus_by_our_keys_is_that_of_a_json() -> None:
-    keys = ZeroOptions(stage=3, quantized_weights=True, quantized_gradients=True, hpz_partition_size=8)
-    found = from_options(keys)["zero_optimization"]
-    assert {key: found[key] for key in PLUS_PLUS} == PLUS_PLUS
-    check_sense({"zero_optimization": PLUS_PLUS}, world_size=16, on_gpu=True, source="ds.json")
-
-
-@pytest.mark.parametrize(
-    ("zero", "world_size", "on_gpu", "said"),
-    [
-        ({**PLUS_PLUS, "stage": 2}, 16, True, "ds.json: zero_quantized_weights is of ZeRO-3, and the stage is 2"),
-        ({"stage": 2, "zero_hpz_partition_size": 2}, 2, False, "zero_hpz_partition_size is of ZeRO-3"),
-        (PLUS_PLUS, 12, True, "zero_hpz_partition_size 8 does not divide the 12 processes"),
-        (PLUS_PLUS, 16, False, "zero_quantized_weights needs CUDA kernels, and this run is on the CPU"),
-    ],
-)
-def test_zero_plus_plus_that_makes_no_sense_is_refused(
-    zero: dict[str, Any], world_size: int, on_gpu: bool, said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
-        check_sense({"zero_optimization": zero}, world_size=world_size, on_gpu=on_gpu, source="ds.json")
-
-
-def test_nvme_is_seen_in_either_place() -> None:
-    assert uses_nvme(from_options(ZeroOptions(stage=3, offload_parameters="nvme", nvme_path="/nvme")))
-    assert uses_nvme({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}})
-    assert not uses_nvme(from_options(ZeroOptions(stage=2, offload_optimizer="cpu")))

@@ -1,19 +1,16 @@
-"""Runs that are launched as on a cluster: two torchrun agents that meet, and SIGTERM."""
+"""Runs that are launched as on a cluster: two torchrun agents that meet."""
 
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 LAUNCH = Path(__file__).parents[2] / "configs/launch"
 Logged = Callable[[Path, str], list[float]]
@@ -56,45 +53,6 @@ def test_two_agents_meet_and_learn_what_one_process_learns(
     assert [agent.returncode for agent in agents] == [0, 0], said
     expected = logged(alone("lora"), "train/loss")
     assert logged(folder, "train/loss") == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("processes", "strategy"), [(1, "auto"), (2, "ddp"), (2, "fsdp2")])
-def test_sigterm_writes_a_checkpoint_and_the_restart_continues(
-    runs: Any, logged: Logged, tmp_path: Path, processes: int, strategy: str
-) -> None:
-    where: Any = {"processes": processes, "strategy": strategy}
-    long = ("--trainer.max_steps=2000", "--trainer.max_epochs=-1", "--model.lr_scheduler.name=constant")
-    folder = tmp_path / "run"
-    with subprocess.Popen(
-        runs.command(folder, "lora", *long, **where),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ) as process:  # fmt: skip
-        try:
-            wait_for(lambda: (folder / "metrics.csv").is_file())
-            process.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=90)[0]
-        finally:
-            process.kill()
-    assert process.returncode == 143, said[-3000:]
-    assert "continue with --ckpt_path last" in said
-    assert (folder / "checkpoints/last.ckpt").is_file()
-    before = logged(folder, "train/loss")
-    done = torch.load(folder / "checkpoints/last.ckpt")["global_step"]
-    assert len(before) == done
-    steps = (f"--trainer.max_steps={done + 3}", *long[1:])
-    again = tmp_path / "again"
-    runs(again, "lora", *steps, f"--ckpt_path={folder / 'checkpoints/last.ckpt'}", **where)
-    runs(tmp_path / "whole", "lora", *steps)
-    whole = logged(tmp_path / "whole", "train/loss")
-    assert [*before, *logged(again, "train/loss")] == pytest.approx(whole, rel=1e-5)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("file", ["torchrun.sh", "slurm.sbatch"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -15,6 +17,16 @@ def test_short_names_make_strategies() -> None:
     register_strategies()  # a second time changes nothing
     assert not StrategyRegistry.get("fsdp2").offload
     assert StrategyRegistry.get("fsdp2_offload").offload
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
+@pytest.mark.parametrize(("stage", "weights_too"), [(1, False), (2, False), (3, True)])
+def test_every_stage_that_shards_has_a_name_with_offload(stage: int, weights_too: bool) -> None:
+    register_strategies()
+    zero = StrategyRegistry.get(f"deepspeed_stage_{stage}_offload").config["zero_optimization"]
+    assert zero["stage"] == stage
+    assert zero["offload_optimizer"]["device"] == "cpu"
+    assert ("offload_param" in zero) is weights_too
 
 
 @pytest.mark.parametrize(("name", "instead"), [("fsdp", "'fsdp2'"), ("fsdp_cpu_offload", "'fsdp2_offload'")])

@@ -30,19 +30,20 @@ MODES: Mapping[str, tuple[str, tuple[str, ...], Asked]] = {
         Asked(),
     ),
     "LoRA with a trained head": ("lora", ("--model.adapter.modules_to_save=[lm_head]",), Asked()),
-    "DoRA": ("lora", ("--model.adapter.use_dora=true",), Asked(use_dora=True)),
+    "DoRA": ("lora", ("--model.adapter.use_dora=true",), Asked()),
     "QLoRA": ("qlora", (), Asked(quantization_bits=4)),
     "int8 LoRA": ("lora", ("--model.quantization.bits=8",), Asked(quantization_bits=8)),
 }
 STRATEGIES: Mapping[str, Sharding | None] = {
     "ddp": None,
     "fsdp2": Sharding("fsdp2", 3),
-    "fsdp2_offload": Sharding("fsdp2_offload", 3, offload=True),
+    "fsdp2_offload": Sharding("fsdp2_offload", 3),
     "deepspeed_stage_1": Sharding("deepspeed_stage_1", 1),
+    "deepspeed_stage_1_offload": Sharding("deepspeed_stage_1_offload", 1),
     "deepspeed_stage_2": Sharding("deepspeed_stage_2", 2),
     "deepspeed_stage_2_offload": Sharding("deepspeed_stage_2_offload", 2),
     "deepspeed_stage_3": Sharding("deepspeed_stage_3", 3),
-    "deepspeed_stage_3_offload": Sharding("deepspeed_stage_3_offload", 3, offload=True),
+    "deepspeed_stage_3_offload": Sharding("deepspeed_stage_3_offload", 3),
 }
 FAST = {("QLoRA", "fsdp2"), ("int8 LoRA", "fsdp2")}
 CELLS = [

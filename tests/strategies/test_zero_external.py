@@ -1,0 +1,36 @@
+"""Which weights of others a DoRA layer uses."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from sft_lightning.strategies.zero_external import external_weights, gather_for_dora
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
+
+
+def adapted(*, use_dora: bool) -> Any:
+    return get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], r=2, use_dora=use_dora))  # type: ignore[arg-type]
+
+
+@needs_deepspeed
+def test_they_are_those_of_the_base_layer_and_of_both_low_rank_layers() -> None:
+    model = adapted(use_dora=True)
+    gather_for_dora(model)
+    layer = model.base_model.model[0]
+    found = {id(weight) for weight in external_weights(layer.lora_magnitude_vector["default"])}
+    wanted = (layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    assert found == {id(weight) for weight in wanted}
+    assert external_weights(layer) == []
+
+
+@needs_deepspeed
+def test_lora_uses_none() -> None:
+    model = adapted(use_dora=False)
+    gather_for_dora(model)
+    assert all(external_weights(module) == [] for module in model.modules())
