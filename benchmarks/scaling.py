@@ -64,13 +64,20 @@ def write_inputs(folder: Path) -> int:
     return size
 
 
-def command(folder: Path, strategy: str, processes: int) -> list[str]:
-    """Return the run of a strategy."""
+def write_config(folder: Path, strategy: str, processes: int, model: Mapping[str, Any]) -> Path:
+    """Write the run of a strategy; return its file.
+
+    Args:
+        folder: Of `write_inputs`.
+        strategy: As `trainer.strategy` has it.
+        processes: How many.
+        model: Further keys of the model.
+    """
     config = {
         "task": "pretrain",
         "model": {
             "model_name_or_path": str(folder / "model"), "dtype": "float32", "gradient_checkpointing": False,
-            "lr_scheduler": {"name": "constant"},
+            "lr_scheduler": {"name": "constant"}, **model,
         },
         "data": {
             "sources": {"rows": {"path": str(folder / "rows.jsonl")}}, "max_length": LENGTH, "packing": "none",
@@ -88,7 +95,7 @@ def command(folder: Path, strategy: str, processes: int) -> list[str]:
     }  # fmt: skip
     file = folder / f"{strategy}_{processes}.yaml"
     file.write_text(json.dumps(config))  # JSON is YAML
-    return [sys.executable, "-m", "sft_lightning", "fit", "--config", str(file)]
+    return file
 
 
 def pss(process: psutil.Process) -> int:
@@ -100,8 +107,9 @@ def pss(process: psutil.Process) -> int:
         return 0
 
 
-def run(folder: Path, strategy: str, processes: int) -> dict[str, Any]:
-    """Run a strategy, and look at the memory of all its processes meanwhile."""
+def run(folder: Path, strategy: str, processes: int, model: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Run a strategy, and look at the memory of all its processes meanwhile; the arguments are `write_config`'s."""
+    file = write_config(folder, strategy, processes, model)
     answers = folder / f"answers_{strategy}_{processes}"
     answers.mkdir(exist_ok=True)
     environment = {
@@ -111,8 +119,9 @@ def run(folder: Path, strategy: str, processes: int) -> dict[str, Any]:
     held: list[tuple[float, int]] = []
     with (answers / "said.txt").open("w") as said:
         started = psutil.Popen(
-            command(folder, strategy, processes), env=environment, stdout=said, stderr=subprocess.STDOUT
-        )
+            [sys.executable, "-m", "sft_lightning", "fit", "--config", str(file)],
+            env=environment, stdout=said, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         while started.poll() is None:
             held.append((time.time(), pss(started)))
             time.sleep(0.05)
@@ -130,6 +139,7 @@ def run(folder: Path, strategy: str, processes: int) -> dict[str, Any]:
         "seconds": min(max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True)),
         "bytes_by_collective": ranks[0]["bytes_by_collective"],
         "bytes_held": max(rank["bytes_live"] for rank in ranks),
+        "bytes_peak": max(rank["bytes_peak"] for rank in ranks),
         "bytes_loading": peak("loaded"),
         "bytes_ready": peak("ready"),
     }

@@ -1,17 +1,21 @@
-"""Every recipe runs: one optimizer step on a tiny model of its own family, with small data of its own formats.
+"""Every recipe runs as it stands: an optimizer step on a tiny model of its own family, with small data of its formats.
 
-Replaced are only names of models and files, and what needs a GPU: half precision, paged optimizers, several processes
-(`tests/strategies` has those), and W&B.
+The models, tokenizers and files lie where a recipe looks for them, in a folder of their own. Whatever is replaced all
+the same is listed, with its reason, in `REPLACED`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -62,12 +66,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def _family_models() -> Any:
+def _benchmark(name: str) -> Any:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        return importlib.import_module("family_models")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def _family_models() -> Any:
+    return _benchmark("family_models")
 
 
 def family(recipe: Path) -> dict[str, Any]:
@@ -87,76 +95,163 @@ def family(recipe: Path) -> dict[str, Any]:
     return values
 
 
-@pytest.fixture(scope="module")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
-    """The folder of a tiny model of a recipe's family, with its tokenizer."""
+class Replaced(NamedTuple):
+    """What is not run as it stands."""
 
-    def make(recipe: Path) -> Path:
-        folder = tmp_path_factory.mktemp(recipe.stem)
-        _family_models().save_tokenizer(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_tokens(["<bos>", "<eos>"], special_tokens=True)
-        tokenizer.chat_template = CHAT_TEMPLATE
-        tokenizer.save_pretrained(folder)
-        values = {"vocab_size": _family_models().VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, **family(recipe)}
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-        model.to(torch.float32).save_pretrained(folder)
-        return folder
-
-    return make
+    why: str
+    applies: Callable[[dict[str, Any]], bool]
+    instead: Callable[[dict[str, Any]], dict[str, Any]]
+    """Options, by the keys of the YAML."""
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with more tokens than any stand-in embeds."""
-    folder = tmp_path_factory.mktemp("extended")
+def is_deepspeed(config: dict[str, Any]) -> bool:
+    return "deepspeed" in str(config["trainer"].get("strategy")).lower()
+
+
+def is_offloaded(config: dict[str, Any]) -> bool:
+    return "offload_" in str(config["trainer"].get("strategy"))
+
+
+def needs_float16(config: dict[str, Any]) -> bool:
+    """Whether torch's autocast runs it in float16; DeepSpeed casts by itself, on the CPU too."""
+    return config["trainer"].get("precision") == "16-mixed" and not is_deepspeed(config)
+
+
+def has_wandb(config: dict[str, Any]) -> bool:
+    return "WandbLogger" in str(config["trainer"].get("logger"))
+
+
+def other_loggers(config: dict[str, Any]) -> list[Any]:
+    return [logger for logger in config["trainer"]["logger"] if "WandbLogger" not in logger["class_path"]]
+
+
+REPLACED = [
+    Replaced(
+        "an epoch is more than a test has time for",
+        lambda config: True,
+        lambda config: {"trainer.accelerator": "cpu", "trainer.max_steps": 1},
+    ),
+    Replaced(
+        "autocast to float16 scales the loss, which torch does on GPUs alone: bfloat16 stands for it",
+        needs_float16,
+        lambda config: {"trainer.precision": "bf16-mixed"},
+    ),
+    Replaced(
+        "autocast takes no weights of the other half precision",
+        lambda config: needs_float16(config) and config["model"]["dtype"] == "float16",
+        lambda config: {"model.dtype": "bfloat16"},
+    ),
+    Replaced(
+        "wandb, an extra, is not installed",
+        lambda config: has_wandb(config) and importlib.util.find_spec("wandb") is None,
+        lambda config: {"trainer.logger": other_loggers(config)},
+    ),
+]
+REPLACED_IN_THIS_PROCESS = [
+    *REPLACED,
+    Replaced(
+        "samples at both ends take longer than the step between them: two tokens of one question do",
+        lambda config: "SampleGeneration" not in str(config["trainer"].get("callbacks")),
+        lambda config: {
+            "trainer.callbacks+": "callbacks.SampleGeneration",
+            "trainer.callbacks.num_prompts": 1,
+            "trainer.callbacks.generation": {"max_new_tokens": 2},
+        },
+    ),
+    Replaced(
+        "DeepSpeed compiles its Adam for the host at first use, a minute and a half: the slow test has it",
+        is_offloaded,
+        lambda config: {"trainer.strategy": "deepspeed_stage_3"},
+    ),
+]
+
+
+def write_model(recipe: Path, folder: Path) -> None:
+    """Write a tiny model of a recipe's family, in float32, with its tokenizer."""
+    folder.mkdir(parents=True)
     _family_models().save_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([f"汉字{i}" for i in range(20)])
+    tokenizer.add_tokens(["<bos>", "<eos>"], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    return folder
+    values = {"vocab_size": _family_models().VOCAB_SIZE, "bos_token_id": 1, "eos_token_id": 2, **family(recipe)}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    model.to(torch.float32).save_pretrained(folder)
 
 
-def write_sources(sources: dict[str, Any], folder: Path) -> str:
-    """Write each source where a part of its path still tells what it is; return the sources with their new paths."""
-    written = {}
-    for name, source in sources.items():
-        kind = source.get("format") or dataset_format(source["path"])
-        assert kind in FORMATS
-        base = folder / source["path"].rstrip("/")
-        file = base if base.suffix else base / f"{source.get('split', 'train')}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        rows = [json.loads(json.dumps(ROWS[kind]).replace("{i}", str(i))) for i in range(40)]
-        file.write_text("\n".join(map(json.dumps, rows)) if file.suffix == ".jsonl" else json.dumps(rows))
-        written[name] = {**source, "path": str(base)}
-    return json.dumps(written)
+def write_tokenizer(folder: Path, *, extended: bool) -> None:
+    """Write a tokenizer, with more tokens than any stand-in embeds if it is extended."""
+    folder.mkdir(parents=True)
+    _family_models().save_tokenizer(folder)
+    if extended:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens([f"汉字{i}" for i in range(20)])
+        tokenizer.save_pretrained(folder)
 
 
-def command(recipe: Path, model: Path, folder: Path, extended: Path) -> list[str]:
+def write_source(source: dict[str, Any], folder: Path) -> None:
+    """Write the records of a source where it looks for them."""
+    kind = source.get("format") or dataset_format(source["path"])
+    assert kind in FORMATS
+    base = folder / source["path"].rstrip("/")
+    file = base if base.suffix else base / f"{source.get('split', 'train')}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(json.dumps(ROWS[kind]).replace("{i}", str(i))) for i in range(40)]
+    file.write_text("\n".join(map(json.dumps, rows)) if file.suffix == ".jsonl" else json.dumps(rows))
+
+
+def write_inputs(recipe: Path, folder: Path) -> None:
+    """Write everything that a recipe reads, where it reads it."""
+    config = yaml.safe_load(recipe.read_text())
+    model, data = config["model"], config["data"]
+    if "model_name_or_path" in model and not (folder / model["model_name_or_path"]).exists():
+        write_model(recipe, folder / model["model_name_or_path"])
+    tokenizer = model.get("tokenizer_name_or_path")
+    if tokenizer is not None and not (folder / tokenizer).exists():
+        write_tokenizer(folder / tokenizer, extended=model.get("resize_vocabulary", False))
+    for source in [*data["sources"].values(), *data.get("val_sources", {}).values()]:
+        write_source(source, folder)
+
+
+def command(recipe: Path, replaced: list[Replaced], *, devices: int) -> list[str]:
     """Return the command that runs a recipe here."""
     config = yaml.safe_load(recipe.read_text())
-    asked = config["model"]
-    tokenizer = extended if "tokenizer_name_or_path" in asked and asked.get("resize_vocabulary") else model
-    options = {
-        "model.tokenizer_name_or_path": str(tokenizer),
-        "model.dtype": "float32",
-        "data.sources": write_sources(config["data"]["sources"], folder),
-        "trainer.max_steps": "1",
-        "trainer.default_root_dir": str(folder / "run"),
-        "trainer.accelerator": "cpu",
-        "trainer.strategy": "auto",
-        "trainer.precision": "32-true",
-        "trainer.logger": "true",
-    }
-    if "from_config" not in asked:
-        options["model.model_name_or_path"] = str(model)
-    if "val_sources" in config["data"]:
-        options["data.val_sources"] = write_sources(config["data"]["val_sources"], folder)
-    if asked["optimizer"]["class_path"].startswith("bitsandbytes.optim.Paged"):
-        options["model.optimizer"] = "torch.optim.AdamW"
-        options["model.optimizer.lr"] = str(asked["optimizer"]["init_args"]["lr"])
-    return ["fit", "--config", str(recipe), *(f"--{key}={value}" for key, value in options.items())]
+    options = {"trainer.devices": devices}
+    for each in replaced:
+        if each.applies(config):
+            options |= each.instead(config)
+    given = (f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items())
+    return ["fit", "--config", str(recipe), *given]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working folder, in which runs of this process leave no variables behind."""
+    monkeypatch.chdir(tmp_path)
+    before = dict(os.environ)
+    os.environ["WANDB_MODE"] = "offline"
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _process_group() -> Iterator[None]:
+    """Sharded runs of this process share its group of one, which DeepSpeed remembers, and leave none behind."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def assert_ran(recipe: Path, folder: Path) -> None:
+    run = folder / "runs" / recipe.stem
+    config = yaml.safe_load(recipe.read_text())
+    root = folder / config["trainer"].get("default_root_dir", run)
+    assert (root / ("adapter" if config["model"].get("adapter") else "model") / "run_manifest.json").exists()
+    assert list(root.glob("events.out.tfevents.*")), "TensorBoard's events"
+    if has_wandb(config) and importlib.util.find_spec("wandb") is not None:
+        assert list((root / "wandb").glob("offline-run-*"))
 
 
 @pytest.mark.parametrize(
@@ -167,23 +262,46 @@ def command(recipe: Path, model: Path, folder: Path, extended: Path) -> list[str
         if path.stem != CONTINUES
     ],
 )
-def test_a_recipe_runs_on_a_tiny_model_of_its_family(
-    recipe: Path, stand_in: Callable[[Path], Path], extended: Path, tmp_path: Path
-) -> None:
-    assert main(command(recipe, stand_in(recipe), tmp_path, extended)) == 0
-    assert (tmp_path / "run" / "adapter").exists() or (tmp_path / "run" / "model").exists()
+def test_a_recipe_runs_on_a_tiny_model_of_its_family(recipe: Path, folder: Path) -> None:
+    write_inputs(recipe, folder)
+    assert main(command(recipe, REPLACED_IN_THIS_PROCESS, devices=1)) == 0
+    assert_ran(recipe, folder)
 
 
-def test_the_recipe_that_continues_takes_the_adapter_of_the_one_before(
-    stand_in: Callable[[Path], Path], extended: Path, tmp_path: Path
-) -> None:
+def test_the_recipe_that_continues_takes_the_adapter_of_the_one_before(folder: Path) -> None:
     first, then = (ROOT / "configs" / f"{name}.yaml" for name in ("chinese_alpaca", CONTINUES))
-    model = stand_in(first)
-    assert main(command(first, model, tmp_path / "first", extended)) == 0
-    adapter = f"--model.adapter.path={tmp_path / 'first' / 'run' / 'adapter'}"
-    assert main([*command(then, model, tmp_path / "then", extended), adapter]) == 0
-    saved = json.loads((tmp_path / "then" / "run" / "adapter" / "adapter_config.json").read_text())
+    for recipe in (first, then):
+        write_inputs(recipe, folder)
+        assert main(command(recipe, REPLACED_IN_THIS_PROCESS, devices=1)) == 0
+        assert_ran(recipe, folder)
+    saved = json.loads((folder / "runs" / CONTINUES / "adapter" / "adapter_config.json").read_text())
     assert (saved["r"], saved["modules_to_save"]) == (8, ["embed_tokens", "lm_head"])
+
+
+SHARDED = [path for path in RECIPES if "strategy" in yaml.safe_load(path.read_text())["trainer"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [path for path in SHARDED if path.stem != CONTINUES], ids=lambda path: path.stem)
+def test_a_sharded_recipe_runs_in_two_processes(recipe: Path, folder: Path) -> None:
+    write_inputs(recipe, folder)
+    run_processes(command(recipe, REPLACED, devices=2), folder)
+    assert_ran(recipe, folder)
+
+
+def run_processes(arguments: list[str], folder: Path) -> None:
+    """Run the command in processes of its own, and end all of them if they hang."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "sft_lightning", *arguments], cwd=folder, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=400)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, said[-5000:]
 
 
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
@@ -193,7 +311,10 @@ def recipe(request: pytest.FixtureRequest) -> Path:
 
 
 def test_a_recipe_as_it_stands_is_a_configuration_whose_strategy_takes_its_model(recipe: Path) -> None:
-    cli = SFTCommandLine("plan", ["--config", str(recipe), *no_wandb(recipe)])
+    config = yaml.safe_load(recipe.read_text())
+    logger = [each.instead(config) for each in REPLACED if each.applies(config) and "wandb" in each.why]
+    options = [f"--{key}={json.dumps(value)}" for options in logger for key, value in options.items()]
+    cli = SFTCommandLine("plan", ["--config", str(recipe), *options])
     strategy = cli.config_init["trainer"]["strategy"]
     if isinstance(strategy, str) and strategy != "auto":
         strategy = StrategyRegistry.get(strategy)
@@ -201,20 +322,31 @@ def test_a_recipe_as_it_stands_is_a_configuration_whose_strategy_takes_its_model
         check_module(cli.config_init["model"], strategy.sharding)
 
 
-def no_wandb(recipe: Path) -> list[str]:
-    try:
-        importlib.import_module("wandb")
-    except ImportError:
-        return ["--trainer.logger=true"] if "WandbLogger" in recipe.read_text() else []
-    return []
-
-
 def test_a_recipe_is_short_and_opens_with_its_command(recipe: Path) -> None:
     lines = recipe.read_text().splitlines()
     assert len(lines) <= 40
     head = "\n".join(line for line in lines[:6] if line.startswith("#"))
     assert f"python -m sft_lightning fit --config configs/{recipe.name}" in head
-    assert "Hardware" in head
+    assert "# Hardware: " in head
+
+
+ON_THE_CPU = ("demo_pretrain", "demo_sft")
+
+
+def test_a_recipe_says_how_many_gpus_of_what_size_it_needs_and_fits_them(recipe: Path) -> None:
+    found = _benchmark("recipe_memory").claims(recipe)
+    assert bool(found) == (recipe.stem not in ON_THE_CPU)
+    for claim in found:
+        assert 0 < claim.peak < 0.95 * claim.gib, "the CUDA context and fragmentation take some, too"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if path.stem not in ON_THE_CPU], ids=lambda path: path.stem
+)
+def test_the_peak_that_a_recipe_names_is_the_planned_one_of_the_true_model(recipe: Path) -> None:
+    for _, claim, gib in _benchmark("recipe_memory").planned([recipe]):
+        assert claim.peak == pytest.approx(gib, abs=0.06), claim.options
 
 
 def test_the_readme_lists_every_recipe(recipe: Path) -> None:

@@ -44,7 +44,7 @@ class ScalingWatch(Callback):
         self._sent: Counter[str] = Counter()
         self._marks: dict[str, float] = {}
         self._profiler: profile | None = None
-        self._before = self._live = 0
+        self._before = self._live = self._peak = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Note the memory of an empty process when the model is loaded next."""
@@ -65,7 +65,7 @@ class ScalingWatch(Callback):
         trainer.strategy.barrier("together")
         if trainer.global_step == trainer.max_steps - 1:  # counted, not timed
             self._live = live_bytes()
-            self._profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+            self._profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True)
             self._profiler.__enter__()
         self._start = time.perf_counter()
 
@@ -80,6 +80,7 @@ class ScalingWatch(Callback):
         for event in self._profiler.events():
             if event.name in _COLLECTIVES:
                 self._sent[event.name.rpartition(":")[2]] += largest_input(event)
+        self._peak = self._live + most_allocated(self._profiler)
         self._profiler = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,12 +90,24 @@ class ScalingWatch(Callback):
             "marks": self._marks,
             "bytes_empty": self._before,
             "bytes_live": self._live,
+            "bytes_peak": self._peak,
         }
         folder = Path(os.environ["SCALING_FOLDER"])
         (folder / f"{trainer.global_rank}.json").write_text(json.dumps(answer))
 
     def _mark(self, name: str) -> None:
         self._marks[name] = time.time()
+
+
+def most_allocated(profiler: profile) -> int:
+    """Return the most bytes that torch's allocator had out at once, beside what was there when it was asked."""
+    kineto: Any = profiler.profiler
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
 
 
 def largest_input(event: Any) -> int:

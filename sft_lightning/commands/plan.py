@@ -13,7 +13,9 @@ from sft_lightning.cli import SFTCommandLine, quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan import Topology
 from sft_lightning.errors import UserError
+from sft_lightning.planning.refusals import check_as_fit
 from sft_lightning.planning.report import PlanInputs, plan_lines
+from sft_lightning.planning.sharding import sharding_of
 from sft_lightning.training.module import CausalLMModule
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40}
@@ -21,6 +23,21 @@ _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40}
 
 def main(args: Sequence[str]) -> None:
     """Plan the data, simulate a step, and print what was found."""
+    inputs = plan_inputs(args)
+    _read(inputs.data)
+    for text in plan_lines(inputs):
+        print(text)
+
+
+def plan_inputs(args: Sequence[str]) -> PlanInputs:
+    """Return what a command line asks to plan; nothing of the data is read yet.
+
+    Args:
+        args: What follows `plan` on the command line.
+
+    Raises:
+        UserError: If `fit` would refuse the configuration before it reads a weight, or an option of `plan` is wrong.
+    """
     quiet_libraries()
     line = SFTCommandLine("plan", list(args), _add_options)
     data, config, module = line.data, line.config, line.config_init["model"]
@@ -35,11 +52,12 @@ def main(args: Sequence[str]) -> None:
     if given is not None:
         accumulate = data.topology.accumulate
         data.topology = Topology(batch_size=data.batch_size, accumulate=accumulate, world_size=given)
-    _read(data)
-    inputs = PlanInputs(
+    strategy = config["trainer"]["strategy"]  # as it was written, not what was made of it
+    check_as_fit(module, sharding_of(strategy, data.topology.world_size))
+    return PlanInputs(
         module=module,
         data=data,
-        strategy=trainer["strategy"],
+        strategy=strategy,
         precision=_precision(trainer["precision"]),
         num_epochs=_epochs(trainer),
         max_steps=trainer["max_steps"],
@@ -47,8 +65,6 @@ def main(args: Sequence[str]) -> None:
         mfu=config["mfu"],
         tflops=config["tflops"],
     )
-    for text in plan_lines(inputs):
-        print(text)
 
 
 def _add_options(parser: ArgumentParser) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs_datamodule import PairDataModule
 from sft_lightning.planning.estimate import Estimator
 from sft_lightning.planning.memory import (
     GIB,
@@ -23,6 +24,7 @@ from sft_lightning.planning.speed import arithmetic, mean_document_length
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference import DPOModule
 from sft_lightning.training.preference_reference import choose_reference
+from sft_lightning.training.preference_sharing import shared_fraction
 
 PARTS = tuple(part.name for part in fields(Memory))
 
@@ -53,11 +55,23 @@ class PlanInputs:
 def plan_lines(inputs: PlanInputs) -> Iterator[str]:
     """Yield the lines of a plan."""
     yield from _data_lines(inputs)
+    estimator, setup = plan_memory(inputs)
+    skeleton = estimator.skeleton
+    yield from _memory_lines(estimator, setup)
+    if not estimator.optimizer_is_counted:
+        yield "  (the optimizer does not step on fake tensors: counted as two states of each trained parameter)"
+    yield from _remarks(inputs, setup, skeleton)
+    if inputs.gpu_bytes is not None:
+        yield from _fit_lines(inputs, estimator, setup, skeleton)
+    yield from _speed_lines(inputs, skeleton, setup)
+
+
+def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
+    """Return what tells the memory of a configuration, and the configuration; the data need not be read."""
     module, data, topology = inputs.module, inputs.data, inputs.data.topology
-    skeleton = build_skeleton(module, len(data.tokenizer), inputs.precision)
     estimator = Estimator(
         module,
-        skeleton,
+        build_skeleton(module, len(data.tokenizer), inputs.precision),
         precision=inputs.precision,
         max_length=data.max_length,
         accumulates=topology.accumulate > 1,
@@ -70,15 +84,8 @@ def plan_lines(inputs: PlanInputs) -> Iterator[str]:
         sharding=sharding_of(inputs.strategy, topology.world_size),
     )
     if module.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
-        over = estimator.memory(setup).total > inputs.gpu_bytes
-        setup = replace(setup, checkpointing=over)
-    yield from _memory_lines(estimator, setup)
-    if not estimator.optimizer_is_counted:
-        yield "  (the optimizer does not step on fake tensors: counted as two states of each trained parameter)"
-    yield from _remarks(inputs, setup, skeleton)
-    if inputs.gpu_bytes is not None:
-        yield from _fit_lines(inputs, estimator, setup, skeleton)
-    yield from _speed_lines(inputs, skeleton, setup)
+        setup = replace(setup, checkpointing=estimator.memory(setup).total > inputs.gpu_bytes)
+    return estimator, setup
 
 
 def _data_lines(inputs: PlanInputs) -> Iterator[str]:
@@ -121,6 +128,7 @@ def _remarks(inputs: PlanInputs, setup: Setup, skeleton: Skeleton) -> Iterator[s
     module = inputs.module
     if isinstance(module, DPOModule):
         yield f"  ({_reference(module, skeleton, inputs)})"
+        yield f"  (prompts once for both answers: {_shared(inputs):.0%} of the tokens off the time, not off the memory)"
 
 
 def _reference(module: DPOModule, skeleton: Skeleton, inputs: PlanInputs) -> str:
@@ -184,7 +192,7 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
         full=module.adapter is None,
         document_length=mean_document_length(lengths),
     )
-    tokens = int(rows.lengths.sum())
+    tokens = int(rows.lengths.sum() * (1 - _shared(inputs)))
     if _asks_reference(module, skeleton):
         per_token = replace(per_token, model=per_token.model + per_token.recomputed)
     seconds = per_token.seconds(
@@ -199,6 +207,13 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
         + (f" and {per_token.recomputed / 1e9:.2f} run again" if setup.checkpointing else "")
         + f"; an epoch takes {_duration(seconds)} at {inputs.mfu:.0%} of {inputs.tflops:g} TFLOP/s a GPU"
     )
+
+
+def _shared(inputs: PlanInputs) -> float:
+    """Return the share of tokens that is computed once for both answers of a pair, if `fit` proves that it may be."""
+    module, data = inputs.module, inputs.data
+    asked = isinstance(module, DPOModule) and module.preference.share_prompts
+    return shared_fraction(data) if asked and isinstance(data, PairDataModule) else 0.0
 
 
 def _asks_reference(module: CausalLMModule, skeleton: Skeleton) -> bool:

@@ -103,6 +103,44 @@ def test_preference_training_counts_pairs_and_tells_of_the_reference(
     assert said in shown
 
 
+def test_prompts_of_pairs_are_off_the_time(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "q" * 20, "chosen": "good", "rejected": "bad"}] * 3))
+    source = f"--data.sources={{toy: {{path: {tmp_path / 'pairs.json'}, format: preference}}}}"
+    assert plan("--task=dpo", source, "--model.adapter.r=4") == 0
+    shown = capsys.readouterr().out
+    share = int(shown.split("prompts once for both answers: ")[1].split("%")[0])
+    assert 20 < share < 50
+    assert plan("--task=dpo", source, "--model.adapter.r=4", "--model.preference.share_prompts=false") == 0
+    assert "prompts once for both answers: 0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.quantization.bits=4", "--model.adapter.init=pissa"], "PEFT cannot read in 4 bits"),
+        (
+            ["--model.quantization.bits=8", "--model.adapter.r=4", "--trainer.strategy=fsdp2"],
+            "model.quantization.bits: 8, but trainer.strategy fsdp2",
+        ),
+        (
+            ["--model.quantization.bits=8", "--model.adapter.r=4", "--trainer.strategy=deepspeed_stage_3_offload"],
+            "model.quantization.bits: 8, but trainer.strategy deepspeed_stage_3_offload",
+        ),
+    ],
+)
+def test_what_fit_refuses_is_refused(
+    options: list[str], said: str, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(*options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_strategy_by_its_class_is_planned(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = "{class_path: sft_lightning.strategies.FSDP2, init_args: {offload: true}}"
+    assert plan("--model.adapter.r=4", f"--trainer.strategy={strategy}", "--num_gpus=2") == 0
+    assert "FSDP2, offloaded" in capsys.readouterr().out
+
+
 def test_memory_is_read_in_its_units() -> None:
     assert parse_memory("48GiB") == parse_memory("48") == 48 * 2**30
     assert parse_memory("80 GB") == 80e9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from sft_lightning.models.adapters import AdapterConfig
 from sft_lightning.planning.estimate import Estimator
 from sft_lightning.planning.memory import Memory, Setup
 from sft_lightning.planning.sharding import Sharding, fsdp2, sharding_of, zero
+from sft_lightning.planning.simulation import simulate_step
 from sft_lightning.planning.skeleton import build_skeleton
 from sft_lightning.training.module import CausalLMModule
 
@@ -43,6 +46,18 @@ def test_one_gpu_has_all_of_a_model_and_nothing_for_others() -> None:
     assert found.gradients == 4 * MODEL
     assert found.optimizer == pytest.approx(8 * MODEL, rel=1e-3)
     assert found.communication == 0
+
+
+def test_gradients_of_one_gpu_are_made_while_activations_go_and_divided_ones_go_at_once() -> None:
+    full = estimator()
+    options: Any = {"batch_size": 1, "max_length": 32, "gradient_checkpointing": False}
+    alone, divided = memory(full, Sharding("one GPU")), memory(full, fsdp2(4))
+    step = simulate_step(full.skeleton, **options)
+    assert alone.activations + alone.temporary + alone.gradients == step.peak
+    assert step.peak < step.kept + 4 * MODEL
+    waiting = simulate_step(full.skeleton, **options, has_gradients=True)
+    assert divided.activations == waiting.kept
+    assert divided.activations + divided.temporary == waiting.peak
 
 
 def test_ddp_has_all_of_it_and_the_gradients_once_more() -> None:
@@ -89,3 +104,12 @@ def test_in_8_bits_every_layer_keeps_its_input() -> None:
     plain, int8 = (memory(lora, Sharding("one GPU"), bits=bits) for bits in (None, 8))
     assert int8.weights < plain.weights
     assert int8.activations > plain.activations
+
+
+def test_a_state_space_models_long_rows_are_on_the_line_through_short_ones() -> None:
+    shape = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    module = CausalLMModule(from_config=shape, tokenizer_name_or_path="none", dtype="float32")
+    found = Estimator(module, build_skeleton(module, 100), precision="32-true", max_length=4096, accumulates=False)
+    kept = [found.step(tokens, False, None, has_gradients=True).kept for tokens in (1024, 2048, 4096)]
+    assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]))
+    assert kept[0] > 0

@@ -1,0 +1,82 @@
+"""`plan` against runs: the memory of a process under each strategy, planned and measured, two processes on the CPU.
+
+    python benchmarks/plan_memory.py [--only ddp fsdp2 deepspeed_stage_1 …] [--modes full lora]
+
+The runs are those of `scaling.py`: a Llama of 80 M parameters, float32, two rows of 512 tokens a process, AdamW; in
+full and with LoRA of rank 64. Peak: the tensors that are alive before a step, and the most that torch's allocator has
+out in it beside them (`torch.profiler`); planned: the peak of `plan`. Everything is in MiB. What DeepSpeed allocates
+and never touches counts in both, as it does on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from scaling import RESULTS, THEORY_SENT, empty_folder, hardware, run, use_two_cores, write_config, write_inputs
+
+from sft_lightning.commands.plan import plan_inputs
+from sft_lightning.planning.report import PARTS, plan_memory
+
+MIB = 2**20
+MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"adapter": {"r": 64, "dropout": 0.0}}}
+HEAD = ["mode", "strategy", "planned", "measured", "planned / measured", *PARTS, "held, measured"]
+
+
+def planned(file: Path) -> dict[str, float]:
+    """Return what `plan` says of a configuration, bytes by part."""
+    estimator, setup = plan_memory(plan_inputs(["--config", str(file)]))
+    return dict(vars(estimator.memory(setup)))
+
+
+def main() -> None:
+    """Measure, print the table as Markdown, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(THEORY_SENT), default=list(THEORY_SENT))
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    args = parser.parse_args()
+    use_two_cores()
+    found: list[dict[str, Any]] = []
+    print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}", flush=True)
+    for mode in args.modes:
+        with empty_folder() as folder:
+            write_inputs(folder)
+            for strategy in args.only:
+                answer = run(folder, strategy, 2, MODES[mode])
+                plan = planned(write_config(folder, strategy, 2, MODES[mode]))
+                found.append({"mode": mode, "strategy": strategy, "planned": plan, **answer})
+                print(f"| {' | '.join(row(found[-1]))} |", flush=True)
+    write(found)
+
+
+def row(way: dict[str, Any]) -> list[str]:
+    """Return a line of the table."""
+    total = sum(way["planned"].values())
+    return [
+        way["mode"], way["strategy"], f"{total / MIB:.0f}", f"{way['bytes_peak'] / MIB:.0f}",
+        f"{total / way['bytes_peak']:.2f}", *(f"{way['planned'][part] / MIB:.0f}" for part in PARTS),
+        f"{way['bytes_held'] / MIB:.0f}",
+    ]  # fmt: skip
+
+
+def write(found: list[dict[str, Any]]) -> None:
+    """Write the results."""
+    today = date.today().isoformat()
+    result = {
+        "date": today, "hardware": hardware(), "python": platform.python_version(), "torch": torch.__version__,
+        "ways": found,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"plan_memory_cpu_{today}.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written to {os.path.relpath(file)}")
+
+
+if __name__ == "__main__":
+    main()
