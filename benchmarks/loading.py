@@ -43,10 +43,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def write_inputs(folder: Path) -> None:
-    """Write the model in both types, its tokenizer and a few rows.
-
-    Weights of less than 32 MiB would stay in the allocator's heap when they are freed.
-    """
+    """Write the model in both types, its tokenizer and a few rows."""
     write_model(folder / "float32", vocab_size=512, hidden=3072, intermediate=8192, layers=4, heads=24)
     model = AutoModelForCausalLM.from_pretrained(folder / "float32", dtype=torch.bfloat16)
     write_model(folder / "bfloat16", vocab_size=512, hidden=16, intermediate=16, layers=1, heads=1)  # for its tokenizer
@@ -98,6 +95,7 @@ def run(folder: Path, way: str, strategy: str) -> dict[str, float]:
     answers.mkdir()
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "LOADING_FOLDER": str(answers), "HF_HUB_OFFLINE": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),  # what is freed is given back, not kept for the next
         "PYTHONPATH": os.pathsep.join([str(_HERE / "peers"), str(_HERE.parent)]),
     }  # fmt: skip
     seen: list[tuple[float, int, int]] = []

@@ -5,6 +5,7 @@ The one module that may import `callbacks`.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import re
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
@@ -53,7 +55,14 @@ def run_trainer(command: str, args: Sequence[str]) -> None:
         UserError: If the configuration or the data is wrong.
     """
     quiet_libraries()
+    atexit.register(_leave_process_group)
     SFTCommandLine(command, list(args))
+
+
+def _leave_process_group() -> None:
+    """End gloo's threads before the interpreter ends: it may abort the process. Lightning does so for NCCL alone."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def quiet_libraries() -> None:

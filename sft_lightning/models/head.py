@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sft_lightning.models.generation import base_model
@@ -61,14 +60,14 @@ def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch
         device: Where the model is.
 
     Returns:
-        The head; `None` if the model does something else, with the loss of its routers too, or its weights are sharded
-        and gathered only within its own forward.
+        The head; `None` if the model does something else, with the loss of its routers too. A sharded model has an
+        `InnerHead`.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return None  # its own forward puts virtual tokens before the text
     base = base_model(model)
     output, decoder = base.get_output_embeddings(), base.base_model
-    if output is None or decoder is base or any(_is_sharded(parameter) for parameter in base.parameters()):
+    if output is None or decoder is base:
         return None
     config = base.config.get_text_config()
     if getattr(config, "output_router_logits", False) and find_router_loss(base) is None:
@@ -76,10 +75,6 @@ def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     head = Head(decoder, output, scale, getattr(config, "final_logit_softcapping", None))
     return head if _gives_the_models_logits(base, head, vocab_size, device) else None
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ def in_step(model: PreTrainedModel) -> Iterator[None]:
     Args:
         model: In evaluation mode; all processes come here together, and leave together.
     """
-    if not _is_sharded(model):
+    if not is_sharded(model):
         yield
         return
     device = computing_device(model)
@@ -45,7 +45,7 @@ def computing_device(model: torch.nn.Module) -> torch.device:
     return parameter.device if mesh is None else torch.device(mesh.device_type)
 
 
-def _is_sharded(model: torch.nn.Module) -> bool:
+def is_sharded(model: torch.nn.Module) -> bool:
     """Whether some weight is one of FSDP2's or ZeRO-3's shards."""
     return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in model.parameters())
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sft_lightning.models.generation import base_model
 from sft_lightning.models.head import Head
+from sft_lightning.models.inner_head import InnerHead
 from sft_lightning.models.routers import find_router_loss, tokens_of_documents
 from sft_lightning.training.losses import (
     LossSums,
@@ -32,12 +33,12 @@ def decoder_inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
-def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | None, batch: Batch) -> LossSums:
+def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | InnerHead | None, batch: Batch) -> LossSums:
     """Return the loss sums of a micro-batch.
 
     Args:
         model: The model, adapters included.
-        head: Its head; `None` lets the model itself make the logits.
+        head: Its head, an inner one if its weights are sharded; `None` lets the model itself make the logits.
         batch: Rows.
     """
     targets = find_targets(batch["labels"], batch["loss_weights"])
@@ -45,6 +46,8 @@ def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | None, batch
     if head is None:
         logits, out = logits_at(model, inputs, targets.positions)
         sums = cross_entropy_sums(logits, targets)
+    elif isinstance(head, InnerHead):
+        sums, out = _sums_within(model, head, inputs, targets)
     else:
         out = head.decoder(**inputs)
         sums = _sums_under(head, out.last_hidden_state.flatten(0, 1)[targets.positions], targets, base_model(model))
@@ -60,6 +63,22 @@ def _sums_under(head: Head, hidden: torch.Tensor, targets: Targets, base: PreTra
     return linear_cross_entropy(
         hidden, head.linear.weight, head.linear.bias, targets, scale=head.scale, softcap=head.softcap
     )
+
+
+def _sums_within(
+    model: PreTrainedModel | PeftModel, head: InnerHead, inputs: dict[str, Any], targets: Targets
+) -> tuple[LossSums, Any]:
+    """Return the loss sums, made in the head's place, and all that the model returned."""
+    columns, rows, index = _places(inputs, targets.positions)
+
+    def sums(hidden: torch.Tensor) -> torch.Tensor:
+        found = linear_cross_entropy(hidden[rows, index], head.module.weight, head.module.bias, targets)
+        return torch.stack([found.loss, found.correct]).view(1, 1, 2).clone()  # FSDP2 wants no views
+
+    with head.replaced_by(sums):
+        out = model(**inputs, logits_to_keep=columns)
+    loss, correct = out.logits.flatten()
+    return LossSums(loss, targets.weights.sum(), correct), out
 
 
 def router_loss(model: PreTrainedModel | PeftModel, outputs: Any, batch: Batch) -> torch.Tensor | None:
@@ -90,7 +109,13 @@ def logits_at(
     Returns:
         The logits, (N, V), and all that the model returned.
     """
+    columns, rows, index = _places(inputs, positions)
+    out = model(**inputs, logits_to_keep=columns)
+    return out.logits[rows, index], out
+
+
+def _places(inputs: dict[str, Any], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return all columns at which some row has one of the positions; and each position's row, and place among those."""
     width = inputs["input_ids"].shape[1]
     columns, index = torch.unique(positions % width, return_inverse=True)
-    out = model(**inputs, logits_to_keep=columns)
-    return out.logits[positions // width, index], out
+    return columns, positions // width, index

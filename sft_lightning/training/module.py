@@ -22,6 +22,8 @@ from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.generation import GenerationConfig, base_model, generate
 from sft_lightning.models.head import Head, find_head
+from sft_lightning.models.in_step import is_sharded
+from sft_lightning.models.inner_head import InnerHead, find_inner_head
 from sft_lightning.models.isolation import choose_packing, prove_isolation
 from sft_lightning.models.loading import DTypeName, copies_weights
 from sft_lightning.models.masked import keep_documents_apart
@@ -260,9 +262,10 @@ class CausalLMModule(LightningModule):
         return token_loss_sums(self.language_model, self._head, batch)
 
     @functools.cached_property
-    def _head(self) -> Head | None:
+    def _head(self) -> Head | InnerHead | None:
         """The model's head, proven on the first micro-batch, when the model is where it will be."""
-        head = find_head(self.language_model, len(self._data.tokenizer), self.device)
+        find = find_inner_head if is_sharded(self.language_model) else find_head
+        head = find(self.language_model, len(self._data.tokenizer), self.device)
         if head is None:
             rank_zero_info("loss: this model makes its logits itself, those of supervised tokens all at once")
         return head

@@ -13,6 +13,7 @@ from sft_lightning.data.pairs_datamodule import PairDataModule, PairPart
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import PACKED
 from sft_lightning.models.fingerprint import fingerprint
+from sft_lightning.models.head import Head
 from sft_lightning.models.quantization import rounding_each_token_alone
 from sft_lightning.training.forward import decoder_inputs, logits_at, router_loss
 from sft_lightning.training.losses import find_targets, log_probs_of, projected_log_probs
@@ -190,7 +191,7 @@ class DPOModule(CausalLMModule):
         """Return the log-probabilities of a micro-batch's answers under the model as it is."""
         targets = find_targets(batch["labels"], batch["loss_weights"])
         inputs, head = decoder_inputs(batch), self._head
-        if head is not None:
+        if isinstance(head, Head):
             out = head.decoder(**inputs)
             hidden = out.last_hidden_state.flatten(0, 1)[targets.positions]
             tokens = projected_log_probs(hidden, head.project, targets.ids, self.base_model.config.vocab_size)
