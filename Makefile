@@ -47,8 +47,9 @@ bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (m
 equality: setup  ## Compare gradients over splits and resumed runs with whole ones; writes docs/equality.md (5 minutes)
 	$(BIN)/python benchmarks/equality.py
 
-bench-scaling: setup  ## Two processes against one: speed, bytes sent, memory of each strategy (10 minutes)
+bench-scaling: setup  ## Two processes against one: speed, bytes sent, memory of each strategy, of loading too (15 minutes)
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/loading.py
 
 test-browser: setup  ## Run the tests that need headless Chromium
 	$(BIN)/python -m pytest -m browser
