@@ -71,6 +71,7 @@ def quiet_libraries() -> None:
         lambda record: "Tip" not in record.getMessage()
     )
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)  # the seed stands in config.yaml
+    logging.getLogger("lightning.pytorch.strategies.deepspeed").setLevel(logging.WARNING)  # it says so of each rank
     # LLM.int8 rounds float32 to float16 on its way and says so at every matrix product.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
@@ -84,6 +85,9 @@ def quiet_libraries() -> None:
         r".*exists and is not empty.*",  # we refuse to overwrite a run ourselves
         r".*there is no last checkpoint available.*",  # we say so ourselves
         r".*LightningCLI's args parameter is intended.*",  # `sys.argv` must stay whole: other ranks are started with it
+        r".*sync_dist=True.*",  # what we log is of all processes already
+        r".*DeepSpeed handles gradient clipping internally.*",  # as the configuration that it is given says
+        r".*`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated.*",  # DeepSpeed's calls
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def assert_same(logged: Logged, found: Path, expected: Path) -> None:
 def test_zero_learns_what_one_process_learns_and_exports_it(
     runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path, mode: str, stage: int
 ) -> None:
-    runs(tmp_path / "two", mode, processes=2, strategy=f"deepspeed_stage_{stage}")
+    said = runs(tmp_path / "two", mode, processes=2, strategy=f"deepspeed_stage_{stage}")
+    assert not re.search(r"deprecated|sync_dist|will not actually clip|MEMBER", said)
     one = alone(mode)
     assert_same(logged, tmp_path / "two", one)
     name = "model/model.safetensors" if mode == "full" else "adapter/adapter_model.safetensors"
