@@ -20,6 +20,9 @@ from sft_lightning.strategies.zero_options import (
 )
 
 _PIPELINE = ("pipeline_read", "pipeline_write")
+_FORMER_NAMES = {"cpu_offload": OFFLOAD_OPTIMIZER, "cpu_offload_param": OFFLOAD_PARAMETERS}
+"""Keys that DeepSpeed has deprecated (deepspeed/runtime/zero/config.py) → what they are called now."""
+
 _TENSORS_OF_ADAM = 4
 """Weight, gradient and two moments: DeepSpeed's buffers for one partition."""
 
@@ -56,6 +59,9 @@ def _contradictions(config: Mapping[str, Any], world_size: int, on_gpu: bool) ->
         *([OFFLOAD_PARAMETERS] if offload_of(config, OFFLOAD_PARAMETERS) else []),
         *(f"{what} to nvme" for what in nvme_folders(config)),
     ]
+    for former, name in _FORMER_NAMES.items():
+        if zero.get(former):
+            yield f'zero_optimization.{former} is what DeepSpeed called it once; write "{name}": {{"device": "cpu"}}'
     if of_stage_3 and stage != 3:
         yield f"{of_stage_3[0]} is of ZeRO-3, and the stage is {stage}; set stage 3"
     if offload_of(config, OFFLOAD_OPTIMIZER) and stage == 0:

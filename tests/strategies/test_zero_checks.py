@@ -56,6 +56,7 @@ def test_a_secondary_partition_needs_no_gpu() -> None:
         ({**of_zero(stage=3), "aio": {"use_gds": True}}, 2, False, "aio.use_gds needs CUDA"),
         (of_zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5}), 2, False, "ratio below 1 needs CUDA"),
         (of_zero(stage=3, offload_optimizer={"device": "cpu", "super_offload": True}), 2, False, "super_offload needs"),
+        (of_zero(stage=2, cpu_offload=True), 2, True, '"offload_optimizer": {"device": "cpu"}'),
         (on_nvme(None), 2, True, "offload_param.nvme_path is missing; name a folder"),
         (
             of_zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/nvme", "pipeline_write": True}),
