@@ -60,8 +60,8 @@ def run_trainer(command: str, args: Sequence[str]) -> None:
 
 
 def _leave_process_group() -> None:
-    """End gloo's threads before the interpreter ends: it may abort the process. Lightning does so for NCCL alone."""
-    if dist.is_available() and dist.is_initialized():
+    """End gloo's threads before the interpreter ends, which may abort in them; NCCL's group is Lightning's affair."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 

@@ -243,6 +243,11 @@ def _search(
     pad_token_id: int,
 ) -> torch.Tensor:
     """Return the answers of the searches that transformers has not, (B, answers, tokens)."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"model.generation: transformers' own searches put the adapter's virtual tokens before the text, and "
+            f"{config.mode} is none of them; sample, or take num_beams without groups"
+        )
     ends: Any = {
         "max_new_tokens": config.max_new_tokens,
         "stop_token_ids": stop_token_ids,

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.masked import choose_attention
@@ -125,7 +126,10 @@ def load_model(
 def copies_weights(
     name_or_path: str | None, *, dtype: DTypeName, quantization: QuantizationConfig | None, trust_remote_code: bool
 ) -> bool:
-    """Whether loading a model makes tensors of another type than those in its files, which it would only map.
+    """Whether loading a model makes tensors of its own, where it could map those in the files.
+
+    It does for another type than theirs, and for families whose files transformers stores otherwise than it computes
+    (experts one by one, for one).
 
     Args:
         name_or_path: Folder or Hub id; `None` for a model that is built from scratch.
@@ -137,7 +141,9 @@ def copies_weights(
         return True
     with _loading("model", name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    return bool(config.dtype != getattr(torch, dtype))
+    return (
+        bool(config.dtype != getattr(torch, dtype)) or get_checkpoint_conversion_mapping(config.model_type) is not None
+    )
 
 
 def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig:

@@ -169,6 +169,19 @@ def _return_scales(layer: Any, args: Any) -> None:
         layer.weight.SCB = layer.state.SCB
 
 
+def store_as_bytes(model: torch.nn.Module) -> None:
+    """Let every 4-bit layer hold its packed weights as bytes, which nobody who converts floating-point types touches.
+
+    `trainer.precision: bf16-true` and DeepSpeed cast a model to the type that it trains in; weights packed into another
+    type would be lost.
+    """
+    for module in model.modules():
+        weight: Any = module.weight if isinstance(module, Linear4bit) else None
+        if weight is not None and weight.dtype != torch.uint8:
+            weight.data = weight.data.contiguous().view(torch.uint8).reshape(-1, 1)
+            weight.quant_storage = torch.uint8
+
+
 @contextmanager
 def rounding_each_token_alone(model: torch.nn.Module) -> Iterator[None]:
     """Let LLM.int8 round every token for itself, whatever else is in the micro-batch.

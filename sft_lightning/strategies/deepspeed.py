@@ -18,15 +18,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.quantization import store_as_bytes
 from sft_lightning.strategies.deepspeed_config import FromYaml, asked_config, resolve
 from sft_lightning.strategies.exporting import WholeExports
 from sft_lightning.strategies.refusals import Sharding, asked_of, check_module, check_optimizer
-from sft_lightning.strategies.sharding import keep_quantization_states, store_as_bytes
-from sft_lightning.strategies.turns import one_process_at_a_time
+from sft_lightning.strategies.sharding import keep_quantization_states
+from sft_lightning.strategies.turns import TIMEOUT, one_process_at_a_time
 from sft_lightning.strategies.whole import gather_optimizer_state
 from sft_lightning.strategies.zero_access import partitions
 from sft_lightning.strategies.zero_checks import check_nvme, check_one_type, check_sense
-from sft_lightning.strategies.zero_external import gather_for_dora
+from sft_lightning.strategies.zero_external import name_external_weights
 from sft_lightning.strategies.zero_host import OnHost
 from sft_lightning.strategies.zero_options import (
     OFFLOAD_OPTIMIZER,
@@ -93,7 +94,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         given = {key: value for key, value in copy.deepcopy(self._asked).items() if key not in _OF_OPTIMIZER}
-        super().__init__(config=given, exclude_frozen_parameters=True)
+        super().__init__(config=given, exclude_frozen_parameters=True, timeout=TIMEOUT)
         self._groups: list[list[nn.Parameter]] = []
 
     @property
@@ -145,15 +146,15 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         """Let the module load its model whole; ZeRO-3 partitions it then, before any device would hold it."""
         self._init_config_if_needed()
         module, config = self._module, self.config or {}
-        with one_process_at_a_time(wanted=self.shards_weights and module.copies_weights):
+        with one_process_at_a_time(wanted=self.shards_weights and self.world_size > 1 and module.copies_weights):
             yield
-            self.precision_plugin.convert_module(module)  # a type is changed before it is partitioned
             store_as_bytes(module)
+            self.precision_plugin.convert_module(module)  # a type is changed before it is partitioned
             if self.shards_weights:
                 keep_what_is_sent(module, config)
         if self.shards_weights:
             partition_model(module, config, self.root_device)
-            gather_for_dora(module)
+            name_external_weights(module)
             keep_quantization_states(module, self.root_device)
 
     def setup(self, trainer: Trainer) -> None:

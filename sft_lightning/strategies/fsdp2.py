@@ -21,7 +21,7 @@ from sft_lightning.models.generation import base_model
 from sft_lightning.strategies.exporting import WholeExports
 from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
 from sft_lightning.strategies.sharding import shard_model
-from sft_lightning.strategies.turns import one_process_at_a_time
+from sft_lightning.strategies.turns import TIMEOUT, one_process_at_a_time
 from sft_lightning.strategies.whole import (
     gather_optimizer_state,
     gather_parameters,
@@ -49,7 +49,9 @@ class FSDP2(WholeExports, ModelParallelStrategy):
     strategy_name = "fsdp2"
 
     def __init__(self, offload: bool = False, replicas: int = 1, process_group_backend: str | None = None) -> None:
-        super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend)
+        super().__init__(
+            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=TIMEOUT
+        )
         if replicas < 1:
             raise UserError(f"trainer.strategy.replicas: must be at least 1 (got {replicas})")
         self.offload = offload
@@ -89,7 +91,7 @@ class FSDP2(WholeExports, ModelParallelStrategy):
         """Let the module load its model whole, and shard it."""
         if self._sharding_mesh is None:
             raise RuntimeError("setup_environment, which the trainer calls, comes before a model is loaded")
-        with one_process_at_a_time(wanted=self._module.copies_weights):
+        with one_process_at_a_time(wanted=self.world_size > 1 and self._module.copies_weights):
             yield
             model = self._language_model
             self.precision_plugin.convert_module(model)  # a type is changed before it is sharded

@@ -54,10 +54,10 @@ def refusal(asked: Asked, sharding: Sharding) -> str | None:
             "keep weights and row scales beside theirs, which would be lost or stay whole in every process; use bits: "
             "4 (QLoRA), or trainer.strategy: deepspeed_stage_2 or ddp"
         )
-    if asked.prompt_learning and sharding.stage == 3 and not sharding.is_deepspeed:
+    if asked.prompt_learning and sharding.stage == 3:
         return (
-            f"model.adapter.peft_config: virtual tokens are outside the model that trainer.strategy {name} shards, and "
-            "would not be averaged over processes; use trainer.strategy: ddp"
+            f"model.adapter.peft_config: virtual tokens are outside the model whose weights trainer.strategy {name} "
+            "gathers when it runs; use trainer.strategy: ddp, or deepspeed_stage_2"
         )
     if not asked.only_adapter and asked.dtype != "float32" and sharding.stage == 3:
         return (

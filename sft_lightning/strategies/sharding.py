@@ -6,8 +6,6 @@ embedding is a group too; what is left (final norm, head, tied embedding) is gat
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
@@ -98,15 +96,3 @@ def keep_quantization_states(model: nn.Module, device: torch.device) -> None:
         if state is not None:
             state.to(device)
             module.quant_state = state
-
-
-def store_as_bytes(model: nn.Module) -> None:
-    """Let every 4-bit layer hold its packed weights as bytes, which nobody who converts floating-point types touches.
-
-    DeepSpeed casts a model to the type that it trains in; weights packed into another type would be lost.
-    """
-    for module in model.modules():
-        weight: Any = module.weight if isinstance(module, Linear4bit) else None
-        if weight is not None and weight.dtype != torch.uint8:
-            weight.data = weight.data.contiguous().view(torch.uint8).reshape(-1, 1)
-            weight.quant_storage = torch.uint8

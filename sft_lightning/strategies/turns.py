@@ -6,10 +6,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process that has its shard waits in a collective for those whose turn to load comes last."""
 
 
 @contextmanager

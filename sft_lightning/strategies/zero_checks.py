@@ -82,7 +82,7 @@ def _on_gpus_alone(config: Mapping[str, Any]) -> list[str]:
     asked = {
         "aio.use_gds": config.get("aio", {}).get("use_gds", False),
         f"{OFFLOAD_OPTIMIZER}.super_offload": optimizer.get("super_offload", False),
-        f"{OFFLOAD_OPTIMIZER}.ratio below 1": optimizer.get("ratio", 1.0) < 1,
+        f"{OFFLOAD_OPTIMIZER}.ratio below 1": optimizer.get("ratio", 1.0) not in (1, "auto"),
     }
     return [key for key, wanted in asked.items() if wanted]
 

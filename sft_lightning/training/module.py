@@ -22,7 +22,7 @@ from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.generation import GenerationConfig, base_model, generate
 from sft_lightning.models.head import Head, find_head
-from sft_lightning.models.in_step import is_sharded
+from sft_lightning.models.in_step import computing_device, is_sharded
 from sft_lightning.models.inner_head import InnerHead, find_inner_head
 from sft_lightning.models.isolation import choose_packing, prove_isolation
 from sft_lightning.models.loading import DTypeName, copies_weights
@@ -35,7 +35,7 @@ from sft_lightning.models.memory import (
 )
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.models.overrides import ConfigOverrides
-from sft_lightning.models.quantization import QuantizationConfig
+from sft_lightning.models.quantization import QuantizationConfig, store_as_bytes
 from sft_lightning.models.rope import RopeScalingConfig, check_packing
 from sft_lightning.models.trainable import base_names
 from sft_lightning.training.checkpoint import (
@@ -179,6 +179,8 @@ class CausalLMModule(LightningModule):
             on_host=getattr(self.trainer.strategy, "shards_weights", False),
             say=rank_zero_info,
         )
+        if self.trainer.precision.endswith("-true"):
+            store_as_bytes(self.model)  # the trainer casts everything else
         if self.embedding_noise is not None:
             self.embedding_noise.attach(self.base_model)
         if self.attn_implementation == "auto" and keep_documents_apart(self.model):
@@ -224,7 +226,7 @@ class CausalLMModule(LightningModule):
             packing, reason = choose_packing(
                 self.language_model,
                 len(data.tokenizer),
-                next(self.language_model.parameters()).device,  # DeepSpeed moves the model only later
+                computing_device(self.language_model),  # DeepSpeed moves the model only later
                 max_length=data.max_length,
                 rope_scaling=self.overrides.rope_scaling,
             )

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.quantization import store_as_bytes
 from sft_lightning.strategies import zero_state
 from sft_lightning.strategies.deepspeed import DeepSpeedZeRO
-from sft_lightning.strategies.sharding import store_as_bytes
 
 Logged = Callable[[Path, str], list[float]]
 INSTALLED = importlib.util.find_spec("deepspeed") is not None

@@ -35,6 +35,7 @@ ZERO3_OFFLOAD = Sharding("deepspeed_stage_3_offload", 3)
         (Asked(quantization_bits=8), FSDP, "row scales", "use bits: 4 (QLoRA), or trainer.strategy: deepspeed_stage_2"),
         (Asked(only_adapter=False), ZERO3, "must have one type", "set model.dtype: float32"),
         (Asked(prompt_learning=True), FSDP, "virtual tokens", "use trainer.strategy: ddp"),
+        (Asked(prompt_learning=True), ZERO3, "virtual tokens", "use trainer.strategy: ddp"),
         (Asked(only_adapter=False), FSDP, "must have one type", "set model.dtype: float32"),
     ],
 )
@@ -64,7 +65,6 @@ def test_a_combination_that_cannot_work_is_refused_with_the_nearest_that_does(
         (Asked(), ZERO3),
         (Asked(), ZERO3_OFFLOAD),
         (Asked(quantization_bits=4), ZERO3),
-        (Asked(prompt_learning=True), ZERO3),
     ],
 )
 def test_a_combination_that_works_is_let_through(asked: Asked, sharding: Sharding) -> None:

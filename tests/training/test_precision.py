@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 
 from sft_lightning.__main__ import main
+from sft_lightning.models.quantization import QuantizationConfig, load_quantized
+from sft_lightning.training.module import CausalLMModule
 
 NO_SAMPLES = "--trainer.callbacks+={class_path: callbacks.SampleGeneration, init_args: {prompts: []}}"
 
@@ -55,3 +59,21 @@ def test_float16_that_cannot_be_trained_here_is_refused(
     more = ["--model.adapter.r=4"] if adapter else []
     assert main([*options(fit_args, *more), f"--model.dtype={dtype}", f"--trainer.precision={precision}"]) == 2
     assert message in capsys.readouterr().err
+
+
+def decoded(model: torch.nn.Module) -> torch.Tensor:
+    """Return the first 4-bit weight, decoded."""
+    layer = next(module for module in model.modules() if isinstance(module, Linear4bit))
+    weight: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weight
+
+
+def test_4_bit_weights_that_are_stored_as_another_type_survive_the_trainers_cast(
+    fit_args: list[str], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(CausalLMModule, "on_fit_start", lambda self: seen.append(decoded(self.base_model)))
+    four = ["--model.adapter.r=4", "--model.quantization.bits=4", "--model.dtype=float32"]
+    assert main([*options(fit_args, *four), "--trainer.precision=bf16-true"]) == 0
+    loaded = load_quantized(str(model_dir), QuantizationConfig(bits=4), dtype=torch.float32)
+    torch.testing.assert_close(seen[0].float(), decoded(loaded).float())
