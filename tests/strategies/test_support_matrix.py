@@ -45,7 +45,7 @@ STRATEGIES: Mapping[str, Sharding | None] = {
     "deepspeed_stage_3": Sharding("deepspeed_stage_3", 3),
     "deepspeed_stage_3_offload": Sharding("deepspeed_stage_3_offload", 3),
 }
-FAST = {("QLoRA", "fsdp2"), ("int8 LoRA", "fsdp2")}
+FAST = {("QLoRA", "fsdp2")}
 CELLS = [
     pytest.param(mode, strategy, marks=() if (mode, strategy) in FAST else pytest.mark.slow, id=f"{mode}-{strategy}")
     for mode in MODES
