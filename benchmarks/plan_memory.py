@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from scaling import RESULTS, THEORY_SENT, empty_folder, hardware, run, use_two_cores, write_config, write_inputs
 
-from sft_lightning.commands.plan import plan_inputs
-from sft_lightning.planning.report import PARTS, plan_memory
+from sft_lightning.cli.commands.plan import plan_inputs
+from sft_lightning.estimation.report import PARTS, plan_memory
 
 MIB = 2**20
 MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"adapter": {"r": 64, "dropout": 0.0}}}

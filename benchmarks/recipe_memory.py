@@ -20,9 +20,9 @@ from family_models import save_tokenizer
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from sft_lightning.commands.plan import plan_inputs
-from sft_lightning.planning.memory import GIB
-from sft_lightning.planning.report import plan_memory
+from sft_lightning.cli.commands.plan import plan_inputs
+from sft_lightning.estimation.memory import GIB
+from sft_lightning.estimation.report import plan_memory
 
 RECIPES = Path(__file__).parents[1] / "configs"
 

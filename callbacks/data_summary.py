@@ -12,9 +12,9 @@ from callbacks.run_folder import datamodule_of, run_folder
 from callbacks.terminal import console
 from callbacks.text_logging import fenced, log_text
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.highlight import ShownToken, show_tokens
-from sft_lightning.data.marked_text import FRAME, around_the_first_answer, marked_text
-from sft_lightning.data.report_table import report_tables
+from sft_lightning.views.highlight import ShownToken, show_tokens
+from sft_lightning.views.marked_text import FRAME, around_the_first_answer, marked_text
+from sft_lightning.views.report_table import report_tables
 
 _TOKENS_IN_THE_TERMINAL = 256
 """Of the example; the loggers get all of them."""

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from peft import PeftModel
 
 from callbacks.run_folder import datamodule_of, run_folder, run_manifest
-from sft_lightning.models.export import export_model
+from sft_lightning.models.export.write import export_model
 from sft_lightning.training.module import CausalLMModule
 
 

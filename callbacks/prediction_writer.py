@@ -15,8 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.partial_predictions import PartialPredictions
 from callbacks.run_folder import datamodule_of, run_folder
-from sft_lightning.data.prompts import PromptLoader
-from sft_lightning.models.fingerprint import model_fingerprint
+from sft_lightning.data.batches.generation_prompts import PromptLoader
+from sft_lightning.models.export.fingerprint import model_fingerprint
 from sft_lightning.training.module import CausalLMModule
 
 _NAME = "predictions.jsonl"

@@ -13,9 +13,9 @@ from rich.markup import escape
 from callbacks.run_folder import datamodule_of, run_folder
 from callbacks.terminal import console
 from callbacks.text_logging import fenced, log_text
-from sft_lightning.data.prompts import PromptBatch
+from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation import GenerationConfig, generate
+from sft_lightning.models.generation.generate import GenerationConfig, generate
 from sft_lightning.strategies.names import is_sharded
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import Message

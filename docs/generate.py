@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import docstring_parser
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs_datamodule import PairDataModule
+from sft_lightning.data.pairs.datamodule import PairDataModule
 from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.preference import DPOModule
+from sft_lightning.training.preference.module import DPOModule
 
 PAGE = Path(__file__).parent / "configuration.md"
 

@@ -1,7 +1,7 @@
 """`python -m sft_lightning`: finds the command without importing anything heavy, then hands over to it.
 
-Every module of `sft_lightning.commands` is a command; the first line of its docstring is its help. Adding a command is
-adding a file.
+Every module of `sft_lightning.cli.commands` is a command; the first line of its docstring is its help. To add a
+command, add a file.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _one_process(name: str, world_size: int) -> str:
 
 def find_commands() -> Mapping[str, str]:
     """Return each command's name and its one-line help, read from the files without importing them."""
-    folder = Path(__file__).parent / "commands"
+    folder = Path(__file__).parent / "cli" / "commands"
     files = sorted(folder.glob("[!_]*.py"))
     return {file.stem: (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split("\n")[0] for file in files}
 
@@ -89,7 +89,7 @@ def _run(name: str, args: list[str]) -> int:
     # bitsandbytes says at every import that it could not fetch a kernel from a hub, which it need not.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        importlib.import_module(f"sft_lightning.commands.{name}").main(args)
+        importlib.import_module(f"sft_lightning.cli.commands.{name}").main(args)
     except UserError as error:
         if debug:
             traceback.print_exc()

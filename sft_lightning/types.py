@@ -1,4 +1,4 @@
-"""The values that flow through the house, in the order in which they are made.
+"""The values that flow through the package, in the order in which they are made.
 
 Record → list[Message] → Segments → TokenizedExample → rows of the plan → Batch.
 """
@@ -17,8 +17,8 @@ IGNORE_INDEX = -100
 """Label of a token without a loss, as in `torch.nn.functional.cross_entropy`."""
 
 Role = Literal["system", "user", "assistant", "tool", "text"]
-"""Who speaks. `tool` is what a tool that the assistant called answers; `text` is a plain document: no template, every
-token supervised."""
+"""Who speaks. `tool` is the answer of a tool that the assistant called; `text` is a plain document: it has no template,
+and every token is supervised."""
 
 LossOn = Literal["assistant", "last_turn", "all"]
 """Which messages are supervised unless they say so themselves (`Message.train`)."""
@@ -35,7 +35,7 @@ class Record:
     """Name of the source in the YAML."""
 
     location: str
-    """Where a person finds the row: `data/chat.jsonl, line 12` or `data/alpaca.json, record 3`."""
+    """Where the row stands: `data/chat.jsonl, line 12` or `data/alpaca.json, record 3`."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,13 @@ class Message:
     """One turn of a conversation."""
 
     role: Role
+    """Who speaks."""
+
     content: str
+    """The text, without anything that a template adds."""
 
     context: str | None = None
-    """Alpaca's `input`: what the instruction is about. How it joins the instruction is the template's business."""
+    """Alpaca's `input`: what the instruction is about. The template decides how it joins the instruction."""
 
     train: bool | None = None
     """Whether the turn is supervised; `None` leaves it to `data.loss_on`."""
@@ -55,7 +58,7 @@ class Message:
     """Loss weight of each of the turn's supervised tokens."""
 
     extras: Mapping[str, Any] = field(default_factory=dict)
-    """What else a chat template may read: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
+    """Further keys that a chat template may read: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
 
     tools: Sequence[Mapping[str, Any]] = ()
     """On the first message only: the tools that the conversation offers, as JSON schemas."""
@@ -65,8 +68,13 @@ class Segment(NamedTuple):
     """A piece of rendered text; the segments of an example, joined, are what the template renders for serving."""
 
     text: str
+    """The text as rendered."""
+
     supervised: bool
+    """Whether its tokens have a loss."""
+
     weight: float = 1.0
+    """Loss weight of each of its supervised tokens."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ class TokenizedExample:
 
     @property
     def length(self) -> int:
-        """Its length in tokens as a document of a row."""
+        """Number of tokens."""
         return len(self.input_ids)
 
     @property

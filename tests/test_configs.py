@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning.__main__ import main
-from sft_lightning.cli import SFTCommandLine
+from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.data.formats.deepspeed_chat import dataset_format
 from sft_lightning.data.formats.registry import FORMATS
 from sft_lightning.strategies.refusals import check_module

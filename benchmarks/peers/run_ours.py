@@ -13,8 +13,8 @@ import re
 from job import Answer, Job, peak_memory, run, seconds_of, versions
 
 import sft_lightning.data.datamodule
-from sft_lightning.cli import SFTCommandLine, quiet_libraries
-from sft_lightning.commands import prepare
+from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.commands import prepare
 
 _STORE = re.compile(r"^train/\w+: ([\d,]+) tokens in .*, (built now|found)$", re.MULTILINE)
 """What `prepare` says of a source at its end."""

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from job import Answer, Job, run, seconds_of, versions
 
-from sft_lightning.data.packing import Longs, Rows, best_fit
+from sft_lightning.data.plan.packing import Longs, Rows, best_fit
 
 
 def measure(job: Job) -> Answer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from sft_lightning.errors import UserError, one_of
-from sft_lightning.models.generation import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
 
 ALL_MODES: tuple[DecodingMode, ...] = get_args(DecodingMode)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.models.serving import ServedModel
+from sft_lightning.models.generation.serving import ServedModel
 
 
 class ReferenceLoss(NamedTuple):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft_lightning.data.files import read_file
 from sft_lightning.data.formats.fields import read_text
 from sft_lightning.data.formats.registry import find_format, to_messages
+from sft_lightning.data.sources.files import read_file
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Record
 

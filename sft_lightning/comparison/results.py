@@ -10,8 +10,8 @@ from typing import Any, Literal
 from sft_lightning.comparison.metrics import exact_match, repetition_rate, rouge_l
 from sft_lightning.comparison.perplexity import ReferenceLoss, mean_perplexity
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.models.generation import DecodingMode, GenerationConfig
-from sft_lightning.models.serving import Answer
+from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.serving import Answer
 
 Role = Literal["baseline", "finetuned", "adapter"]
 

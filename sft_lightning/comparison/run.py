@@ -16,8 +16,8 @@ from sft_lightning.comparison.perplexity import reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
 from sft_lightning.comparison.results import Comparison, ModelResult, ModelSpec, Response, Role, make_response
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation import DecodingMode, GenerationConfig
-from sft_lightning.models.serving import LoadOptions, ServedModel, base_of_adapter, load_served
+from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.serving import LoadOptions, ServedModel, base_of_adapter, load_served
 
 
 @dataclass(frozen=True)

@@ -15,26 +15,26 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.blending import BlendConfig
-from sft_lightning.data.collate import collate
-from sft_lightning.data.corpus import Corpora, Corpus, LengthLimits, Overlong
-from sft_lightning.data.examples import ExampleBuilder, MalformedPolicy
-from sft_lightning.data.loader import Collate, EvaluationLoader, TrainLoader
-from sft_lightning.data.plan import EpochPlan, Packing, PackingSetting, Topology
-from sft_lightning.data.planner import EpochPlanner, plan_evaluation
-from sft_lightning.data.preparation import Prepared, default_store_dir
-from sft_lightning.data.prompts import PromptBatch, PromptLoader, make_prompts
-from sft_lightning.data.reading import Sources, Split, SplitOptions, SplitReader
-from sft_lightning.data.report import DataReport
-from sft_lightning.data.sources import SourceConfig
-from sft_lightning.data.splits import Compat
-from sft_lightning.data.stream_source import SourceStream, check_streamed, describe_streamed, share_unit
-from sft_lightning.data.streaming import StreamLoader
+from sft_lightning.data.batches.collate import collate
+from sft_lightning.data.batches.generation_prompts import PromptBatch, PromptLoader, make_prompts
+from sft_lightning.data.batches.loader import Collate, EvaluationLoader, TrainLoader
+from sft_lightning.data.batches.stream_source import SourceStream, check_streamed, describe_streamed, share_unit
+from sft_lightning.data.batches.streaming import StreamLoader
+from sft_lightning.data.batches.training_rows import PlannedRows, RunLength, StreamedRows, TrainingRows
+from sft_lightning.data.plan.blending import BlendConfig
+from sft_lightning.data.plan.epoch_plan import EpochPlan, Packing, PackingSetting, Topology
+from sft_lightning.data.plan.epoch_planner import EpochPlanner, plan_evaluation
+from sft_lightning.data.plan.split_examples import Corpora, Corpus, LengthLimits, Overlong
+from sft_lightning.data.plan.split_reader import Sources, Split, SplitOptions, SplitReader
+from sft_lightning.data.plan.splits import Compat
+from sft_lightning.data.sources.report import DataReport
+from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.templates.binding import bind_template, special_tokens, stop_token_id
 from sft_lightning.data.templates.template import DocumentTemplate, Template
-from sft_lightning.data.training_rows import PlannedRows, RunLength, StreamedRows, TrainingRows
+from sft_lightning.data.tokens.examples import ExampleBuilder, MalformedPolicy
+from sft_lightning.data.tokens.store_cache import Prepared, default_store_dir
 from sft_lightning.errors import UserError
-from sft_lightning.models.loading import load_tokenizer
+from sft_lightning.models.base.loading import load_tokenizer
 from sft_lightning.types import Batch, LossOn, TokenizedExample
 
 Task = Literal["sft", "pretrain", "dpo"]

@@ -8,13 +8,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sft_lightning.models.adapter_continuation import differences
-from sft_lightning.models.adapters import AdapterConfig, add_adapter, check_base_of_adapter
-from sft_lightning.models.loading import DTypeName, load_model
-from sft_lightning.models.overrides import ConfigOverrides
-from sft_lightning.models.quantization import QuantizationConfig
-from sft_lightning.models.trainable import train_only
-from sft_lightning.models.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
+from sft_lightning.models.adapters.continuation import differences
+from sft_lightning.models.adapters.trainable import train_only
+from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter, check_base_of_adapter
+from sft_lightning.models.base.loading import DTypeName, load_model
+from sft_lightning.models.base.overrides import ConfigOverrides
+from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
 
 
 def assemble_model(

@@ -8,8 +8,8 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention import PACKED, HiddenLengths, packed_attention
-from sft_lightning.models.memory import decoder_layers
+from sft_lightning.models.attention.packed import PACKED, HiddenLengths, packed_attention
+from sft_lightning.models.checkpointing import decoder_layers
 
 
 def compile_layers(model: PreTrainedModel) -> int:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sft_lightning.data.collate import collate
+from sft_lightning.data.batches.collate import collate
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs_store import PairExample
-from sft_lightning.models.quantization import rounding_each_token_alone
+from sft_lightning.data.pairs.store import PairExample
+from sft_lightning.models.base.quantization import rounding_each_token_alone
 from sft_lightning.selftest.runs import Run
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
 from sft_lightning.types import Batch, TokenizedExample

@@ -11,11 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.models.attention import PACKED
-from sft_lightning.models.export import export_adapter, export_model
-from sft_lightning.models.loading import load_model
-from sft_lightning.models.quantized_adapters import keep_input_dtype
-from sft_lightning.models.vocabulary import resize_embeddings
+from sft_lightning.models.adapters.quantized import keep_input_dtype
+from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.base.loading import load_model
+from sft_lightning.models.base.vocabulary import resize_embeddings
+from sft_lightning.models.export.write import export_adapter, export_model
 from sft_lightning.selftest.answers import Answers, answers, batch_of, documents_of_row
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.runs import Run

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from sft_lightning.data.plan import Packing
-from sft_lightning.models.generation import base_model
+from sft_lightning.data.plan.epoch_plan import Packing
+from sft_lightning.models.generation.generate import base_model
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.rows import SmallData
 from sft_lightning.selftest.runs import Run, Runner, configured_module

@@ -7,16 +7,16 @@ from dataclasses import replace
 from itertools import groupby, islice
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.encoder import TextEncoder
-from sft_lightning.data.examples import ALWAYS_DROPPED
 from sft_lightning.data.formats.registry import Malformed
-from sft_lightning.data.highlight import show_tokens
-from sft_lightning.data.sources import SourceConfig, read_records
+from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.data.templates.example_checks import check_examples
-from sft_lightning.data.tokenization import tokenize
+from sft_lightning.data.tokens.examples import ALWAYS_DROPPED
+from sft_lightning.data.tokens.fast_encoder import TextEncoder
+from sft_lightning.data.tokens.tokenization import tokenize
 from sft_lightning.errors import UserError
 from sft_lightning.selftest.checks import Check
 from sft_lightning.types import Message, Record, Segment
+from sft_lightning.views.highlight import show_tokens
 
 Conversation = tuple[Record, Sequence[Message]]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from sft_lightning.data.pairs_collate import collate_pairs
-from sft_lightning.data.pairs_store import PairExample
+from sft_lightning.data.pairs.collate import collate_pairs
+from sft_lightning.data.pairs.store import PairExample
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.rows import SmallData
 from sft_lightning.selftest.runs import Run
-from sft_lightning.training.preference import DPOModule
-from sft_lightning.training.preference_losses import PreferenceConfig
+from sft_lightning.training.preference.losses import PreferenceConfig
+from sft_lightning.training.preference.module import DPOModule
 
 _FLOAT32_TOLERANCE = 1e-5
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import xxhash
 
-from sft_lightning.data.plan import Packing
+from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.selftest.checks import Check
 from sft_lightning.selftest.rows import SmallData
 from sft_lightning.selftest.runs import Run, Runner

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs_datamodule import PairDataModule
-from sft_lightning.data.plan import Packing
-from sft_lightning.data.sources import SourceConfig, read_records
+from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.plan.epoch_plan import Packing
+from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.errors import UserError
 
 ROWS_WANTED = 4

@@ -10,7 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.plan import Packing
+from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.selftest.checks import Check
 from sft_lightning.selftest.export import check_export
 from sft_lightning.selftest.gradients import GradientSession, check_gradients, check_packed_gradient
@@ -20,7 +20,7 @@ from sft_lightning.selftest.preferences import check_pairs, check_start
 from sft_lightning.selftest.resume import check_resume
 from sft_lightning.selftest.rows import small_data
 from sft_lightning.selftest.runs import Runner
-from sft_lightning.training.preference import DPOModule
+from sft_lightning.training.preference.module import DPOModule
 
 
 def run_checks(

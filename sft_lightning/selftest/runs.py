@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from sft_lightning.cli import SFTCommandLine
+from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.training.module import CausalLMModule

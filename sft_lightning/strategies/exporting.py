@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 
-from sft_lightning.strategies.whole import gather_parameters, whole_parameters
+from sft_lightning.strategies.full_tensors import gather_parameters, whole_parameters
 
 
 class WholeExports(Strategy):

@@ -17,17 +17,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation import base_model
+from sft_lightning.models.generation.generate import base_model
 from sft_lightning.strategies.exporting import WholeExports
-from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
-from sft_lightning.strategies.sharding import shard_model
-from sft_lightning.strategies.turns import TIMEOUT, one_process_at_a_time
-from sft_lightning.strategies.whole import (
+from sft_lightning.strategies.full_tensors import (
     gather_optimizer_state,
     gather_parameters,
     shard_like,
     shard_optimizer_state,
 )
+from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
+from sft_lightning.strategies.sharding import shard_model
+from sft_lightning.strategies.staggered_loading import TIMEOUT, one_process_at_a_time
 
 
 class FSDP2(WholeExports, ModelParallelStrategy):

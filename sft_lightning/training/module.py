@@ -14,30 +14,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.prompts import PromptBatch
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters import AdapterConfig
+from sft_lightning.models.adapters.trainable import base_names
+from sft_lightning.models.adapters.wrapping import AdapterConfig
 from sft_lightning.models.assembly import assemble_model
-from sft_lightning.models.compiling import compile_layers
-from sft_lightning.models.generation import GenerationConfig, base_model, generate
-from sft_lightning.models.head import Head, find_head
-from sft_lightning.models.in_step import computing_device, is_sharded
-from sft_lightning.models.inner_head import InnerHead, find_inner_head
-from sft_lightning.models.isolation import choose_packing, prove_isolation
-from sft_lightning.models.loading import DTypeName, copies_weights
-from sft_lightning.models.masked import keep_documents_apart
-from sft_lightning.models.memory import (
+from sft_lightning.models.attention.document_mask import keep_documents_apart
+from sft_lightning.models.attention.isolation import choose_packing, prove_isolation
+from sft_lightning.models.base.loading import DTypeName, copies_weights
+from sft_lightning.models.base.overrides import ConfigOverrides
+from sft_lightning.models.base.quantization import QuantizationConfig, store_as_bytes
+from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
+from sft_lightning.models.checkpointing import (
     check_checkpointing,
     decide_checkpointing,
     enable_gradient_checkpointing,
     free_memory_gib,
 )
+from sft_lightning.models.compiling import compile_layers
+from sft_lightning.models.generation.generate import GenerationConfig, base_model, generate
+from sft_lightning.models.generation.lockstep import computing_device, is_sharded
+from sft_lightning.models.head.sharded import InnerHead, find_inner_head
+from sft_lightning.models.head.whole import Head, find_head
 from sft_lightning.models.neftune import EmbeddingNoise
-from sft_lightning.models.overrides import ConfigOverrides
-from sft_lightning.models.quantization import QuantizationConfig, store_as_bytes
-from sft_lightning.models.rope import RopeScalingConfig, check_packing
-from sft_lightning.models.trainable import base_names
 from sft_lightning.training.checkpoint import (
     check_trainable_state,
     gather_random_states,

@@ -76,7 +76,7 @@ def test_probing_exports_changes_nothing_that_is_learned(
 ) -> None:
     learned = []
     for probed in (True, False):
-        monkeypatch.setattr("sft_lightning.models.export.can_probe", lambda model, probed=probed: probed)
+        monkeypatch.setattr("sft_lightning.models.export.write.can_probe", lambda model, probed=probed: probed)
         options = ("--trainer.max_steps=4", "--model.adapter.dropout=0.3", CHECKPOINTS)
         run = fit(*options)
         learned.append(load_file(run / "adapter" / "adapter_model.safetensors"))
@@ -87,7 +87,7 @@ def test_probing_exports_changes_nothing_that_is_learned(
 def test_an_export_that_is_not_what_was_trained_stops_the_run(
     fit_args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sft_lightning.models.export.export_difference", lambda *args, **options: (1.0, 1.0))
+    monkeypatch.setattr("sft_lightning.models.export.write.export_difference", lambda *args, **options: (1.0, 1.0))
     with pytest.raises(RuntimeError, match="answers otherwise than the live model"):
         main(["fit", *fit_args, "--trainer.max_steps=1"])
     assert not (tmp_path / "run" / "adapter").exists()

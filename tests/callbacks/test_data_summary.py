@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks import DataSummary
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.report import DataReport, SourceReport
+from sft_lightning.data.sources.report import DataReport, SourceReport
 
 MODULE = cast(LightningModule, None)  # not looked at
 

@@ -12,7 +12,7 @@ from callbacks.partial_predictions import PartialPredictions
 from callbacks.prediction_writer import _join
 from sft_lightning.__main__ import main
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation import generate
+from sft_lightning.models.generation.generate import generate
 
 MADE_WITH = {"the model": "0" * 32, "model.generation": {"seed": 0, "top_k": 5}, "data.batch_size": 2}
 Predict = Callable[..., int]

@@ -10,8 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from callbacks import Throughput
-from sft_lightning.models.adapters import AdapterConfig, add_adapter
-from sft_lightning.planning.speed import num_matrix_entries, peak_tflops
+from sft_lightning.estimation.speed import num_matrix_entries, peak_tflops
+from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
 
 
 @pytest.mark.parametrize(

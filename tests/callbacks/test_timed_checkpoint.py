@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from callbacks import Throughput, TimedCheckpoint
-from sft_lightning.cli import _default_checkpoints
+from sft_lightning.cli.app import _default_checkpoints
 
 
 def test_every_epoch_and_every_half_hour_are_saved_by_default() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from sft_lightning.comparison.perplexity import ReferenceLoss, mean_perplexity, reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.models.serving import LoadOptions, ServedModel, load_served
+from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served
 
 
 def prompt(reference: str) -> ComparisonPrompt:

@@ -12,8 +12,8 @@ from sft_lightning.comparison.perplexity import ReferenceLoss
 from sft_lightning.comparison.prompts import ComparisonPrompt
 from sft_lightning.comparison.results import Comparison, ModelResult, ModelSpec, make_response
 from sft_lightning.comparison.text_reports import fenced, json_lines, markdown_text, perplexity, print_comparison
-from sft_lightning.models.generation import GenerationConfig
-from sft_lightning.models.serving import Answer
+from sft_lightning.models.generation.generate import GenerationConfig
+from sft_lightning.models.generation.serving import Answer
 
 EVIL = "<script>alert(1)</script> & \x1b[31m ```` | [bold]"
 

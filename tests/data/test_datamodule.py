@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.blending import BlendConfig
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.encoder import TextEncoder
-from sft_lightning.data.plan import Topology
-from sft_lightning.data.reading import Split
-from sft_lightning.data.sources import SourceConfig
+from sft_lightning.data.plan.blending import BlendConfig
+from sft_lightning.data.plan.epoch_plan import Topology
+from sft_lightning.data.plan.split_reader import Split
+from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.errors import UserError
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sft_lightning.__main__ import main
-from sft_lightning.data.pairs_store import Shortening, shorten
+from sft_lightning.data.pairs.store import Shortening, shorten
 
 Migrate = Callable[..., dict[str, Any]]
 Accepted = Callable[[], dict[str, Any]]

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention import PACKED
+from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.checkpointing import decoder_layers, enable_gradient_checkpointing
 from sft_lightning.models.compiling import compile_layers
-from sft_lightning.models.memory import decoder_layers, enable_gradient_checkpointing
 
 DOCUMENTS = [[5, 7], [3, 3, 6], [12], [2, 8, 2], [20], [1, 2, 3, 4, 5], [4, 9], [6, 6, 6], [30], [31], [9, 9, 2]]
 """Rows of more shapes than torch compiles before it gives up (8)."""

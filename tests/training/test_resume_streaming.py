@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 
 from sft_lightning.__main__ import main
-from sft_lightning.data import streaming
+from sft_lightning.data.batches import streaming
 
 ReadRun = Callable[[Path], Any]
 

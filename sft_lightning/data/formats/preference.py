@@ -18,9 +18,15 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
+from sft_lightning.data.formats.conversation_fields import (
+    read_instruction,
+    read_turn,
+    read_turns,
+    with_system,
+    with_tools,
+)
 from sft_lightning.data.formats.fields import malformed, read_text
 from sft_lightning.data.formats.tool_calls import read_tools
-from sft_lightning.data.formats.turns import read_instruction, read_turn, read_turns, with_system, with_tools
 from sft_lightning.types import Message, Record
 
 _ANSWER_KEYS = {"chosen": ("chosen", "response_j"), "rejected": ("rejected", "response_k")}

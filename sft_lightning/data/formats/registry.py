@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sft_lightning.data.formats.conversation_fields import read_conversation, read_instruction
 from sft_lightning.data.formats.deepspeed_chat import DATASETS, dataset_format
 from sft_lightning.data.formats.fields import Malformed, found, malformed, read_text, read_train, read_weight
 from sft_lightning.data.formats.preference import preference, preference_pair
 from sft_lightning.data.formats.turn_order import settle
-from sft_lightning.data.formats.turns import read_conversation, read_instruction
 from sft_lightning.data.formats.user_format import is_dotted_path, read_with, user_function
 from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import Message, Record

@@ -17,7 +17,7 @@ from sft_lightning.data.templates.named import NamedTemplate, SpecialTokens, nam
 from sft_lightning.data.templates.template import Template
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
-from sft_lightning.models.loading import adds_bos
+from sft_lightning.models.base.loading import adds_bos
 from sft_lightning.types import Message
 
 logger = logging.getLogger(__name__)

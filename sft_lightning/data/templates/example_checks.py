@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.templates.binding import check_serving, stop_token_id
 from sft_lightning.data.templates.template import DocumentTemplate, NamedTemplate, Template, supervision
-from sft_lightning.data.tokenization import Encoder, tokenize
+from sft_lightning.data.tokens.tokenization import Encoder, tokenize
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Segment
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sft_lightning.data.files import read_file
 from sft_lightning.data.formats.registry import FORMATS, Malformed, find_format, to_messages
+from sft_lightning.data.sources.files import read_file
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Record
 

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from sft_lightning.data.encoder import TextEncoder
 from sft_lightning.data.templates.binding import special_tokens
 from sft_lightning.data.templates.template import (
     DocumentTemplate,
@@ -25,8 +24,9 @@ from sft_lightning.data.templates.template import (
     named_template,
 )
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
-from sft_lightning.data.tokenization import tokenize
-from sft_lightning.models.loading import load_tokenizer
+from sft_lightning.data.tokens.fast_encoder import TextEncoder
+from sft_lightning.data.tokens.tokenization import tokenize
+from sft_lightning.models.base.loading import load_tokenizer
 from sft_lightning.types import Message, Segment
 
 TOKENS = SpecialTokens(bos="<s>", eos="</s>")

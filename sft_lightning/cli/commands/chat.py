@@ -1,0 +1,151 @@
+"""Talk with a model in the terminal, or answer prompts from a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from sft_lightning.cli.app import quiet_libraries
+from sft_lightning.cli.parsing import CommandParser
+from sft_lightning.errors import UserError
+from sft_lightning.models.generation.conversation import HELP, AnswerStreamer, Conversation
+from sft_lightning.models.generation.generate import GenerationConfig, base_model
+from sft_lightning.models.generation.serving import Device, LoadOptions, ServedDType, ServedModel, load_served
+from sft_lightning.printable import printable
+
+with contextlib.suppress(ImportError):  # not on every platform; with it, the prompt can be edited and recalled
+    import readline  # noqa: F401
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the options and talk."""
+    quiet_libraries()
+    parser = CommandParser(prog="python -m sft_lightning chat", description=__doc__)
+    parser.add_function_arguments(chat)
+    chat(**parser.parse_args(list(args)).as_dict())
+
+
+_LONGEST_ANSWER = 512
+
+
+def chat(
+    model: str | None = None,
+    adapter: str | None = None,
+    system: str | None = None,
+    history: bool | Literal["auto"] = "auto",
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int = 0,
+    quantization: int | None = None,
+    dtype: ServedDType = "auto",
+    device: Device = "auto",
+    trust_remote_code: bool = False,
+) -> None:
+    r"""Talk with a model through its own chat template, until /quit or the end of the input.
+
+    From a pipe, every line is a prompt and every answer a line; a line break in an answer is written as \n.
+
+    Args:
+        model: Folder or Hub id; default: the base that the adapter names.
+        adapter: PEFT adapter folder to put on it.
+        system: System message.
+        history: Whether a prompt goes on with the conversation; auto: in a terminal, not in a pipe.
+        max_new_tokens: Tokens per answer at most; default: 512, or half of a shorter context.
+        temperature: 0 always takes the most likely token; default: the checkpoint's, 0 if it names none.
+        top_k: Sample among this many tokens; 0 for all; default: the checkpoint's.
+        top_p: Sample among the most likely tokens that together have this probability; default: the checkpoint's.
+        repetition_penalty: Divides logits of tokens that have occurred; default: the checkpoint's.
+        seed: Seed of the sampling.
+        quantization: Load the model in 4 or 8 bits per weight.
+        dtype: Type of the weights; auto as stored.
+        device: auto uses the GPUs if there are any.
+        trust_remote_code: Run code that comes with the model.
+    """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
+    given = {name: value for name, value in options.items() if value is not None}
+    wanted = _LONGEST_ANSWER if max_new_tokens is None else max_new_tokens
+    GenerationConfig(max_new_tokens=wanted, seed=seed, **given)  # type: ignore[arg-type]  # checked before loading
+    load = LoadOptions(quantization, dtype, device, trust_remote_code)
+    served = load_served("--model", model, adapter, load)
+    if max_new_tokens is None and served.context_length is not None:
+        wanted = max(1, min(wanted, served.context_length // 2))
+    own = checkpoint_defaults(served)
+    config = GenerationConfig(max_new_tokens=wanted, seed=seed, **{**own, **given})
+    conversation = Conversation(served, config, system)
+    if sys.stdin.isatty():
+        _talk(served, conversation, keep=history is not False)
+    else:
+        _answer_lines(sys.stdin, conversation, keep=history is True)
+
+
+def checkpoint_defaults(served: ServedModel) -> dict[str, Any]:
+    """Return how a checkpoint's `generation_config.json` wants to be sampled; greedy if it does not say."""
+    own = base_model(served.model).generation_config
+    penalty = {"repetition_penalty": getattr(own, "repetition_penalty", None) or 1.0}
+    if not getattr(own, "do_sample", None):
+        return penalty
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return penalty | {name: getattr(own, name, None) or neutral for name, neutral in defaults.items()}
+
+
+def _talk(served: ServedModel, conversation: Conversation, *, keep: bool) -> None:
+    if not served.has_template:
+        _note("the checkpoint has no chat template: it goes on with plain text")
+    _note(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/quit":
+            return
+        said = conversation.command(line)
+        if said is not None:
+            _note(said)
+        elif line.startswith("/"):
+            _note(f"{line.split()[0]} is no command; {HELP}")
+        elif line:
+            _stream(served, conversation, line)
+            if not keep:
+                conversation.turns = []
+
+
+def _stream(served: ServedModel, conversation: Conversation, line: str) -> None:
+    try:
+        answer, left_out = conversation.ask(line, AnswerStreamer(served))
+    except KeyboardInterrupt:
+        _note("\nstopped; the question is forgotten")
+    except UserError as error:
+        _note(str(error))  # the next line may be shorter
+    else:
+        if answer.stop_reason == "length":
+            _note("cut at --max_new_tokens")
+        if left_out:
+            _note(f"the {left_out} oldest messages no longer fit into the model's context and were left out")
+
+
+def _answer_lines(lines: Iterable[str], conversation: Conversation, *, keep: bool) -> None:
+    r"""Answer each line by a line; commands, which only a conversation needs, have none."""
+    for number, line in enumerate(lines, start=1):
+        prompt = line.strip()
+        if keep and prompt == "/quit":
+            return
+        if keep and conversation.command(prompt) is not None:
+            continue
+        try:
+            answer = conversation.ask(prompt)[0].text if prompt else ""
+        except UserError as error:
+            raise UserError(f"line {number} of the input: {error}") from error
+        print(printable(answer).replace("\\", "\\\\").replace("\n", "\\n"), flush=True)
+        if not keep:
+            conversation.turns = []
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

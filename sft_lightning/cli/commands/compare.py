@@ -1,0 +1,137 @@
+"""Show the answers of several models to the same prompts, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from sft_lightning.cli.app import quiet_libraries
+from sft_lightning.cli.parsing import CommandParser
+from sft_lightning.comparison.modes import DecodingOptions, decoding_configs, parse_modes
+from sft_lightning.comparison.page import render_page
+from sft_lightning.comparison.prompts import ComparisonPrompt, builtin_prompts, read_prompts
+from sft_lightning.comparison.results import Comparison, ModelSpec
+from sft_lightning.comparison.run import RunOptions, compare_models, model_specs
+from sft_lightning.comparison.text_reports import json_lines, markdown_text, print_comparison
+from sft_lightning.errors import UserError
+from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.serving import LoadOptions
+
+_REPEATED = {
+    "finetuned": "A fine-tuned model: folder or Hub id; repeat for several.",
+    "adapter": "A PEFT adapter to put on the baseline; repeat for several.",
+    "mode": "greedy (the default), sampling, beam, beam_sampling, diverse_beam, contrastive, or all; repeat it.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """Who is asked what."""
+
+    baseline: str
+    """The model to compare with: folder or Hub id."""
+
+    prompts: str = "builtin"
+    """`builtin`, or a file: .txt with a prompt a line, or records of prompt, reference and system."""
+
+    language: Literal["en", "zh", "ja"] = "en"
+    """Language of the built-in prompts."""
+
+    system: str | None = None
+    """System message of prompts that bring none."""
+
+    def read(self) -> list[ComparisonPrompt]:
+        """Return the prompts."""
+        if self.prompts == "builtin":
+            return builtin_prompts(self.language, self.system)
+        return read_prompts(self.prompts, self.system)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Where the answers go, beside the terminal.
+
+    Raises:
+        UserError: If a file's folder is not there; before hours of answering.
+    """
+
+    html: str | None = None
+    """Write a self-contained page to this file."""
+
+    markdown: str | None = None
+    """Write Markdown to this file."""
+
+    jsonl: str | None = None
+    """Write a JSON object per answer to this file."""
+
+    def __post_init__(self) -> None:
+        for name, file in vars(self).items():
+            if file is not None and not Path(file).expanduser().parent.is_dir():
+                raise UserError(f"--{name}: the folder of {file!r} does not exist; make it, or name another")
+
+    def write(self, comparison: Comparison) -> None:
+        """Write what was asked for."""
+        for name, file in vars(self).items():
+            if file is not None:
+                Path(file).expanduser().write_text(_WRITERS[name](comparison), encoding="utf-8")
+                print(f"{name}: {file}")
+
+
+def main(args: Sequence[str]) -> None:
+    """Parse the options and compare."""
+    quiet_libraries()
+    parser = CommandParser(prog="python -m sft_lightning compare", description=__doc__)
+    for name, text in _REPEATED.items():
+        parser.add_argument(f"--{name}", action="append", type=str, default=[], help=text)
+    for group in _GROUPS:
+        parser.add_class_arguments(group, None)
+    given = parser.parse_args(list(args)).as_dict()
+    question, files, decoding, load, run = (_of_group(group, given) for group in _GROUPS)
+    models = model_specs(question.baseline, given["finetuned"], given["adapter"])
+    configs = decoding_configs(parse_modes(given["mode"]), decoding)
+    compare(models, question.read(), configs, load, run, files)
+
+
+def compare(
+    models: Sequence[ModelSpec],
+    prompts: Sequence[ComparisonPrompt],
+    configs: Mapping[DecodingMode, GenerationConfig],
+    load: LoadOptions,
+    run: RunOptions,
+    files: Files,
+) -> None:
+    """Ask each model in turn; every one has its own tokenizer and chat template, and only one is in memory.
+
+    Args:
+        models: The models, the baseline first.
+        prompts: What they are asked.
+        configs: How each mode generates.
+        load: How checkpoints are loaded.
+        run: How the models are asked.
+        files: Where the answers go, beside the terminal.
+
+    Raises:
+        UserError: If a model cannot be loaded or refuses a prompt.
+    """
+    comparison = compare_models(models, prompts, configs, load, run)
+    print_comparison(comparison, Console(width=None if Console().is_terminal else 140))
+    files.write(comparison)
+
+
+_GROUPS: tuple[type, ...] = (Question, Files, DecodingOptions, LoadOptions, RunOptions)
+"""What holds the options, each field an option of its name."""
+
+
+def _of_group(group: type, given: Mapping[str, Any]) -> Any:
+    return group(**{field.name: given[field.name] for field in fields(group)})
+
+
+def _json_text(comparison: Comparison) -> str:
+    return "".join(f"{line}\n" for line in json_lines(comparison))
+
+
+_WRITERS = {"html": render_page, "markdown": markdown_text, "jsonl": _json_text}

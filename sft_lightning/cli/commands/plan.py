@@ -1,0 +1,115 @@
+"""Tell what a run will take before it starts: steps, memory by part, time; needs no GPU and no weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jsonargparse import ArgumentParser
+
+from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.plan.epoch_plan import Topology
+from sft_lightning.errors import UserError
+from sft_lightning.estimation.refusals import check_as_fit
+from sft_lightning.estimation.report import PlanInputs, plan_lines
+from sft_lightning.estimation.sharding import sharding_of
+from sft_lightning.training.module import CausalLMModule
+
+_UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40}
+
+
+def main(args: Sequence[str]) -> None:
+    """Plan the data, simulate a step, and print what was found."""
+    inputs = plan_inputs(args)
+    _read(inputs.data)
+    for text in plan_lines(inputs):
+        print(text)
+
+
+def plan_inputs(args: Sequence[str]) -> PlanInputs:
+    """Return what a command line asks to plan; nothing of the data is read yet.
+
+    Args:
+        args: What follows `plan` on the command line.
+
+    Raises:
+        UserError: If `fit` would refuse the configuration before it reads a weight, or an option of `plan` is wrong.
+    """
+    quiet_libraries()
+    line = SFTCommandLine("plan", list(args), _add_options)
+    data, config, module = line.data, line.config, line.config_init["model"]
+    if not isinstance(module, CausalLMModule):
+        raise UserError(f"task: plan knows CausalLMModule, not {type(module).__name__}")
+    trainer = line.config_init["trainer"]
+    given = config["num_gpus"]
+    if given is not None and given < 1:
+        raise UserError(f"--num_gpus: must be at least 1 (got {given})")
+    if not 0 < config["mfu"] <= 1:
+        raise UserError(f"--mfu: must be above 0 and at most 1 (got {config['mfu']})")
+    if given is not None:
+        accumulate = data.topology.accumulate
+        data.topology = Topology(batch_size=data.batch_size, accumulate=accumulate, world_size=given)
+    strategy = config["trainer"]["strategy"]  # as it was written, not what was made of it
+    check_as_fit(module, sharding_of(strategy, data.topology.world_size))
+    return PlanInputs(
+        module=module,
+        data=data,
+        strategy=strategy,
+        precision=_precision(trainer["precision"]),
+        num_epochs=_epochs(trainer),
+        max_steps=trainer["max_steps"],
+        gpu_bytes=None if config["gpu_memory"] is None else parse_memory(config["gpu_memory"]),
+        mfu=config["mfu"],
+        tflops=config["tflops"],
+    )
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--num_gpus", type=int | None, default=None, help="GPUs (default: as trainer.devices says).")
+    parser.add_argument("--gpu_memory", type=str | None, default=None, help="Memory of a GPU, such as 48GiB.")
+    parser.add_argument("--mfu", type=float, default=0.4, help="Share of the GPU's peak that training reaches.")
+    parser.add_argument("--tflops", type=float, default=312.0, help="Peak of a GPU, 10¹² per second (A100: 312).")
+
+
+def _read(data: SFTDataModule) -> None:
+    if not data.sources:
+        raise UserError("data.sources: no source given, so there is nothing to plan")
+    if data.streams:
+        raise UserError("data.sources: streamed sources are planned while training; leave out `streaming` to plan")
+    data.prepare()
+
+
+def _precision(value: Any) -> str:
+    short = {"bf16": "bf16-mixed", "16": "16-mixed", "32": "32-true", "None": "32-true"}
+    return short.get(str(value), str(value))
+
+
+def _epochs(trainer: Any) -> int:
+    epochs = trainer["max_epochs"]
+    return 1 if epochs is None or epochs < 1 else int(epochs)
+
+
+def parse_memory(text: str) -> float:
+    """Return the bytes that `48GiB`, `80 GB` or `24` (GiB) say.
+
+    Raises:
+        UserError: If it says none.
+    """
+    found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): size for unit, size in _UNITS.items()} | {"": 2**30}
+    if found is None or found[2].lower() not in units or not np.isfinite(_number(found[1])):
+        raise UserError(f"--gpu_memory: {text!r} is no amount of memory; write 48GiB or 80GB")
+    size = _number(found[1]) * units[found[2].lower()]
+    if size <= 0:
+        raise UserError(f"--gpu_memory: must be above 0 (got {text!r})")
+    return size
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")

@@ -1,0 +1,55 @@
+"""Tokenize the data of a configuration before training; needs no GPU and no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.errors import UserError
+from sft_lightning.views.report_table import report_tables
+
+
+def main(args: Sequence[str]) -> None:
+    """Build the token stores of a configuration, and report on its data."""
+    quiet_libraries()
+    line = SFTCommandLine("prepare", list(args), add_options)
+    prepare(line.data, rebuild=line.config["rebuild"], report=line.config["report"])
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the command's own options."""
+    parser.add_argument("--rebuild", action="store_true", help="Tokenize again, even what is stored already.")
+    parser.add_argument("--report", type=str | None, default=None, help="Write data_report.json to this file too.")
+
+
+def prepare(data: SFTDataModule, *, rebuild: bool = False, report: str | None = None) -> None:
+    """Tokenize, plan and report.
+
+    Args:
+        data: The data of a run.
+        rebuild: Tokenize again what is stored already.
+        report: Write the report to this file, too.
+
+    Raises:
+        UserError: If there is no source, or a source cannot be used.
+    """
+    stores = data.prepare(rebuild=rebuild)
+    console = Console(width=None if Console().is_terminal else 100)
+    for part in report_tables(data.report):
+        console.print(part, markup=False)
+    for name, prepared in stores.items():
+        tokens = prepared.facts["num_tokens"]
+        print(f"{name}: {tokens:,} tokens in {prepared.folder}, {'built now' if prepared.built else 'found'}")
+    if report is not None:
+        path = Path(report)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(data.report.as_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--report: cannot write {report!r}: {error.strerror}") from error

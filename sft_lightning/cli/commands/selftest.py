@@ -1,0 +1,41 @@
+"""Prove on your own model and data what this trainer promises: masks, packing, gradients, resuming, export."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.errors import UserError
+from sft_lightning.selftest.run import run_checks
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the checks, print a line for each; exit status 1 if one fails."""
+    quiet_libraries()
+    line = SFTCommandLine("selftest", list(args), _add_options)
+    num_records, row_length = line.config["num_records"], line.config["row_length"]
+    for option, value in {"num_records": num_records, "row_length": row_length}.items():
+        if value < 1:
+            raise UserError(f"--{option}: must be at least 1 (got {value})")
+    start, num_checks, failed = time.monotonic(), 0, []
+    for check in run_checks(
+        args, line.data, num_records=num_records, max_row_length=row_length, add_options=_add_options
+    ):
+        print(check.line(), flush=True)
+        num_checks += check.passed is not None
+        if check.passed is False:
+            failed.append(check.name)
+    seconds = time.monotonic() - start
+    print(f"selftest: {num_checks - len(failed)} of {num_checks} checks passed in {seconds:.0f} s")
+    if failed:
+        print(f"selftest failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--num_records", type=int, default=32, help="Records of each source whose masks are checked.")
+    parser.add_argument("--row_length", type=int, default=512, help="Tokens per row at most in the test's own runs.")

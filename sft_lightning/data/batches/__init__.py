@@ -1,0 +1,1 @@
+"""Rows of the plan become batches; loaders, and windows of streamed data."""

@@ -1,0 +1,84 @@
+"""Records → generation prompts: what `predict` and samples ask the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from sft_lightning.data.formats.registry import Malformed, to_messages
+from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.tokens.examples import ExampleBuilder
+from sft_lightning.types import Message, Record
+
+PromptBatch = list[dict[str, str]]
+"""Prompts to answer: `prompt`, `source`, `location` and, where the data has one, `reference`."""
+
+_BEGINNING = 80
+"""Characters of a document that it is continued from: what a reader takes in at a glance."""
+
+
+class PromptLoader:
+    """Prompts in batches, dealt to the ranks by turns.
+
+    Args:
+        prompts: All of them, in the order of the data.
+        batch_size: Prompts at a time.
+        rank: Whose batches these are.
+        world_size: Ranks that share the prompts.
+    """
+
+    def __init__(self, prompts: PromptBatch, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self._rank = rank
+        self._world_size = world_size
+        self.num_answered = 0
+        """Of this rank's batches, how many of the first ones come empty, because they were answered before."""
+
+    def __len__(self) -> int:
+        """Batches, for every rank the same; the last one may be empty."""
+        return math.ceil(len(self.prompts) / (self.batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for number in range(len(self)):
+            yield [] if number < self.num_answered else self._batch(number)
+
+    @property
+    def batch_lengths(self) -> list[int]:
+        """Prompts of each of this rank's batches."""
+        return [len(self._batch(number)) for number in range(len(self))]
+
+    def _batch(self, number: int) -> PromptBatch:
+        start = (number * self._world_size + self._rank) * self.batch_size
+        return self.prompts[start : start + self.batch_size]
+
+
+def make_prompts(builder: ExampleBuilder, records: Iterable[Record], source: SourceConfig) -> Iterator[dict[str, str]]:
+    """Yield a prompt for each record, ending where its last answer begins; that answer is its reference.
+
+    Raises:
+        UserError: If a record does not fit its format.
+    """
+    found = ""
+    for record in records:
+        found = found or builder.format_of(record, source.format, source.path)
+        try:
+            messages = to_messages(record, found, answered=False)
+        except Malformed:
+            if builder.malformed == "error":
+                raise
+            continue  # counted and reported where examples are made
+        yield _prompt(builder, record, messages)
+
+
+def _prompt(builder: ExampleBuilder, record: Record, messages: Sequence[Message]) -> dict[str, str]:
+    prompt = {"source": record.source, "location": record.location}
+    last = messages[-1]
+    if last.role == "assistant" or (last.role == "text" and len(messages) > 1):
+        prompt["reference"] = last.content
+        messages = messages[:-1]
+    elif last.role == "text" and last.train is not False:  # a document, not the prompt of a completion
+        beginning = last.content[:_BEGINNING].rpartition(" ")[0] or last.content[:_BEGINNING]
+        messages = [replace(last, content=beginning)]
+    return {**prompt, "prompt": builder.template_for(messages).generation_prompt(messages)}

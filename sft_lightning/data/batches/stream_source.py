@@ -1,0 +1,220 @@
+"""One source, read and tokenized while training, over and over; what becomes of its records is counted as they come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sft_lightning.data.plan.blending import BlendConfig, BlendUnit
+from sft_lightning.data.plan.split_examples import Corpus, LengthLimits, make_corpus
+from sft_lightning.data.plan.split_reader import Split
+from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
+from sft_lightning.data.sources.source import SourceConfig, read_records
+from sft_lightning.data.tokens.examples import ExampleBuilder, RecordLog, marks_of
+from sft_lightning.data.tokens.store import TokenStore
+from sft_lightning.data.tokens.store_cache import Prepared
+from sft_lightning.data.tokens.tokenization import TokenizedBatch
+from sft_lightning.errors import UserError
+from sft_lightning.types import Record, TokenizedExample
+
+RECORDS_AT_ONCE = 256
+"""Records that are read and tokenized together: what a source may be read ahead of a window."""
+
+_NO_FILES = {f"{array}.bin": {"xxh3_128": ""} for array in ("input_ids", "loss_weights", "lengths")}
+"""`make_corpus` names a corpus by the checksums of its files; examples in memory have none."""
+
+_COUNTS = (
+    "records", "examples", "tokens", "supervised_tokens", "rewritten_records", "rewritten_examples", "truncated",
+    "supervised_tokens_lost",
+)  # fmt: skip
+
+
+@dataclass
+class StreamReport(SourceReport):
+    """Counts of a streamed source since the run was last started, with what was read ahead."""
+
+    streaming: bool = True
+
+    passes: int = 0
+    """Times that the source was read to its end, over the whole run; a record counts in each pass."""
+
+
+class Cursor(NamedTuple):
+    """How far a source has been taken."""
+
+    passes: int = 0
+    """Whole passes."""
+
+    record: int = 0
+    """The last record of this pass that was taken from; those before it are used up."""
+
+    examples: int = 0
+    """Examples of that record that were taken."""
+
+
+class SourceStream:
+    """A source as an endless sequence of examples: after the last record comes the first again.
+
+    Args:
+        name: The source's name in the YAML.
+        config: The source.
+        builder: What makes examples.
+        limits: Which lengths are kept.
+
+    Raises:
+        UserError: If there is no record, or its format cannot be told.
+    """
+
+    def __init__(self, name: str, config: SourceConfig, builder: ExampleBuilder, limits: LengthLimits) -> None:
+        self.name = name
+        self.config = config
+        self.report = StreamReport("train")
+        self._builder = builder
+        self._limits = limits
+        self._lengths: Counter[int] = Counter()
+        first = next(read_records(name, config), None)
+        if first is None:
+            raise UserError(
+                f"data.sources.{name}.path: {config.path!r} holds no records, so there is nothing to train on"
+            )
+        self.report.format = builder.format_of(first, config.format, config.path)
+
+    def examples(self, cursor: Cursor = Cursor()) -> Iterator[tuple[Cursor, TokenizedExample]]:  # noqa: B008 (a tuple)
+        """Yield the examples after a position, each with the position behind it; what lies before is not tokenized.
+
+        Raises:
+            UserError: If a record is wrong, an example too long, or a whole pass leaves no example.
+        """
+        while True:
+            record, taken, found = cursor.record, 0, cursor.examples > 0
+            for index, example in self._pass(cursor.record):
+                record, taken = index, taken + 1 if index == record else 1
+                if index > cursor.record or taken > cursor.examples:
+                    found = True
+                    yield Cursor(cursor.passes, index, taken), example
+            if not found and cursor.record == 0:
+                raise UserError(
+                    f"data.sources.{self.name}: no example is left to train on; dropped: {dict(self.report.dropped)}"
+                )
+            cursor = Cursor(cursor.passes + 1)
+            self.report.passes = cursor.passes
+
+    def _pass(self, first: int) -> Iterator[tuple[int, TokenizedExample]]:
+        """Yield the examples of the records from `first` to the last, each with its record."""
+        records = islice(read_records(self.name, self.config), first, None)
+        while chunk := list(islice(records, RECORDS_AT_ONCE)):
+            corpus = self._tokenize(chunk)
+            for example in corpus.examples.tolist():
+                tokens = corpus.store.example(example, 0, int(corpus.kept[example]))
+                yield first + int(corpus.store.records[example]), tokens
+            first += len(chunk)
+
+    def _tokenize(self, chunk: Sequence[Record]) -> Corpus:
+        log = RecordLog(format=self.report.format)
+        built = list(self._builder.build(chunk, self.config.format, self.config.path, log))
+        records = np.concatenate([np.zeros(0, np.int64), *(of for _, of in built)])
+        store = TokenStore.of(join_batches([batch for batch, _ in built]), records, marks_of(log))
+        prepared = Prepared(Path(), store, {**log.facts(), "files": _NO_FILES}, built=True)
+        everything = np.ones(len(chunk), bool)
+        corpus = make_corpus(
+            self.name, "train", prepared, everything, self._limits, lambda index: chunk[index].location
+        )
+        self._count(corpus.report, store.lengths)
+        return corpus
+
+    def _count(self, part: SourceReport, lengths: npt.NDArray[np.int64]) -> None:
+        """Add the counts of a part to the report."""
+        report = self.report
+        for name in _COUNTS:
+            setattr(report, name, getattr(report, name) + getattr(part, name))
+        report.dropped += part.dropped
+        report.repairs += part.repairs
+        for reason, places in part.dropped_at.items():
+            report.dropped_at[reason] = [*report.dropped_at.get(reason, []), *places][:MAX_LOCATIONS]
+        self._lengths.update(lengths.tolist())
+        distinct = sorted(self._lengths)
+        if distinct:
+            so_far = np.cumsum([self._lengths[length] for length in distinct])
+            wanted = np.searchsorted(so_far, so_far[-1] * np.array([0.5, 0.9, 0.99, 1.0]))
+            report.length_p50, report.length_p90, report.length_p99, report.longest = (distinct[i] for i in wanted)
+
+
+def join_batches(batches: Sequence[TokenizedBatch]) -> TokenizedBatch:
+    """Put the examples of several batches one after the other."""
+    return TokenizedBatch(
+        np.concatenate([np.zeros(0, np.int32), *(batch.input_ids for batch in batches)]),
+        np.concatenate([np.zeros(0, np.float32), *(batch.loss_weights for batch in batches)]),
+        np.concatenate([np.zeros(0, np.int64), *(batch.counts for batch in batches)]),
+    )
+
+
+def shares(sources: Sequence[SourceConfig], blend: BlendConfig) -> list[float]:
+    """Return each source's share of all that is seen, 0 to 1; `weight` is one, whatever `blend.by` counts."""
+    weights = np.array([source.weight for source in sources], np.float64)
+    wanted = (weights / weights.sum()) ** (1 / blend.temperature)
+    result: list[float] = (wanted / wanted.sum()).tolist()
+    return result
+
+
+def share_unit(blend: BlendConfig) -> BlendUnit:
+    """Return what the shares of streams are counted in; passes are no share, so there it is tokens."""
+    return "tokens" if blend.by == "epochs" else blend.by
+
+
+def check_streamed(
+    sources: Mapping[str, SourceConfig],
+    other: Mapping[Split, Mapping[str, SourceConfig]],
+    *,
+    val_fraction: float,
+    data_split: str | None,
+) -> bool:
+    """Return whether the training sources are streamed; if one is, all are.
+
+    Args:
+        sources: Training sources.
+        other: Sources of the other splits.
+        val_fraction: `data.val_fraction`.
+        data_split: `data.data_split`.
+
+    Raises:
+        UserError: If something else is streamed, or asked for that needs the number of records.
+    """
+    for split, others in other.items():
+        for name, config in others.items():
+            if config.streaming:
+                raise UserError(
+                    f"data.{split}_sources.{name}.streaming: true, but only training sources are streamed; leave it "
+                    "out, and bound the source with max_examples if it is large"
+                )
+    streamed = [name for name, config in sources.items() if config.streaming]
+    if not streamed:
+        return False
+    because = f"does not go with data.sources.{streamed[0]}.streaming, whose number of records is not known"
+    if val_fraction:
+        raise UserError(f"data.val_fraction: {val_fraction} {because}; use data.val_sources instead")
+    if data_split is not None:
+        raise UserError(f"data.data_split: {data_split!r} {because}; divide the files instead")
+    for name, config in sources.items():
+        if config.max_epochs != 1.0:
+            raise UserError(
+                f"data.sources.{name}.max_epochs: {config.max_epochs} {because}; trainer.max_steps ends the run"
+            )
+    return True
+
+
+def describe_streamed(sources: Mapping[str, SourceConfig], blend: BlendConfig) -> str:
+    """Say in a line which sources are streamed, and what that makes of other settings."""
+    stored = [name for name, config in sources.items() if not config.streaming]
+    text = f"data.sources: {', '.join(sources)} streamed while training, nothing is stored"
+    if stored:
+        text += f"; {', '.join(stored)} too, since all training sources are streamed if one is"
+    if len(sources) > 1 and blend.by == "epochs":
+        text += "; weights are shares of tokens (data.blend.by: epochs has no meaning for a stream)"
+    return text

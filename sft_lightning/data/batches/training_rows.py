@@ -1,0 +1,218 @@
+"""The rows of a run's training: how many optimizer steps they make, and what a position among them means.
+
+Rows are planned ahead, epoch by epoch, or drawn from streams as one epoch that is as long as the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from sft_lightning.data.batches.loader import Collate, TrainLoader
+from sft_lightning.data.batches.stream_source import SourceStream
+from sft_lightning.data.batches.streaming import StreamLoader, StreamWindows
+from sft_lightning.data.plan.blending import BlendConfig
+from sft_lightning.data.plan.epoch_plan import Topology
+from sft_lightning.data.plan.epoch_planner import EpochPlanner
+from sft_lightning.data.plan.split_examples import LengthLimits
+from sft_lightning.data.plan.split_reader import Sources
+from sft_lightning.data.sources.source import read_record
+from sft_lightning.errors import UserError
+from sft_lightning.types import TokenizedExample
+
+CollateFrom = Callable[[Callable[[int, int, int], TokenizedExample]], Collate]
+"""(index, start, stop) → example, to what makes batches of rows of them."""
+
+
+class RunLength(NamedTuple):
+    """How long the trainer trains; as it stands, one epoch."""
+
+    max_epochs: int | None = 1
+    """Epochs; -1: no limit."""
+
+    max_steps: int = -1
+    """Optimizer steps; -1: no limit."""
+
+    limit_train_batches: int | float = 1.0
+    """Micro-batches of an epoch, or the share of them."""
+
+
+class TrainingRows(Protocol):
+    """What a run trains on, row by row."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold more than one document."""
+
+    @property
+    def content(self) -> str:
+        """What the tokens are, for a checkpoint; another string if they are others."""
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps of the run."""
+
+    def micro_batches_done(self, position: Mapping[str, int]) -> int:
+        """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
+
+    def is_within_epoch(self, position: Mapping[str, int]) -> bool:
+        """Whether rows of its epoch come after a loader's position."""
+
+    def describe(self, optimizer_step: int, limit: int) -> list[str]:
+        """Say where the records of an optimizer step's rows stand, those of all ranks.
+
+        Args:
+            optimizer_step: Its number in the run, from 1.
+            limit: Places at most; one more entry tells of the rest.
+        """
+
+    def loader(self, collate: CollateFrom) -> TrainLoader | StreamLoader:
+        """Return this rank's micro-batches."""
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Rows that are known before training."""
+
+    planner: EpochPlanner
+    sources: Sources
+    topology: Topology
+    run: RunLength
+
+    @property
+    def packs(self) -> bool:
+        """Whether any row of the first epoch holds more than one document."""
+        plan = self.planner.plan(0)
+        return len(plan.documents) > plan.num_rows
+
+    @property
+    def content(self) -> str:
+        """A hash of all tokens."""
+        return self.planner.fingerprint
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps of the run, from the plan and the trainer's limits.
+
+        Raises:
+            UserError: If the run has no end, or an epoch ends within a step.
+        """
+        max_epochs, max_steps, _ = self.run
+        if max_epochs == -1:
+            if max_steps == -1:
+                raise UserError("trainer: set max_steps or max_epochs; the learning-rate schedule needs an end")
+            return max_steps
+        num_epochs = max_epochs or 1
+        if self.planner.repeats:
+            steps = num_epochs * self._steps_of(0)
+        else:  # a part of a source that is another in every epoch does not always fill as many rows
+            steps = sum(self._steps_of(epoch) for epoch in range(num_epochs))
+        return steps if max_steps == -1 else min(steps, max_steps)
+
+    def _steps_of(self, epoch: int) -> int:
+        return math.ceil(self._micro_batches_of(epoch) / self.topology.accumulate)
+
+    def _micro_batches_of(self, epoch: int) -> int:
+        """Micro-batches of an epoch within `trainer.limit_train_batches`, which must not cut a step in two."""
+        whole, limit = self.planner.plan(epoch).num_micro_batches(self.topology), self.run.limit_train_batches
+        limited = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
+        if limited < whole and limited % self.topology.accumulate:
+            raise UserError(
+                f"trainer.limit_train_batches: {limit} stops in the middle of an optimizer step; "
+                f"use a multiple of accumulate_grad_batches ({self.topology.accumulate})"
+            )
+        return limited
+
+    def micro_batches_done(self, position: Mapping[str, int]) -> int:
+        """Return the micro-batches of whole optimizer steps that a loader's position stands after in its epoch."""
+        return self.planner.plan(position["epoch"]).micro_batches_done(position["rows"], self.topology)
+
+    def is_within_epoch(self, position: Mapping[str, int]) -> bool:
+        """Whether rows of its epoch come after a loader's position."""
+        return position["rows"] < self.planner.plan(position["epoch"]).num_rows
+
+    def describe(self, optimizer_step: int, limit: int) -> list[str]:
+        """Say where the records of an optimizer step's rows stand."""
+        epoch, step = 0, optimizer_step - 1
+        while step >= self._steps_of(epoch):
+            step -= self._steps_of(epoch)
+            epoch += 1
+        plan, size = self.planner.plan(epoch), self.topology.rows_per_step
+        rows = range(step * size, min((step + 1) * size, plan.num_rows))
+        examples = dict.fromkeys(int(document[0]) for row in rows for document in plan.row(row))
+        found = list(dict.fromkeys(self.planner.corpora.record(example) for example in examples))
+        places = [f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]]
+        return places if len(found) <= limit else [*places, f"and {len(found) - limit} more records"]
+
+    def loader(self, collate: CollateFrom) -> TrainLoader:
+        """Return this rank's micro-batches, epoch after epoch."""
+        return TrainLoader(self.planner.plan, self.topology, collate(self.planner.corpora.example))
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """Rows that are drawn from the sources while training."""
+
+    streams: Sequence[SourceStream]
+    sources: Sources
+    blend: BlendConfig
+    limits: LengthLimits
+    topology: Topology
+    run: RunLength
+    seed: int
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold more than one document."""
+        return self.limits.packing != "none"
+
+    @property
+    def content(self) -> str:
+        """What decides which examples are seen; the tokens of a window are known to the loader."""
+        taken = [(name, config.max_examples) for name, config in self.sources.items()]
+        return f"streamed: {taken}, min_length {self.limits.min_length}, overlong {self.limits.overlong}"
+
+    @property
+    def num_optimizer_steps(self) -> int:
+        """Optimizer steps of the run: a stream has no end of its own.
+
+        Raises:
+            UserError: If none is given.
+        """
+        if self.run.max_steps == -1:
+            raise UserError(
+                "trainer.max_steps: not set, but data.sources are streamed and have no end; set the number of "
+                "optimizer steps, or leave out `streaming`"
+            )
+        return self.run.max_steps
+
+    def micro_batches_done(self, position: Mapping[str, int]) -> int:
+        """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
+        return position["rows"] // self.topology.rows_per_step * self.topology.accumulate
+
+    def is_within_epoch(self, position: Mapping[str, int]) -> bool:
+        """Whether rows of the run come after a loader's position."""
+        return position["rows"] < self.num_optimizer_steps * self.topology.rows_per_step
+
+    def describe(self, optimizer_step: int, limit: int) -> list[str]:
+        """Say which rows of the run an optimizer step has; where their records stood is not kept."""
+        return [f"rows {(optimizer_step - 1) * self.topology.rows_per_step} and following of the streamed sources"]
+
+    def loader(self, collate: CollateFrom) -> StreamLoader:
+        """Return this rank's micro-batches of the whole run.
+
+        Raises:
+            UserError: If the trainer is to end it otherwise than by its steps.
+        """
+        windows = StreamWindows(
+            self.streams, self.blend, self.limits, rows_per_step=self.topology.rows_per_step, seed=self.seed
+        )
+        loader = StreamLoader(
+            windows, self.topology, lambda window: collate(window.store.example), self.num_optimizer_steps
+        )
+        limit = self.run.limit_train_batches
+        if limit != 1.0 and not (isinstance(limit, int) and limit >= len(loader)):
+            raise UserError(f"trainer.limit_train_batches: {limit} with streamed sources; use trainer.max_steps alone")
+        return loader

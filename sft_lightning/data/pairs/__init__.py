@@ -1,0 +1,1 @@
+"""Preference pairs: the same stages as the other data, for two answers to one prompt."""

@@ -1,0 +1,160 @@
+"""Records with a better and a worse answer → two examples each, the chosen one and then the rejected one.
+
+What both conversations have in common is the prompt and has no loss; the answers begin where they part. A pair is kept
+or left out as a whole, and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from sft_lightning.data.formats.deepspeed_chat import DATASETS
+from sft_lightning.data.formats.fields import Malformed, read_weight
+from sft_lightning.data.formats.preference import preference_pair
+from sft_lightning.data.formats.registry import find_format
+from sft_lightning.data.formats.turn_order import settle
+from sft_lightning.data.tokens.examples import ALWAYS_DROPPED, ExampleBuilder, RecordLog, Rendered
+from sft_lightning.errors import UserError
+from sft_lightning.types import LossOn, Message, Record, Segment
+
+PairHistory = Literal["own", "chosen"]
+"""What a rejected answer stands after: its `own` conversation, or that of the `chosen` one, as in Firefly."""
+
+_CONVERSATIONS_CHECKED = 32
+"""Conversations of each source to prove the template and the tokenizer on."""
+
+_WAY_OUT = "fix the record or set data.malformed: drop"
+
+
+class Pair(NamedTuple):
+    """Two conversations with one prompt, whose messages say themselves which have a loss."""
+
+    chosen: list[Message]
+    rejected: list[Message]
+
+
+def make_pair(
+    record: Record, *, history: PairHistory = "own", loss_on: LossOn = "assistant", repairs: Counter[str] | None = None
+) -> Pair:
+    """Return a record's two conversations, supervised where the answers are.
+
+    Args:
+        record: The row.
+        history: What the rejected answer stands after.
+        loss_on: `assistant`: every answer from where the conversations part; `last_turn`: the last one of them.
+        repairs: Counts what was repaired; see `turn_order.settle`.
+
+    Raises:
+        Malformed: If the record has no pair, its turns are out of order, or the two answer different prompts or say the
+            same.
+    """
+    chosen, rejected = (settle(record, turns, repairs=repairs) for turns in preference_pair(record))
+    if history == "chosen":
+        # Firefly (component/dataset.py): every turn but the last is taken from `chosen`.
+        rejected = [*chosen[:-1], rejected[-1]]
+    parting = _parting(chosen, rejected)
+    if parting == len(chosen) == len(rejected):
+        said = f"{record.location}: both answers are the same, so there is nothing to prefer"
+        raise Malformed(said, "same_answers")
+    firsts = {turns[parting].role for turns in (chosen, rejected) if parting < len(turns)}
+    if firsts != {"assistant"} or parting in (len(chosen), len(rejected)):
+        raise Malformed(
+            f"{record.location}: the conversations part in turn {parting}, and not at an answer, so the two are not "
+            f"answers to one prompt; {_WAY_OUT}, or set data.pair_history: chosen to put both after the chosen one's",
+            "different_prompts",
+        )
+    weight = read_weight(record, record.fields)
+    return Pair(*(_supervise(turns, parting, weight, loss_on) for turns in (chosen, rejected)))
+
+
+def _parting(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+    """Return the first turn in which two conversations differ."""
+    same = [_content(one) == _content(other) for one, other in zip(chosen, rejected, strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+def _content(turn: Message) -> tuple[object, ...]:
+    return turn.role, turn.content, turn.context, dict(turn.extras)
+
+
+def _supervise(turns: Sequence[Message], parting: int, weight: float, loss_on: LossOn) -> list[Message]:
+    """Give a loss to the answers from a turn on, unless they say themselves that they have none."""
+    answers = [i for i in range(parting, len(turns)) if turns[i].role == "assistant"]
+    if loss_on == "last_turn":
+        answers = answers[-1:]
+    return [
+        replace(turn, train=i in answers and turn.train is not False, weight=weight * turn.weight)
+        for i, turn in enumerate(turns)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBuilder(ExampleBuilder):
+    """Makes two examples of each record: chosen, rejected."""
+
+    history: PairHistory = "own"
+
+    def format_of(self, record: Record, configured: str | None, path: str = "") -> str:
+        """Return the format of a source, which must be one with pairs.
+
+        Raises:
+            UserError: If it is another one.
+        """
+        name = find_format(configured, record, path)
+        if configured is None and name in DATASETS and "rejected" in record.fields:
+            return "preference"  # the same keys; a dataset's own strings go without a template
+        if name != "preference":
+            raise UserError(
+                f"data.sources.{record.source}.format: {name!r} has no pairs of a better and a worse answer, which "
+                "task: dpo learns from; use data with `chosen` and `rejected` (format: preference), or task: sft"
+            )
+        return name
+
+    def conversations(
+        self, record: Record, format_name: str, repairs: Counter[str] | None = None
+    ) -> dict[str, Sequence[Message]]:
+        """Return the `chosen` and the `rejected` conversation of a record."""
+        return dict(make_pair(record, history=self.history, loss_on=self.loss_on, repairs=repairs)._asdict())
+
+    def _render_all(
+        self, records: Iterable[Record], configured_format: str | None, path: str, log: RecordLog
+    ) -> Iterator[Rendered]:
+        first: list[tuple[str, Sequence[Message]]] = []
+        repairs: Counter[str] = Counter()
+        checked = False
+        for index, record in enumerate(records):
+            log.format = log.format or self.format_of(record, configured_format, path)
+            log.marks.append(0)
+            repairs.clear()
+            try:
+                pair = self.conversations(record, log.format, repairs)
+                rendered = [self._render_one(record, messages) for messages in pair.values()]
+            except Malformed as error:
+                if self.malformed == "error" and error.reason not in ALWAYS_DROPPED:
+                    raise
+                log.drop(error.reason, record.location)
+                continue
+            for repair in repairs:
+                log.mark(repair)
+            if not checked:
+                first += [(record.location, messages) for messages in pair.values()]
+                if len(first) >= _CONVERSATIONS_CHECKED:
+                    self._check(first)
+                    checked = True
+            for segments in rendered:
+                yield index, segments
+        if first and not checked:
+            self._check(first)
+
+    def _render_one(self, record: Record, messages: Sequence[Message]) -> list[Segment]:
+        rendered = self.render(record, messages)
+        if len(rendered) > 1:
+            raise Malformed(
+                f"{record.location}: template {self.template.name} renders the answers of this conversation as "
+                f"{len(rendered)} texts, but an answer to compare is one; set data.loss_on: last_turn, or {_WAY_OUT}",
+                "rewritten_pair",
+            )
+        return rendered[0]

@@ -1,0 +1,198 @@
+"""A token store of chosen and rejected examples seen as a store of pairs: a pair is what is planned and packed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sft_lightning.data.tokens.store import TokenStore
+from sft_lightning.types import SharedPrompt, TokenizedExample
+
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PairExample(TokenizedExample):
+    """Both examples of a pair, the chosen one first: arrays (L,) for both together."""
+
+    num_chosen: int
+    """Tokens of the chosen example."""
+
+    weight: float
+    """What the pair's loss weighs."""
+
+    def halves(self) -> tuple[TokenizedExample, TokenizedExample]:
+        """Return the chosen and the rejected example."""
+        first, second = slice(None, self.num_chosen), slice(self.num_chosen, None)
+        return (
+            TokenizedExample(self.input_ids[first], self.loss_weights[first]),
+            TokenizedExample(self.input_ids[second], self.loss_weights[second]),
+        )
+
+
+@dataclass(frozen=True)
+class SharedPair(TokenizedExample):
+    """A pair as one document: what both conversations begin with, the rest of the chosen one, that of the rejected."""
+
+    shared: SharedPrompt
+    """How long they are."""
+
+    @property
+    def length(self) -> int:
+        """Its length in tokens, and how it is made up."""
+        return self.shared
+
+    @property
+    def positions(self) -> Longs:
+        """Position of each token in its conversation, (L,)."""
+        end = self.shared.common + self.shared.first
+        return np.concatenate([np.arange(end), np.arange(self.shared.common, self.shared.common + self.shared - end)])
+
+
+def share_prompt(pair: PairExample) -> SharedPair | None:
+    """Return a pair with what both conversations begin with only once; `None` if there is nothing to share.
+
+    The token before an answer stays with the answer, in both of them: the answer's first token is predicted from it,
+    and a label is predicted from what stands before it in the row.
+    """
+    chosen, rejected = pair.halves()
+    shorter = min(len(chosen.input_ids), len(rejected.input_ids))
+    differ = np.flatnonzero(chosen.input_ids[:shorter] != rejected.input_ids[:shorter])
+    answers = [np.flatnonzero(half.loss_weights[1:] > 0) for half in (chosen, rejected)]  # from 0: the token before
+    common = min([int(differ[0]) if len(differ) else shorter, *(int(found[0]) for found in answers if len(found))])
+    if common < 1:
+        return None
+    rests = len(chosen.input_ids) - common, len(rejected.input_ids) - common
+    return SharedPair(
+        np.concatenate([chosen.input_ids, rejected.input_ids[common:]]),
+        np.concatenate([chosen.loss_weights, rejected.loss_weights[common:]]),
+        SharedPrompt(common, *rests),
+    )
+
+
+@dataclass(frozen=True)
+class PairStore(TokenStore):
+    """All pairs of a source. `lengths` are those of both examples together, `supervised` too; `weights` are the pairs'.
+
+    A pair of which an example has no supervised token counts as having none itself, and is dropped like such examples.
+    """
+
+    spans: Longs
+    """Where each pair's chosen and rejected example begins and ends in the flat arrays, (N, 2, 2)."""
+
+    whole_lengths: Longs
+    """Tokens of each pair before it was shortened, (N,)."""
+
+    lost: Longs
+    """Supervised tokens of each pair that went with that, (N,)."""
+
+    def example(self, index: int, start: int, stop: int) -> PairExample:
+        """Return a pair.
+
+        Raises:
+            ValueError: If only a part of it is asked for.
+        """
+        if (start, stop) != (0, int(self.lengths[index])):
+            raise ValueError(f"a pair is whole: 0 to {self.lengths[index]} tokens, not {start} to {stop}")
+        chosen, rejected = (slice(first, end) for first, end in self.spans[index].tolist())
+        return PairExample(
+            np.concatenate([self.input_ids[chosen], self.input_ids[rejected]]),
+            np.concatenate([self.loss_weights[chosen], self.loss_weights[rejected]]),
+            chosen.stop - chosen.start,
+            float(self.weights[index]),
+        )
+
+
+class Shortening(NamedTuple):
+    """How long pairs are shortened; Firefly's `max_seq_length` and `max_prompt_length`."""
+
+    max_length: int
+    """Tokens of an answer with its prompt."""
+
+    max_prompt_length: int
+    """Tokens at the prompt's end that are kept in any case; fewer than `max_length`."""
+
+
+def shorten(prompt: Longs, chosen: Longs, rejected: Longs, limits: Shortening) -> tuple[Longs, Longs, Longs]:
+    """Return how many tokens are left of prompts and answers, all (N,), by the rule of Firefly's DPO data set.
+
+    What fits is not touched: `max_prompt_length` is a floor for what is kept of the prompt of a pair that is too long,
+    not a cap. Of such a prompt the last `max(max_prompt_length, max_length - longer answer)` tokens are kept; if that
+    is not enough, both answers are cut to the room that is left.
+
+    Args:
+        prompt: Tokens of the prompts.
+        chosen: Tokens of the better answers.
+        rejected: Tokens of the worse answers.
+        limits: The two lengths.
+    """
+    longer = np.maximum(chosen, rejected)
+    too_long = prompt + longer > limits.max_length
+    kept = np.minimum(prompt, np.maximum(limits.max_prompt_length, limits.max_length - longer))
+    prompt = np.where(too_long, kept, prompt)
+    room = limits.max_length - prompt  # of what was not too long, at least the longer answer
+    return prompt, np.minimum(chosen, room), np.minimum(rejected, room)
+
+
+def pair_store(store: TokenStore, limits: Shortening | None = None) -> PairStore:
+    """See a store of examples, chosen and rejected by turns, as one of pairs.
+
+    Args:
+        store: An even number of examples; 2i and 2i + 1 are of one record.
+        limits: How long pairs are shortened; `None` leaves them as they are.
+
+    Raises:
+        ValueError: If the examples are not pairs.
+    """
+    if len(store) % 2 or not np.array_equal(store.records[::2], store.records[1::2]):
+        raise ValueError("the store's examples are not pairs of a chosen and a rejected one")
+    spans = np.stack([store.starts, store.starts + store.lengths], axis=1)
+    supervised = store.supervised
+    if limits is not None:
+        spans = _shortened(store, spans, limits)
+        supervised = _supervised(store, spans)
+    means = np.divide(store.weights, store.supervised, out=np.zeros(len(store)), where=store.supervised > 0)
+    lengths = _by_pair(spans[:, 1] - spans[:, 0]).sum(axis=1)
+    of_both = _by_pair(supervised)
+    return PairStore(
+        input_ids=store.input_ids,
+        loss_weights=store.loss_weights,
+        lengths=lengths,
+        records=store.records[::2],
+        supervised=np.where((of_both > 0).all(axis=1), of_both.sum(axis=1), 0),
+        weights=_by_pair(means).mean(axis=1),
+        starts=spans[::2, 0],
+        marks=store.marks,
+        spans=spans.reshape(-1, 2, 2),
+        whole_lengths=_by_pair(store.lengths).sum(axis=1),
+        lost=_by_pair(store.supervised - supervised).sum(axis=1),
+    )
+
+
+def _by_pair(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return values of examples, (2N,), as those of pairs, (N, 2)."""
+    return values.reshape(-1, 2)
+
+
+def _shortened(store: TokenStore, spans: Longs, limits: Shortening) -> Longs:
+    """Return where the examples begin and end once long pairs are shortened, (2N, 2)."""
+    positions = np.flatnonzero(store.loss_weights > 0)
+    found = np.searchsorted(positions, spans[:, 0] + 1)  # a first token has no loss
+    answers = np.append(positions, len(store.loss_weights))[found]
+    prompts = np.minimum(answers, spans[:, 1]) - spans[:, 0]
+    answer_lengths = (store.lengths - prompts).reshape(-1, 2)
+    prompt = prompts.reshape(-1, 2).max(axis=1)
+    kept, chosen, rejected = shorten(prompt, answer_lengths[:, 0], answer_lengths[:, 1], limits)
+    begins = spans[:, 0] + np.repeat(prompt - kept, 2)
+    ends = spans[:, 0] + prompts + np.stack([chosen, rejected], axis=1).reshape(-1)
+    return np.stack([begins, ends], axis=1)
+
+
+def _supervised(store: TokenStore, spans: Longs) -> Longs:
+    """Return the supervised tokens of parts of the flat arrays, without the first token of each, (2N,)."""
+    before = np.concatenate([[0], np.cumsum(store.loss_weights > 0)])
+    counts: Longs = before[spans[:, 1]] - before[np.minimum(spans[:, 0] + 1, spans[:, 1])]
+    return counts

@@ -1,0 +1,254 @@
+"""The epoch plan: which examples share a row, which rows an optimizer step, and what each step's loss is divided by.
+
+Pure arithmetic on lengths and weights, the same on every rank and in every process that asks. Because it is known
+before training, resuming, changing the number of GPUs, predicting steps and weighing every supervised token alike need
+no communication and no state but a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sft_lightning.data.plan.blending import largest_deviation, take_turns
+from sft_lightning.data.plan.packing import Rows, best_fit, concat, join_rows, one_per_row
+
+Longs = npt.NDArray[np.int64]
+
+Packing = Literal["best_fit", "concat", "none"]
+
+PackingSetting = Literal["auto", "best_fit", "concat", "none"]
+"""`data.packing` as written; `auto` becomes `best_fit` or `none` once the model is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """How an optimizer step's rows are dealt out."""
+
+    batch_size: int = 1
+    """Rows per micro-batch and device."""
+
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+
+    world_size: int = 1
+    """Devices."""
+
+    rank: int = 0
+    """This device, from 0."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """The global batch: rows per optimizer step over all devices and micro-batches."""
+        return self.batch_size * self.accumulate * self.world_size
+
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows that all devices together take in one micro-batch."""
+        return self.batch_size * self.world_size
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch's rows, in the order in which they are trained."""
+
+    rows: Rows
+    """The documents of each row."""
+
+    row_weights: npt.NDArray[np.float64]
+    """Supervised weight of each row, (R,)."""
+
+    rows_per_step: int
+    """Rows of an optimizer step; the last step of the epoch may have fewer."""
+
+    @property
+    def documents(self) -> Longs:
+        """Example, first token and end of each document, row after row, (D, 3)."""
+        return self.rows.documents
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the epoch."""
+        return -(-self.num_rows // self.rows_per_step)
+
+    def row(self, index: int) -> Longs:
+        """Return the documents of a row, in order, (documents, 3)."""
+        return self.rows.documents[self.rows.starts[index] : self.rows.starts[index + 1]]
+
+    def step_weight(self, step: int) -> float:
+        """Return the supervised weight of an optimizer step: the denominator of its loss."""
+        return float(self.row_weights[step * self.rows_per_step : (step + 1) * self.rows_per_step].sum())
+
+    def num_micro_batches(self, topology: Topology) -> int:
+        """Return the micro-batches that every rank takes in the epoch."""
+        return -(-self.num_rows // topology.rows_per_micro_batch)
+
+    def micro_batches_done(self, rows: int, topology: Topology) -> int:
+        """Return how many micro-batches of whole optimizer steps lie in the epoch's first `rows` rows."""
+        if rows >= self.num_rows:
+            return self.num_micro_batches(topology)
+        return rows // topology.rows_per_step * topology.accumulate
+
+    def micro_batch(self, index: int, topology: Topology) -> list[int]:
+        """Return the rows of one rank's micro-batch; fewer than `batch_size`, or none, only at the end of the epoch."""
+        first = index * topology.rows_per_micro_batch + topology.rank * topology.batch_size
+        return list(range(min(first, self.num_rows), min(first + topology.batch_size, self.num_rows)))
+
+
+class Choice(NamedTuple):
+    """The examples of one epoch, and what is known of each; every array is (E,)."""
+
+    examples: Longs
+    """Which example, with repeats."""
+
+    sources: Longs
+    """Which source it is of."""
+
+    lengths: Longs
+    """Tokens."""
+
+    amounts: npt.NDArray[np.float64]
+    """What it counts towards its source's share."""
+
+    def take(self, order: Longs) -> Choice:
+        """Return the examples at the indices `order`, in that order."""
+        return Choice(self.examples[order], self.sources[order], self.lengths[order], self.amounts[order])
+
+
+def plan_epoch(
+    choice: Choice,
+    weigh: Callable[[Longs], npt.NDArray[np.float64]],
+    *,
+    packing: Packing,
+    max_length: int,
+    rows_per_step: int,
+    shuffle: tuple[int, int] | None,
+) -> EpochPlan:
+    """Plan one epoch.
+
+    Args:
+        choice: Examples to see.
+        weigh: Documents, (D, 3) → their supervised weights, (D,).
+        packing: How examples share rows.
+        max_length: Tokens per row.
+        rows_per_step: The global batch.
+        shuffle: (seed, epoch) that decide the order; `None` keeps the order of `choice` as far as packing allows.
+
+    Returns:
+        The plan; every entry of `choice` is in exactly one row, with `concat` perhaps in several parts.
+    """
+    if shuffle is not None:
+        choice = choice.take(np.random.default_rng((*shuffle, 0)).permutation(len(choice.examples)))
+    rows = _PACKERS[packing](choice, max_length)
+    if shuffle is not None:
+        rows = _order(rows, choice, packing, rows_per_step, shuffle)
+        if packing == "best_fit" and largest_deviation(source_amounts(rows, choice)) > 1:
+            rows = _order(_best_fit(choice, max_length, full=0.0), choice, packing, rows_per_step, shuffle)
+    rows = rows.of(choice.examples)
+    return EpochPlan(rows, rows.sums(weigh(rows.documents)), rows_per_step)
+
+
+def _best_fit(choice: Choice, max_length: int, full: float = 0.95) -> Rows:
+    """Pack each source by itself, and what is left in rows that did not fill together.
+
+    Rows of one source can take turns to within a row, rows of all sources mixed could not. With 50 sources that makes
+    three rows in a thousand more than packing all of them together.
+
+    Args:
+        choice: Examples to pack.
+        max_length: Tokens per row.
+        full: Share of `max_length` from which a row of one source is left as it is.
+    """
+    if not choice.sources.any():
+        return best_fit(choice.lengths, max_length)
+    filled: list[Rows] = []
+    loose: list[Longs] = []
+    for source in np.unique(choice.sources):
+        members = np.flatnonzero(choice.sources == source)
+        rows = best_fit(choice.lengths[members], max_length).of(members)
+        is_full = rows.lengths >= full * max_length
+        filled.append(rows.take(np.flatnonzero(is_full)))
+        loose.append(rows.take(np.flatnonzero(~is_full)).documents[:, 0])
+    together = np.concatenate(loose)
+    return join_rows([*filled, best_fit(choice.lengths[together], max_length).of(together)])
+
+
+def _concat(choice: Choice, max_length: int) -> Rows:
+    """Write the examples one after the other, the sources taking turns."""
+    if choice.sources.any():
+        turns = take_turns(_one_hot(choice.amounts, choice.sources), choice.sources)
+        return concat(choice.lengths[turns], max_length).of(turns)
+    return concat(choice.lengths, max_length)
+
+
+_PACKERS: Mapping[Packing, Callable[[Choice, int], Rows]] = {
+    "best_fit": _best_fit,
+    "concat": _concat,
+    "none": lambda choice, _: one_per_row(choice.lengths),
+}
+
+
+def _order(rows: Rows, choice: Choice, packing: Packing, rows_per_step: int, shuffle: tuple[int, int]) -> Rows:
+    """Bring rows into the order of training: shuffled, the sources taking turns, rows of like length together."""
+    generator = np.random.default_rng((*shuffle, 1))
+    several = bool(choice.sources.any())
+    if packing == "concat" and several:
+        return rows  # its examples have taken turns already
+    rows = rows.take(generator.permutation(len(rows)))
+    if several:
+        amounts = source_amounts(rows, choice)
+        rows = rows.take(take_turns(amounts, amounts.argmax(axis=1)))
+    if packing == "none":
+        rows = rows.take(by_length(rows.lengths, rows_per_step, generator))
+    return rows
+
+
+def source_amounts(rows: Rows, choice: Choice) -> npt.NDArray[np.float64]:
+    """Return what each row has of each source, (R, sources); a part of an example counts by its tokens."""
+    index, start, stop = rows.documents.T
+    parts = choice.amounts[index] * (stop - start) / choice.lengths[index]
+    shape = (len(rows), int(choice.sources.max(initial=0)) + 1)
+    # Not through a table of documents by sources: there are many more documents than rows.
+    cells = np.repeat(np.arange(len(rows)), rows.counts) * shape[1] + choice.sources[index]
+    sums = np.bincount(cells, weights=parts, minlength=shape[0] * shape[1])
+    return sums.astype(np.float64, copy=False).reshape(shape)
+
+
+def _one_hot(amounts: npt.NDArray[np.float64], sources: Longs) -> npt.NDArray[np.float64]:
+    """Return the amounts in a column for each source, (len(amounts), sources)."""
+    table = np.zeros((len(amounts), int(sources.max(initial=0)) + 1))
+    table[np.arange(len(amounts)), sources] = amounts
+    return table
+
+
+_STEPS_SORTED_TOGETHER = 16
+
+
+def by_length(lengths: Longs, rows_per_step: int, generator: np.random.Generator) -> Longs:
+    """Order rows so that those of an optimizer step are of like length, longest first, and little is padding.
+
+    Args:
+        lengths: Tokens of each row, (R,).
+        rows_per_step: The global batch; rows are sorted within a window of 16 of them, and the steps of a window
+            shuffled.
+        generator: Decides the order of the steps.
+
+    Returns:
+        Row indices, (R,).
+    """
+    window = rows_per_step * _STEPS_SORTED_TOGETHER
+    order = []
+    for first in range(0, len(lengths), window):
+        rows = first + np.argsort(-lengths[first : first + window], kind="stable")
+        whole = len(rows) // rows_per_step * rows_per_step
+        steps = rows[:whole].reshape(-1, rows_per_step)
+        order += [steps[generator.permutation(len(steps))].reshape(-1), rows[whole:]]
+    return np.concatenate(order) if order else np.zeros(0, np.int64)

@@ -1,0 +1,1 @@
+"""A file, a folder or a Hub id becomes records; what was read is counted."""

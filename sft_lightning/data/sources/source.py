@@ -1,0 +1,219 @@
+"""A file, a folder, a `save_to_disk` folder or a Hub id → Records, each knowing where it stands.
+
+Records are read one after the other and never held all at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from sft_lightning.data.sources.files import READERS, Rows, read_file, reader_of
+from sft_lightning.errors import UserError, one_of
+from sft_lightning.types import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of the blend.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+
+    path: str
+    """A `.json`, `.jsonl`, `.jsonl.gz`, `.csv`, `.parquet`, `.arrow` or `.txt` file, a folder of them (searched
+    recursively, in sorted order), a folder that `datasets` saved with `save_to_disk`, or the id of a data set on the
+    Hugging Face Hub."""
+
+    format: str | None = None
+    """How a record becomes messages: alpaca, firefly, messages, preference, prompt_completion, segments, sharegpt,
+    text, deepspeed_chat/<name>, or the dotted path of a function `Record -> list[Message]`. Default: as the path or
+    the first record's keys tell."""
+
+    columns: dict[str, str] | None = None
+    """What the format calls a key, and what it is called in the file: `{instruction: question, output: answer}`."""
+
+    weight: float = 1.0
+    """How much of the source is seen; in what, `data.blend.by` says. By default passes per epoch: 1 sees each example
+    once, 2 twice, 0.5 a different half in each epoch."""
+
+    max_epochs: float = 1.0
+    """Passes over the source in one epoch at most, where `weight` is a share; the first source to reach it ends the
+    epoch."""
+
+    max_examples: int | None = None
+    """Read at most this many records."""
+
+    split: str | None = None
+    """Split of a Hub data set or a `save_to_disk` folder (default: train), slices such as `train[:10%]` included; of a
+    plain folder, only the files or subfolders of that name."""
+
+    subset: str | None = None
+    """Subset (configuration) of a Hub data set."""
+
+    revision: str | None = None
+    """Commit, branch or tag of a Hub data set."""
+
+    sft_only: bool = False
+    """Use all of the source, whatever `data.data_split` gives to other stages."""
+
+    streaming: bool = False
+    """Read, tokenize and pack the source while training: for data larger than disk or memory. Needs
+    `trainer.max_steps`."""
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise UserError(f"data.sources: weight must be above 0 (got {self.weight}); leave the source out instead")
+        if self.max_epochs <= 0:
+            raise UserError(f"data.sources: max_epochs must be above 0 (got {self.max_epochs})")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise UserError(f"data.sources: max_examples must be at least 1 (got {self.max_examples})")
+
+
+def read_records(name: str, config: SourceConfig) -> Iterator[Record]:
+    """Read the records of a source, in file order.
+
+    Args:
+        name: The source's name in the YAML, for messages.
+        config: Where to read.
+
+    Raises:
+        UserError: If a path does not exist, holds no records, or is not what its name says; with file and line.
+    """
+    for location, row in islice(_rows(name, config), config.max_examples):
+        if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
+            row = {"messages": row}  # a conversation without an object around it, as llama-recipes writes them
+        if not isinstance(row, dict):
+            raise UserError(f"{location}: a record must be a JSON object, not {type(row).__name__}: {_short(row)}")
+        fields = _renamed(name, config.columns, location, row) if config.columns else row
+        yield Record(fields=fields, source=name, location=location)
+
+
+def read_record(name: str, config: SourceConfig, index: int) -> Record:
+    """Return the record at an index, reading the source up to it."""
+    return next(islice(read_records(name, config), index, None))
+
+
+def _rows(name: str, config: SourceConfig) -> Rows:
+    path = Path(config.path).expanduser()
+    if path.exists() and not is_saved_dataset(path):
+        for file in source_files(name, config):
+            yield from read_file(file)
+        return
+    for index, row in enumerate(load_dataset(name, config)):
+        yield f"{config.path}, record {index}", row
+
+
+def source_files(name: str, config: SourceConfig) -> list[Path]:
+    """Return the files of a source that is a file or a folder, in the order in which they are read.
+
+    Raises:
+        UserError: If there is none, or of a type that nothing reads.
+    """
+    path, key = Path(config.path).expanduser(), f"data.sources.{name}"
+    _refuse_hub_options(key, config)
+    if path.is_file():
+        if config.split is not None:
+            raise UserError(f"{key}.split: {config.split!r}, but {config.path!r} is one file and has no splits")
+        if reader_of(path) is None:
+            raise one_of(f"{key}.path: {config.path!r}: the file type", path.suffix, READERS)
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file))
+    if not files:
+        raise UserError(f"{key}.path: the folder {config.path!r} holds no {', '.join(READERS)} file")
+    if config.split is None:
+        return files
+    named = [file for file in files if _is_of_split(file.relative_to(path), config.split)]
+    if not named:
+        raise UserError(
+            f"{key}.split: no file or subfolder of {config.path!r} is called {config.split!r}; there are: "
+            f"{', '.join(str(file.relative_to(path)) for file in files[:8])}"
+        )
+    return named
+
+
+def _refuse_hub_options(key: str, config: SourceConfig) -> None:
+    if config.subset is not None or config.revision is not None:
+        raise UserError(f"{key}: subset and revision are for data sets on the Hub, but {config.path!r} is a path here")
+
+
+def _is_of_split(path: Path, split: str) -> bool:
+    """Whether a path is of a split: `train.jsonl`, `train-00000-of-00002.parquet`, `train/part.json`."""
+    return any(re.match(rf"{re.escape(split)}(\W|$)", part) for part in path.parts)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a folder was written by `datasets`' `save_to_disk`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def load_dataset(name: str, config: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a `save_to_disk` folder or a data set from the Hub.
+
+    Raises:
+        UserError: If it, or its split, does not exist or cannot be reached.
+    """
+    path, key = Path(config.path).expanduser(), f"data.sources.{name}"
+    if path.exists():
+        _refuse_hub_options(key, config)
+        return _load_saved(key, path, config.split)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path) or reader_of(path):
+        raise UserError(f"{key}.path: {config.path!r} does not exist (looked in {Path.cwd()})")
+    try:
+        return datasets.load_dataset(
+            config.path,
+            config.subset,
+            split=config.split or "train",
+            revision=config.revision,
+            streaming=config.streaming,
+        )
+    except (OSError, ValueError) as error:  # every error of `datasets` about what was asked for is one of these
+        raise UserError(
+            f"{key}.path: {config.path!r} is no file or folder here (looked in {Path.cwd()}), and the Hugging Face Hub "
+            f"did not give it: {_short(str(error).partition(chr(10))[0], 300)}"
+        ) from error
+
+
+def _load_saved(key: str, path: Path, split: str | None) -> datasets.Dataset:
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}.path: {str(path)!r} cannot be loaded as a save_to_disk folder: {error}") from error
+    if isinstance(loaded, datasets.Dataset):
+        if split is not None:
+            raise UserError(f"{key}.split: {split!r}, but {str(path)!r} was saved without splits")
+        return loaded
+    wanted = split or "train"
+    if wanted.partition("[")[0] not in loaded:
+        raise one_of(f"{key}.split", wanted, [str(each) for each in loaded])
+    try:
+        spec = datasets.ReadInstruction.from_spec(wanted)
+        parts = spec.to_absolute({name: len(part) for name, part in loaded.items()})
+    except ValueError as error:
+        raise UserError(f"{key}.split: {wanted!r}: {error}") from error
+    return datasets.concatenate_datasets([loaded[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
+def _renamed(name: str, columns: Mapping[str, str], location: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise UserError(
+                f"{location}: no key {theirs!r}, which data.sources.{name}.columns gives for {ours!r}; "
+                f"the keys there are: {', '.join(sorted(row))}"
+            )
+    moved = set(columns.values())
+    return {key: value for key, value in row.items() if key not in moved} | {
+        ours: row[theirs] for ours, theirs in columns.items()
+    }
+
+
+def _short(value: object, limit: int = 60) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

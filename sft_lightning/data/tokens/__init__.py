@@ -1,0 +1,1 @@
+"""Segments become tokens with loss weights; token stores on disk and their cache."""

@@ -1,0 +1,269 @@
+"""Tokenized examples as flat arrays: in memory, or memory-mapped from a folder that is whole or is not there.
+
+A folder holds one file an array and a manifest with the size and checksum of each. It is written beside its place and
+renamed into it when complete, so a build that was killed leaves nothing that looks like a store. Checksums are compared
+whenever a store is opened: one that was torn or altered is not used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from sft_lightning.data.tokens.tokenization import TokenizedBatch
+from sft_lightning.types import TokenizedExample
+
+Longs = npt.NDArray[np.int64]
+
+MANIFEST = "manifest.json"
+
+
+class DamagedStoreError(Exception):
+    """A store's files are not those that its manifest speaks of."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """All examples of a source, one after the other."""
+
+    input_ids: npt.NDArray[np.int32]
+    """Token ids of all examples, (T,)."""
+
+    loss_weights: npt.NDArray[np.float32]
+    """Loss weight of each token, (T,)."""
+
+    lengths: Longs
+    """Tokens of each example, (N,)."""
+
+    records: Longs
+    """The record that each example was made of, counted from 0 in the order of reading, (N,)."""
+
+    supervised: Longs
+    """Tokens with a loss of each example, (N,). A document's first token never has one: nothing stands before it to
+    predict it from."""
+
+    weights: npt.NDArray[np.float64]
+    """Loss weight of each example's supervised tokens together, (N,)."""
+
+    starts: Longs
+    """Where each example starts, (N,)."""
+
+    marks: npt.NDArray[np.uint32]
+    """What happened to each record when examples were made of it, a bit for each of the log's codes, (records,)."""
+
+    @classmethod
+    def of(cls, batch: TokenizedBatch, records: Longs, marks: npt.NDArray[np.uint32]) -> TokenStore:
+        """Keep examples in memory."""
+        lengths, supervised, weights = summarize(batch)
+        starts = starts_of(lengths)
+        return cls(batch.input_ids, batch.loss_weights, lengths, records, supervised, weights, starts, marks)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def example(self, index: int, start: int, stop: int) -> TokenizedExample:
+        """Return tokens `start` to `stop` of an example."""
+        first = int(self.starts[index])
+        part = slice(first + start, first + stop)
+        return TokenizedExample(self.input_ids[part], self.loss_weights[part])
+
+    def weigh(self, documents: Longs) -> npt.NDArray[np.float64]:
+        """Return the loss weight that each document contributes, (D,).
+
+        Args:
+            documents: Example, first token and end of each, (D, 3).
+        """
+        weights = self.weights[documents[:, 0]]
+        for row in self._partial(documents):
+            weights[row] = float(self._after_first(documents[row]).sum(dtype=np.float64))
+        return weights
+
+    def supervise(self, documents: Longs) -> Longs:
+        """Return how many tokens of each document have a loss, (D,).
+
+        Args:
+            documents: Example, first token and end of each, (D, 3).
+        """
+        supervised = self.supervised[documents[:, 0]]
+        for row in self._partial(documents):
+            supervised[row] = int((self._after_first(documents[row]) > 0).sum())
+        return supervised
+
+    def _partial(self, documents: Longs) -> list[int]:
+        """Return the rows of the documents that are not whole examples; the sums of those are known."""
+        whole = (documents[:, 1] == 0) & (documents[:, 2] == self.lengths[documents[:, 0]])
+        rows: list[int] = np.flatnonzero(~whole).tolist()
+        return rows
+
+    def _after_first(self, document: Longs) -> npt.NDArray[np.float32]:
+        index, start, stop = document.tolist()
+        first = int(self.starts[index])
+        return self.loss_weights[first + start + 1 : first + stop]
+
+
+def starts_of(lengths: Longs) -> Longs:
+    """Return where each example starts, given how long each is."""
+    return np.cumsum(lengths) - lengths
+
+
+def summarize(batch: TokenizedBatch) -> tuple[Longs, Longs, npt.NDArray[np.float64]]:
+    """Return length, supervised tokens and loss weight of each example, all (N,)."""
+    weights = batch.loss_weights.astype(np.float64)
+    starts = starts_of(batch.counts)
+    weights[starts[batch.counts > 0]] = 0.0
+    before = np.concatenate([[0.0], np.cumsum(weights)])
+    supervised = np.concatenate([[0], np.cumsum(weights > 0)])
+    ends = starts + batch.counts
+    return batch.counts, supervised[ends] - supervised[starts], before[ends] - before[starts]
+
+
+_TYPES: Mapping[str, type[np.generic]] = {
+    "input_ids": np.int32,
+    "loss_weights": np.float32,
+    "lengths": np.int32,
+    "records": np.int32,
+    "supervised": np.int32,
+    "weights": np.float64,
+    "marks": np.uint32,
+}
+"""The arrays of a store on disk; `starts` follows from `lengths`."""
+
+
+class StoreWriter:
+    """Writes a store batch by batch, so that it may be larger than memory.
+
+    Args:
+        folder: Where to write; a new folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self._folder = folder
+        self._files = {name: _HashedFile(folder / _file_of(name)) for name in _TYPES}
+        self.num_examples = 0
+        self.num_tokens = 0
+
+    def append(self, batch: TokenizedBatch, records: Longs) -> None:
+        """Write examples, and the records that they were made of, (N,)."""
+        lengths, supervised, weights = summarize(batch)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "input_ids": batch.input_ids,
+            "loss_weights": batch.loss_weights,
+            "lengths": lengths,
+            "records": records,
+            "supervised": supervised,
+            "weights": weights,
+        }
+        for name, column in columns.items():
+            self._files[name].write(np.ascontiguousarray(column, _TYPES[name]))
+        self.num_examples += len(batch)
+        self.num_tokens += len(batch.input_ids)
+
+    def finish(self, marks: npt.NDArray[np.uint32], facts: Mapping[str, Any]) -> None:
+        """Write the marks and the manifest.
+
+        Args:
+            marks: What happened to each record, (records,).
+            facts: What the store was made of and how; read back by `open_store`.
+        """
+        self._files["marks"].write(marks)
+        files = {_file_of(name): file.close() for name, file in self._files.items()}
+        content = {**facts, "num_examples": self.num_examples, "num_tokens": self.num_tokens, "files": files}
+        text = json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n"
+        with (self._folder / MANIFEST).open("w") as file:
+            file.write(text)
+
+    def abandon(self) -> None:
+        """Close the files of a build that failed."""
+        for file in self._files.values():
+            file.close()
+
+
+class _HashedFile:
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._hash = xxhash.xxh3_128()
+        self._bytes = 0
+
+    def write(self, array: npt.NDArray[Any]) -> None:
+        self._file.write(array.data)
+        self._hash.update(array.data)
+        self._bytes += array.nbytes
+
+    def close(self) -> dict[str, Any]:
+        if not self._file.closed:
+            self._file.close()
+        return {"bytes": self._bytes, "xxh3_128": self._hash.hexdigest()}
+
+
+def open_store(folder: Path) -> tuple[TokenStore, dict[str, Any]]:
+    """Map a store's arrays into memory, and return its manifest.
+
+    Raises:
+        FileNotFoundError: If there is no store.
+        DamagedStoreError: If its files are not those that were written.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    manifest = _manifest(folder)
+    for name, written in manifest["files"].items():
+        _verify(folder / name, written)
+    arrays = {name: _map(folder / _file_of(name), dtype) for name, dtype in _TYPES.items()}
+    for name in ("lengths", "records", "supervised"):
+        arrays[name] = arrays[name].astype(np.int64)
+    arrays["starts"] = starts_of(arrays["lengths"])
+    return TokenStore(**{field.name: arrays[field.name] for field in fields(TokenStore)}), manifest
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        checksum = manifest.pop("checksum")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DamagedStoreError(f"{MANIFEST} cannot be read: {error!r}") from error
+    if checksum != _checksum(manifest):
+        raise DamagedStoreError(f"{MANIFEST} was altered")
+    return manifest
+
+
+def _verify(path: Path, written: Mapping[str, Any]) -> None:
+    size = path.stat().st_size if path.is_file() else -1
+    if size != written["bytes"]:
+        raise DamagedStoreError(f"{path.name} has {max(size, 0):,} bytes instead of {written['bytes']:,}")
+    if hash_file(path) != written["xxh3_128"]:
+        raise DamagedStoreError(f"{path.name} was altered")
+
+
+def hash_file(path: Path) -> str:
+    """Return the XXH3 hash (128 bits, hexadecimal) of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(path: Path, size: int = 1 << 24) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(size):
+            yield block
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)  # nothing cannot be mapped
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)  # slices of a memmap cost ten times those of an array
+
+
+def _file_of(name: str) -> str:
+    return f"{name}.bin"

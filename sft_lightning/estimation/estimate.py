@@ -1,0 +1,143 @@
+"""A configuration's memory, from its skeleton."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+
+from sft_lightning.estimation.communication import communication_bytes
+from sft_lightning.estimation.memory import Memory, Setup, StepBytes
+from sft_lightning.estimation.simulation import optimizer_bytes, simulate_step
+from sft_lightning.estimation.skeleton import Skeleton, stored_bytes
+from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference.module import DPOModule
+
+
+class Estimator:
+    """Memory of setups of one model.
+
+    A step is simulated at two lengths of one row; between and beyond them memory is a straight line in the tokens of a
+    micro-batch, because attention keeps none of its scores.
+
+    Args:
+        module: The configuration.
+        skeleton: Its model.
+        precision: The trainer's.
+        max_length: The configuration's.
+        accumulates: Whether gradients wait for a later micro-batch.
+    """
+
+    def __init__(
+        self, module: CausalLMModule, skeleton: Skeleton, *, precision: str, max_length: int, accumulates: bool
+    ) -> None:
+        self._module = module
+        self.skeleton = skeleton
+        """The model, without weights."""
+
+        self._precision = precision
+        longest = min(max_length, _longest_simulated(skeleton))
+        self._lengths = (max(1, longest // 2), longest)
+        self._accumulates = accumulates
+        self.trained_bytes = stored_bytes(skeleton, None)[1]
+        found = optimizer_bytes(skeleton, module.optimizer)
+        self.optimizer_is_counted = found is not None
+        """Whether the optimizer's states were found by a step; else they are two of each trained parameter."""
+        self.optimizer_bytes = 2 * self.trained_bytes if found is None else found
+
+    def memory(self, setup: Setup) -> Memory:
+        """Return the memory of one GPU."""
+        quantization = self._quantization(setup.bits)
+        frozen, trained = stored_bytes(self.skeleton, quantization)
+        gradients, optimizer = trained, self.optimizer_bytes
+        sharding = setup.sharding
+        if sharding.kind == "zero":
+            frozen, trained, gradients, optimizer = self._in_zero(quantization)
+        # Gradients that are divided are gone, but for a part, as soon as they are made.
+        waiting = self._accumulates or sharding.gradients > 1 or sharding.optimizer_on_host
+        step = self.step(setup.batch_size * setup.max_length, setup.checkpointing, setup.bits, has_gradients=waiting)
+        made = 0.0 if waiting else self.trained_bytes  # the simulated peak has them already
+        kept = max(0.0, min(step.kept, step.peak - made))  # in full fine-tuning most are gone when gradients are there
+        weights, adapter = (frozen + trained, 0.0) if self._module.adapter is None else (frozen, trained)
+        on_gpu, stepping = not sharding.weights_on_host, not sharding.optimizer_on_host
+        return Memory(
+            weights=weights / sharding.weights * on_gpu,
+            adapter=adapter / sharding.weights * on_gpu,
+            gradients=gradients / sharding.gradients * stepping,
+            optimizer=optimizer / sharding.optimizer * stepping,
+            activations=kept,
+            temporary=max(0.0, step.peak - kept - made) + self._unpacked(quantization),
+            communication=communication_bytes(self.skeleton, sharding, quantization, self._element_size),
+        )
+
+    def _in_zero(self, quantization: QuantizationConfig | None) -> tuple[float, float, float, float]:
+        """Return the bytes of what is frozen, of what trains, its gradients and the optimizer's part in DeepSpeed.
+
+        In half precision it casts the model, quantized weights excepted. Gradients wait in float32, and so are the
+        optimizer's states, beside a float32 copy of what trains.
+        """
+        frozen, trained = stored_bytes(self.skeleton, quantization)
+        num_trained = sum(parameter.numel() for parameter in self.skeleton.trainable)
+        states = self.optimizer_bytes * 4 * num_trained / trained if trained else 0.0
+        size = 0 if self._cast_to is None else self._cast_to.itemsize
+        packed = self.skeleton.linears if quantization is not None else frozenset()
+        for parameter in self.skeleton.model.parameters():
+            if size and not parameter.requires_grad and id(parameter) not in packed:
+                frozen -= parameter.numel() * (parameter.element_size() - size)
+        return frozen, float(num_trained * size) or trained, 4.0 * num_trained, states + 4.0 * num_trained
+
+    @property
+    def _element_size(self) -> int:
+        """Bytes of an element of what ZeRO sends."""
+        largest = max((parameter.element_size() for parameter in self.skeleton.trainable), default=0)
+        return largest if self._cast_to is None else self._cast_to.itemsize
+
+    @property
+    def _cast_to(self) -> torch.dtype | None:
+        """What DeepSpeed casts the model to; `None` leaves the types alone."""
+        return getattr(torch, {"bf16": "bfloat16", "16": "float16"}.get(self._precision.partition("-")[0], ""), None)
+
+    def step(self, num_tokens: int, checkpointing: bool, bits: int | None, *, has_gradients: bool) -> StepBytes:
+        """Return the bytes of a micro-batch of some tokens, by the line through two simulated ones."""
+        short, long = self._lengths
+        low, high = (self._simulated(length, checkpointing, bits == 8, has_gradients) for length in (short, long))
+        if num_tokens == long or short == long:
+            return high
+        share = (num_tokens - short) / (long - short)
+        return StepBytes(*(max(0.0, a + share * (b - a)) for a, b in zip(low, high, strict=True)))
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019 (one estimator a command)
+    def _simulated(self, length: int, checkpointing: bool, int8: bool, has_gradients: bool) -> StepBytes:
+        step = simulate_step(
+            self.skeleton,
+            batch_size=1,
+            max_length=length,
+            gradient_checkpointing=checkpointing,
+            precision=self._precision,
+            has_gradients=has_gradients,
+            int8="cuda" if int8 else None,
+            of_pairs=isinstance(self._module, DPOModule),
+        )
+        return StepBytes(step.kept, step.peak)
+
+    def _quantization(self, bits: int | None) -> QuantizationConfig | None:
+        given = self._module.quantization
+        if bits is None:
+            return None
+        return given if given is not None and given.bits == bits else QuantizationConfig(bits=bits)
+
+    def _unpacked(self, quantization: QuantizationConfig | None) -> float:
+        """Return the largest weight as it is while it is used, of which a 4-bit model stores no whole copy."""
+        if quantization is None or quantization.bits == 8:  # of LLM.int8 the simulated step has it
+            return 0.0
+        compute: Literal["float32", "bfloat16", "float16"] = quantization.compute_dtype or self._module.model_dtype
+        weights = [p for p in self.skeleton.model.parameters() if id(p) in self.skeleton.linears]
+        return float(max((weight.numel() for weight in weights), default=0) * getattr(torch, compute).itemsize)
+
+
+def _longest_simulated(skeleton: Skeleton) -> int:
+    """Return how many tokens a simulated row has at most: a state-space model's are scanned one by one."""
+    config = skeleton.base.config.get_text_config()
+    return 1 << 30 if getattr(config, "num_attention_heads", None) else 32

@@ -1,0 +1,229 @@
+"""The plan of a run as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.estimation.estimate import Estimator
+from sft_lightning.estimation.memory import (
+    GIB,
+    Memory,
+    Setup,
+    changes,
+    largest_batch_size,
+    largest_max_length,
+    largest_model,
+)
+from sft_lightning.estimation.sharding import sharding_of
+from sft_lightning.estimation.skeleton import Skeleton, build_skeleton
+from sft_lightning.estimation.speed import arithmetic, mean_document_length
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.preference.reference import choose_reference
+from sft_lightning.training.preference.sharing import shared_fraction
+
+PARTS = tuple(part.name for part in fields(Memory))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanInputs:
+    """What a plan is made of."""
+
+    module: CausalLMModule
+    data: SFTDataModule
+    """Prepared, with the topology to plan for."""
+
+    strategy: Any
+    """`trainer.strategy`."""
+
+    precision: str
+    """`trainer.precision`, in its long form."""
+
+    num_epochs: int
+    max_steps: int
+    """Optimizer steps at most; -1: no limit."""
+
+    gpu_bytes: float | None
+    mfu: float
+    tflops: float
+
+
+def plan_lines(inputs: PlanInputs) -> Iterator[str]:
+    """Yield the lines of a plan."""
+    yield from _data_lines(inputs)
+    estimator, setup = plan_memory(inputs)
+    skeleton = estimator.skeleton
+    yield from _memory_lines(estimator, setup)
+    if not estimator.optimizer_is_counted:
+        yield "  (the optimizer does not step on fake tensors: counted as two states of each trained parameter)"
+    yield from _remarks(inputs, setup, skeleton)
+    if inputs.gpu_bytes is not None:
+        yield from _fit_lines(inputs, estimator, setup, skeleton)
+    yield from _speed_lines(inputs, skeleton, setup)
+
+
+def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
+    """Return what tells the memory of a configuration, and the configuration; the data need not be read."""
+    module, data, topology = inputs.module, inputs.data, inputs.data.topology
+    estimator = Estimator(
+        module,
+        build_skeleton(module, len(data.tokenizer), inputs.precision),
+        precision=inputs.precision,
+        max_length=data.max_length,
+        accumulates=topology.accumulate > 1,
+    )
+    setup = Setup(
+        batch_size=data.batch_size,
+        max_length=data.max_length,
+        checkpointing=module.gradient_checkpointing is True,
+        bits=None if module.quantization is None else module.quantization.bits,
+        sharding=sharding_of(inputs.strategy, topology.world_size),
+    )
+    if module.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
+        setup = replace(setup, checkpointing=estimator.memory(setup).total > inputs.gpu_bytes)
+    return estimator, setup
+
+
+def _data_lines(inputs: PlanInputs) -> Iterator[str]:
+    data, report = inputs.data, inputs.data.report
+    train = [source for name, source in report.sources.items() if name.startswith("train/")]
+    supervised, tokens = sum(s.supervised_tokens for s in train), sum(s.tokens for s in train)
+    dropped = sum(sum(source.dropped.values()) for source in train)
+    pairs = f" {sum(source.examples for source in train):,} pairs in" if data.task == "dpo" else ""
+    epoch_tokens = int(data.plan(0).rows.lengths.sum())
+    yield (
+        f"data:{pairs} {report.rows:,} rows of {report.max_length:,} tokens, {report.fill:.1%} full; "
+        f"{epoch_tokens:,} tokens an epoch; {supervised:,} of {tokens:,} tokens supervised; {dropped:,} dropped"
+    )
+    steps = report.optimizer_steps * inputs.num_epochs
+    limited = steps if inputs.max_steps == -1 else min(steps, inputs.max_steps)
+    topology = data.topology
+    yield (
+        f"steps: {report.optimizer_steps:,} optimizer steps an epoch, {limited:,} in all; "
+        f"a step is {topology.batch_size} rows × {topology.accumulate} micro-batches × {topology.world_size} GPUs"
+    )
+
+
+def _memory_lines(estimator: Estimator, setup: Setup) -> Iterator[str]:
+    yield f"memory of a GPU ({setup.sharding.name}, checkpointing {'on' if setup.checkpointing else 'off'}), GiB:"
+    memory = estimator.memory(setup)
+    for part in PARTS:
+        yield f"  {part:<13} {getattr(memory, part) / GIB:9.3f}"
+    other = replace(setup, checkpointing=not setup.checkpointing)
+    word = "on" if other.checkpointing else "off"
+    instead = estimator.memory(other).total / GIB
+    yield f"  {'peak':<13} {memory.total / GIB:9.3f}  (checkpointing {word}: {instead:.3f})"
+
+
+def _remarks(inputs: PlanInputs, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
+    """Yield what of these figures is counted by formula, or not at all."""
+    if setup.sharding.kind in ("fsdp2", "zero"):
+        yield "  (communication: what the strategy's code allocates by its defaults; the rest is simulated on one GPU)"
+    if setup.sharding.weights_on_host or setup.sharding.optimizer_on_host:
+        yield "  (what is offloaded takes host memory instead, which is not planned here)"
+    module = inputs.module
+    if isinstance(module, DPOModule):
+        yield f"  ({_reference(module, skeleton, inputs)})"
+        yield f"  (prompts once for both answers: {_shared(inputs):.0%} of the tokens off the time, not off the memory)"
+
+
+def _reference(module: DPOModule, skeleton: Skeleton, inputs: PlanInputs) -> str:
+    """Say where the reference's log-probabilities come from, and what they take."""
+    if not module.preference.has_reference:
+        return f"reference model: none, the loss is {module.preference.loss}"
+    choice = choose_reference(module.preference.reference, skeleton.model, module.adapter)
+    if choice.kind == "adapter_off":
+        return "reference model: adapter_off, a second forward pass at every step, which needs less than the step"
+    num_pairs = inputs.data.plan(0).documents.shape[0]
+    return f"reference model: precomputed, a forward pass over the data first; {8 * num_pairs / 2**20:.2f} MiB"
+
+
+def _fit_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
+    budget = inputs.gpu_bytes or 0.0
+    memory = estimator.memory(setup)
+    fits = memory.total <= budget
+    yield f"{'fits' if fits else 'does not fit'} into {budget / GIB:.1f} GiB: peak {memory.total / GIB:.2f} GiB"
+    limit = getattr(skeleton.base.config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+    rows = largest_batch_size(estimator.memory, setup, budget)
+    length = largest_max_length(estimator.memory, setup, budget, limit)
+    yield f"largest data.batch_size: {rows or 'none'}; largest data.max_length: {length or 'none'} (of {limit:,})"
+    if not fits:
+        yield from _change_lines(inputs, estimator, setup, budget)
+    yield from _model_lines(inputs, memory, skeleton, budget)
+
+
+def _change_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, budget: float) -> Iterator[str]:
+    module = inputs.module
+    yield "changes, the cheapest first, each with those before it:"
+    can_quantize = module.from_config is None
+    for change in changes(setup, has_adapter=module.adapter is not None, can_quantize=can_quantize):
+        total: Memory = estimator.memory(change.setup)
+        fits = total.total <= budget
+        yield f"  {change.words}: {total.total / GIB:.2f} GiB{', fits' if fits else ''}"
+        if fits:
+            return
+    hint = "" if module.adapter is not None else "; model.adapter trains a thousandth of the parameters"
+    yield f"  nothing of this makes it fit: take a smaller model or a larger GPU{hint}"
+
+
+def _model_lines(inputs: PlanInputs, memory: Memory, skeleton: Skeleton, budget: float) -> Iterator[str]:
+    num_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    about = largest_model(memory, num_parameters, budget) / 1e9
+    rule = budget * inputs.data.topology.world_size / 1e9 / 3
+    yield (
+        f"largest model of this kind: about {about:.1f} B parameters, by scaling its {num_parameters / 1e9:.2f} B; "
+        f"DeepSpeed-Chat's rule, GPU memory / 3, says {rule:.1f} B (for ZeRO-3, checkpointing and LoRA)"
+    )
+
+
+def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterator[str]:
+    data, module = inputs.data, inputs.module
+    rows = data.plan(0).rows
+    lengths = rows.documents[:, 2] - rows.documents[:, 1]
+    num_adapter = 0 if module.adapter is None else sum(parameter.numel() for parameter in skeleton.trainable)
+    per_token = arithmetic(
+        skeleton.base.config,
+        num_matmul=skeleton.num_matmul,
+        num_adapter=num_adapter,
+        full=module.adapter is None,
+        document_length=mean_document_length(lengths),
+    )
+    tokens = int(rows.lengths.sum() * (1 - _shared(inputs)))
+    if _asks_reference(module, skeleton):
+        per_token = replace(per_token, model=per_token.model + per_token.recomputed)
+    seconds = per_token.seconds(
+        tokens,
+        mfu=inputs.mfu,
+        tflops=inputs.tflops,
+        num_gpus=data.topology.world_size,
+        checkpointing=setup.checkpointing,
+    )
+    yield (
+        f"arithmetic: {per_token.model / 1e9:.2f} GFLOP a token"
+        + (f" and {per_token.recomputed / 1e9:.2f} run again" if setup.checkpointing else "")
+        + f"; an epoch takes {_duration(seconds)} at {inputs.mfu:.0%} of {inputs.tflops:g} TFLOP/s a GPU"
+    )
+
+
+def _shared(inputs: PlanInputs) -> float:
+    """Return the share of tokens that is computed once for both answers of a pair, if `fit` proves that it may be."""
+    module, data = inputs.module, inputs.data
+    asked = isinstance(module, DPOModule) and module.preference.share_prompts
+    return shared_fraction(data) if asked and isinstance(data, PairDataModule) else 0.0
+
+
+def _asks_reference(module: CausalLMModule, skeleton: Skeleton) -> bool:
+    """Whether every step has a second forward pass."""
+    if not isinstance(module, DPOModule) or not module.preference.has_reference:
+        return False
+    return choose_reference(module.preference.reference, skeleton.model, module.adapter).kind == "adapter_off"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,143 @@
+"""One micro-batch of training on fake tensors: what it allocates, and when most is alive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from sft_lightning.estimation.int8 import Int8Kernel, int8_layers
+from sft_lightning.estimation.skeleton import Skeleton, checkpointing
+from sft_lightning.estimation.tracker import StorageTracker
+from sft_lightning.training.losses import Targets, linear_cross_entropy, projected_log_probs
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    """Bytes of a micro-batch beside the weights."""
+
+    kept: int
+    """What the forward pass keeps for the backward, the gradients of the head's input among it."""
+
+    peak: int
+    """Most that is alive at once, gradients included where they are made."""
+
+
+def simulate_step(
+    skeleton: Skeleton,
+    *,
+    batch_size: int,
+    max_length: int,
+    gradient_checkpointing: bool,
+    precision: str = "32-true",
+    has_gradients: bool = False,
+    int8: Int8Kernel | None = None,
+    of_pairs: bool = False,
+) -> SimulatedStep:
+    """Run a forward and a backward pass without a single number.
+
+    Every row is one document and every token supervised: the most that a micro-batch can take.
+
+    Args:
+        skeleton: The model.
+        batch_size: Rows.
+        max_length: Tokens per row.
+        gradient_checkpointing: Whether layers are run again in the backward pass.
+        precision: The trainer's.
+        has_gradients: Whether gradients are there already, of an earlier micro-batch; they are not counted then.
+        int8: Whose LLM.int8 the frozen linear layers are; `None` if they are not.
+        of_pairs: Whether log-probabilities of answers are what is trained on.
+    """
+    layers = int8_layers(skeleton.base, skeleton.linears, int8)
+    with skeleton.mode, checkpointing(skeleton.base, gradient_checkpointing), layers:
+        for parameter in skeleton.trainable:
+            parameter.grad = torch.zeros_like(parameter) if has_gradients else None
+        try:
+            autocast = autocast_of(precision)
+            return training_step(skeleton.model, skeleton.base, batch_size, max_length, autocast, of_pairs=of_pairs)
+        finally:
+            for parameter in skeleton.trainable:
+                parameter.grad = None
+
+
+def training_step(
+    model: torch.nn.Module,
+    base: Any,
+    batch_size: int,
+    max_length: int,
+    autocast: AbstractContextManager[Any],
+    *,
+    of_pairs: bool = False,
+) -> SimulatedStep:
+    """Take a step as `CausalLMModule` does, or `DPOModule`, and count; tensors may be fake or real.
+
+    Args:
+        model: The model, adapter included.
+        base: The transformers model inside.
+        batch_size: Rows.
+        max_length: Tokens per row.
+        autocast: What the forward pass runs in.
+        of_pairs: Whether log-probabilities of answers are what is trained on.
+    """
+    known = [*model.parameters(), *model.buffers()]
+    known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with StorageTracker(known) as tracker:
+        ids = torch.zeros(batch_size, max_length, dtype=torch.int64)
+        positions = torch.arange(max_length).expand(batch_size, -1)
+        supervised = torch.arange(batch_size * max_length)
+        targets = Targets(supervised, torch.zeros_like(supervised), torch.ones(len(supervised)))
+        with autocast:
+            out = base.base_model(
+                input_ids=ids,
+                position_ids=positions,
+                document_lengths=[[max_length]] * batch_size,
+                use_cache=False,
+            )
+            hidden = out.last_hidden_state.flatten(0, 1)[supervised]
+            del out
+            head = base.get_output_embeddings()
+            if of_pairs:
+                loss = projected_log_probs(hidden, head, targets.ids, len(head.weight)).sum()
+            else:
+                loss = linear_cross_entropy(hidden, head.weight, head.bias, targets).loss
+            del hidden
+        kept = tracker.live
+        loss.backward()
+    return SimulatedStep(kept, tracker.peak)
+
+
+def autocast_of(precision: str) -> AbstractContextManager[Any]:
+    """Return what the trainer's precision runs the forward pass in."""
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return torch.autocast("cpu", dtypes[precision]) if precision in dtypes else nullcontext()
+
+
+def optimizer_bytes(skeleton: Skeleton, make: Callable[[Any], Optimizer]) -> float | None:
+    """Return the bytes of the optimizer's states, found by a step on fake gradients.
+
+    Args:
+        skeleton: The model.
+        make: The configuration's optimizer.
+
+    Returns:
+        `None` if the optimizer does not step without numbers, as those with kernels of their own.
+    """
+    with skeleton.mode:
+        for parameter in skeleton.trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            optimizer = make(skeleton.trainable)
+            for group in optimizer.param_groups:
+                group |= {key: False for key in ("fused", "foreach") if key in group}
+            optimizer.step()
+        except (RuntimeError, TypeError, NotImplementedError, AttributeError):
+            return None
+        finally:
+            for parameter in skeleton.trainable:
+                parameter.grad = None
+        tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))

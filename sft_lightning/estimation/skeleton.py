@@ -1,0 +1,200 @@
+"""A model with every shape and type of the real one, and no weights."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedModel
+
+from sft_lightning.errors import UserError
+from sft_lightning.estimation.speed import num_matrix_entries
+from sft_lightning.models.adapters.continuation import read_adapter_config
+from sft_lightning.models.adapters.targets import linear_names
+from sft_lightning.models.adapters.trainable import train_only
+from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.base.loading import load_model
+from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.generation.generate import base_model
+from sft_lightning.training.module import CausalLMModule
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model of fake tensors, on the CPU."""
+
+    model: PreTrainedModel | PeftModel
+    mode: FakeTensorMode
+    linears: frozenset[int]
+    """`id` of the weights of linear layers of the base that a quantization stores in fewer bits."""
+
+    num_matmul: int
+    """Parameters of linear layers of the base, the head included: two operations a token each in a forward pass."""
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model inside, without an adapter around it."""
+        return base_model(self.model)
+
+    @functools.cached_property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """What trains."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+
+def build_skeleton(module: CausalLMModule, vocab_size: int, precision: str = "32-true") -> Skeleton:
+    """Build the model of a configuration without its weights: only its `config.json` is read.
+
+    Args:
+        module: The configuration.
+        vocab_size: Tokens of the tokenizer.
+        precision: The trainer's.
+
+    Raises:
+        UserError: If the model's configuration cannot be read, or the adapter does not fit the model.
+    """
+    values = _config_values(module, vocab_size)
+    with torch.device("meta"):
+        base = load_model(
+            None,
+            from_config=values,
+            dtype=module.model_dtype,
+            attn_implementation="auto",
+            quantization=None,
+            vocab_size=vocab_size,
+            overrides=module.overrides,
+        )
+        base.train()
+        names = linear_names(base)
+        layers = [m for name, m in base.named_modules() if name in names and isinstance(m, torch.nn.Linear)]
+        num_matmul = num_matrix_entries(base)
+        model: PreTrainedModel | PeftModel = base
+        if module.adapter is not None:
+            model = add_adapter(base, _plain_start(module.adapter))
+        elif module.trainable is not None:
+            train_only(base, module.trainable)
+        if precision in _TRUE_PRECISION:
+            torch.nn.Module.to(model, _TRUE_PRECISION[precision])
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _make_fake(model, mode)
+    linears = frozenset(id(layer.weight) for layer in layers)
+    return Skeleton(model, mode, linears, num_matmul)
+
+
+_TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Precisions in which the trainer converts the whole model."""
+
+
+def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Turn the meta tensors of a model into fake ones on the CPU, whose operations allocate as real ones do."""
+    fake: dict[int, torch.Tensor] = {}
+    kept: list[torch.Tensor] = []  # an id is only good as long as its tensor lives
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in fake:
+            kept.append(tensor)
+            with mode:
+                made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            trains = tensor.requires_grad
+            fake[id(tensor)] = torch.nn.Parameter(made, trains) if isinstance(tensor, torch.nn.Parameter) else made
+        return fake[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None:
+                    tensors[name] = of(tensor)  # type: ignore[assignment]  # a parameter for a parameter
+
+
+def _config_values(module: CausalLMModule, vocab_size: int) -> dict[str, Any]:
+    if module.from_config is not None:
+        return module.from_config
+    if module.model_name_or_path is None:
+        raise UserError("model: set either model_name_or_path or from_config")
+    try:
+        config = AutoConfig.from_pretrained(module.model_name_or_path, trust_remote_code=module.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.model_name_or_path: cannot read the configuration of {module.model_name_or_path!r}: "
+            f"{str(error).strip().splitlines()[0]}; a folder with its config.json is enough"
+        ) from error
+    values: dict[str, Any] = config.to_dict()
+    for key in ("torch_dtype", "dtype", "quantization_config", "architectures", "transformers_version"):
+        values.pop(key, None)
+    multiple = module.pad_to_multiple_of or 1
+    if "vocab_size" in values:
+        rows = max(values["vocab_size"], vocab_size)
+        values["vocab_size"] = -(-rows // multiple) * multiple
+    return values
+
+
+def _plain_start(config: AdapterConfig) -> AdapterConfig:
+    """Return an adapter of the same shapes whose start is no computation on weights that are not there."""
+    if config.path is not None:
+        continued = read_adapter_config(config.path, drop_modules_to_save=config.drop_modules_to_save)
+        return AdapterConfig(peft_config=continued, only_adapter=config.only_adapter)
+    indices = None if isinstance(config.trainable_token_indices, str) else config.trainable_token_indices
+    return replace(config, init="default", trainable_token_indices=indices)
+
+
+def stored_bytes(skeleton: Skeleton, quantization: QuantizationConfig | None) -> tuple[float, float]:
+    """Return the bytes of what is frozen, and of what trains.
+
+    NF4 and FP4 take half a byte a parameter and a float32 constant per 64 of them, 8 bits and a float32 per 256 with
+    double quantization (Dettmers et al., 2023, arXiv:2305.14314, section 3); LLM.int8 one byte and a float32 per row.
+    """
+    frozen, trained = stored_bytes_of(skeleton.model.parameters(), skeleton.linears, quantization)
+    return frozen + sum(buffer.numel() * buffer.element_size() for buffer in skeleton.model.buffers()), trained
+
+
+def stored_bytes_of(
+    parameters: Iterable[torch.nn.Parameter], linears: Collection[int], quantization: QuantizationConfig | None
+) -> tuple[float, float]:
+    """Return the bytes of those of some parameters that are frozen, and of those that train.
+
+    Args:
+        parameters: Some of a model's.
+        linears: `id` of the weights that a quantization stores in fewer bits.
+        quantization: Of the base.
+    """
+    frozen = trained = 0.0
+    for parameter in parameters:
+        if parameter.requires_grad:
+            trained += parameter.numel() * parameter.element_size()
+        elif quantization is not None and id(parameter) in linears:
+            frozen += quantized_bytes(parameter.numel(), parameter.shape[-1], quantization)
+        else:
+            frozen += parameter.numel() * parameter.element_size()
+    return frozen, trained
+
+
+def quantized_bytes(numel: int, columns: int, quantization: QuantizationConfig) -> float:
+    """Return the bytes of a quantized weight of `numel` parameters in rows of `columns`."""
+    if quantization.bits == 8:
+        return numel + 4 * numel / columns
+    constants = (1 / 64 + 4 / (64 * 256)) if quantization.double_quant else 4 / 64
+    return numel * (0.5 + constants)
+
+
+@contextmanager
+def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    """Gradient checkpointing on or off inside."""
+    options: Mapping[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*will be removed in v6.*"
+        )  # the new names are not in older versions
+        if enabled:
+            model.gradient_checkpointing_enable(**options)
+        try:
+            yield
+        finally:
+            if enabled:
+                model.gradient_checkpointing_disable()

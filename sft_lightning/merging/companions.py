@@ -1,0 +1,64 @@
+"""What lies beside the weights of a merged model: tokenizer, generation configuration, model card, manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from sft_lightning.merging.base import MergePlan, read_manifest
+from sft_lightning.merging.meta_checkpoint import write_meta_checkpoint
+from sft_lightning.merging.model_card import model_card
+from sft_lightning.merging.report import MergeReport
+from sft_lightning.merging.shards import tensor_names, weight_files
+from sft_lightning.models.export.write import MANIFEST
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
+    """Return the last adapter's tokenizer, chat template included, or the base's; `None` if neither has one."""
+    for folder in (plan.adapters[-1], plan.folder):
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=plan.trust_remote_code
+            )
+            return tokenizer
+    return None
+
+
+def copy_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Write the tokenizer, and copy the base's generation configuration and code."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    names = ["generation_config.json", *(path.name for path in plan.folder.glob("*.py"))]
+    for name in names:
+        if (plan.folder / name).is_file() and not (folder / name).exists():
+            shutil.copyfile(plan.folder / name, folder / name)
+
+
+def describe(folder: Path, plan: MergePlan, report: MergeReport) -> None:
+    """Write the manifest and the model card beside merged weights."""
+    manifest = {
+        "base": plan.name,
+        "merged_into": report.base,
+        "adapters": [str(adapter) for adapter in plan.adapters],
+        "dtype": report.dtype,
+        "num_tensors": len(tensor_names(folder)),
+        "runs": [read_manifest(adapter) for adapter in plan.adapters],
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")
+
+
+def rearrange_for_meta(plan: MergePlan, folder: Path, config: PretrainedConfig, num_ranks: int) -> None:
+    """Put the weights into Meta's layout, with the tokenizer that its code reads; leave out what transformers reads."""
+    write_meta_checkpoint(folder, folder, config, num_ranks=num_ranks)
+    for file in [*weight_files(folder), *folder.glob("*.index.json"), *folder.glob("*config.json")]:
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    sentencepiece = [each / "tokenizer.model" for each in (plan.adapters[-1], plan.folder)]
+    if found := next((file for file in sentencepiece if file.is_file()), None):
+        shutil.copyfile(found, folder / found.name)

@@ -1,0 +1,174 @@
+"""One adapter's change to one weight of the base at a time, by PEFT's own layer arithmetic.
+
+PEFT's layers are built around a model whose weights take no memory: every weight is one zero, looked at from every
+position. A real weight is put into its layer, merged there by PEFT, taken out and forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from sft_lightning.models.adapters.folder import CHANGE_BASE, attach_adapter, base_tensors, read_config, read_weights
+
+ADAPTER = "default"
+_LAYER_BY_LAYER = ("LORA", "IA3", "LOHA", "LOKR")
+
+
+def empty_model(config: PretrainedConfig, *, vocab_size: int, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return a model whose float32 weights are all zero and take no memory; tied ones are one.
+
+    Args:
+        config: The base's.
+        vocab_size: Rows of the embeddings.
+        trust_remote_code: Run code that comes with the model.
+    """
+    config = copy.deepcopy(config)
+    config.get_text_config().vocab_size = vocab_size
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation="eager"
+        )
+    zeros: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros(1).expand(parameter.shape)
+                module._parameters[name] = zeros.setdefault(id(parameter), torch.nn.Parameter(zero, False))
+    return model  # type: ignore[no-any-return]
+
+
+def tied_names(model: torch.nn.Module) -> list[list[str]]:
+    """Return the names of every parameter that has several, the first one first."""
+    names = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def why_whole(folder: Path) -> str | None:
+    """Return why an adapter cannot be merged weight by weight; `None` if it can be."""
+    config = read_config(folder)
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in _LAYER_BY_LAYER:
+        return f"{kind} adapters are merged by PEFT on the whole model"
+    if getattr(config, "init_lora_weights", None) in CHANGE_BASE:
+        return f"init_lora_weights {config.init_lora_weights!r} changes the base before the update is added"
+    for option in ("target_parameters", "layer_replication"):
+        if getattr(config, option, None):
+            return f"{option} changes more than one weight at a time"
+    return None
+
+
+class LayerMerger:
+    """An adapter, ready to be merged into weights that come one by one.
+
+    Args:
+        model: From `empty_model`; changed in place.
+        folder: The adapter.
+
+    Raises:
+        UserError: If the adapter does not fit the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        self.ties = bool(getattr(read_config(folder), "ensure_weight_tying", False))
+        """Whether tied weights were trained as one."""
+
+        ties = tied_names(model)
+        names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        candidates = base_tensors(read_weights(folder), model)
+        for name in candidates:  # PEFT copies them into the model, which needs room for them
+            parameter = model.get_parameter(name)
+            parameter.data = torch.zeros(parameter.shape)
+        self._model: PeftModel = attach_adapter(model, folder)
+        self._replaced = {name: tensor for name, tensor in candidates.items() if not self._is_saved(name)}
+        for name in list(self._replaced):  # what is loaded into one name of a tied weight is loaded into all
+            for other in (other for group in ties if name in group for other in group if not self._is_saved(other)):
+                self._replaced.setdefault(other, self._replaced[name])
+        self.changed = {name for name in names if self._changes(name)}
+        """Names of the base's weights that the adapter changes."""
+
+    def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """Return a base weight with the adapter in it.
+
+        Args:
+            name: One of `changed`.
+            weight: In float32.
+        """
+        weight = self._replaced[name].float() if name in self._replaced else weight
+        module, attribute = self._find(name)
+        if isinstance(module, ModulesToSaveWrapper):
+            saved: torch.Tensor = getattr(module.modules_to_save[ADAPTER], attribute)
+            return saved.detach().float()
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        if isinstance(module, BaseTunerLayer):
+            return _merge_in_layer(module, attribute, weight)
+        if name in self._replaced:
+            return weight
+        trained: torch.Tensor = getattr(module, attribute)  # inside a module that was saved whole
+        return trained.detach().float()
+
+    def _changes(self, name: str) -> bool:
+        if name in self._replaced:
+            return True
+        module, attribute = self._find(name)
+        if isinstance(module, ParamWrapper):
+            raise TypeError(f"{name}: {type(module).__name__} is merged on the whole model")
+        if isinstance(module, BaseTunerLayer):
+            return attribute == "weight" or _adapts_bias(module)
+        return isinstance(module, TrainableTokensWrapper) or self._is_saved(name)
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether a parameter is that of a module that was saved whole, or inside one."""
+        module: Any = self._model.get_base_model()
+        for part in name.split(".")[:-1]:
+            module = _inside(module)._modules[part]
+            if isinstance(module, ModulesToSaveWrapper):
+                return True
+        return False
+
+    def _find(self, name: str) -> tuple[torch.nn.Module, str]:
+        """Return the module that has a parameter of the base, a wrapper around it included, and its name there."""
+        *path, attribute = name.split(".")
+        module: Any = self._model.get_base_model()
+        for part in path:
+            module = _inside(module)._modules[part]
+        return module, attribute
+
+
+def _inside(module: Any) -> Any:
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save[ADAPTER]
+    if isinstance(module, TrainableTokensWrapper):
+        return module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _adapts_bias(layer: Any) -> bool:
+    return bool(getattr(layer, "lora_bias", {}).get(ADAPTER)) or not hasattr(layer, "lora_bias")
+
+
+def _merge_in_layer(layer: Any, attribute: str, weight: torch.Tensor) -> torch.Tensor:
+    """Put a weight into a layer, merge, take it out; what else the layer holds is zero meanwhile."""
+    own = {name: parameter.data for name, parameter in layer.get_base_layer().named_parameters(recurse=False)}
+    try:
+        for name, parameter in layer.get_base_layer().named_parameters(recurse=False):
+            parameter.data = weight.clone() if name == attribute else torch.zeros(parameter.shape)
+        layer.merge(adapter_names=[ADAPTER])
+        merged: torch.Tensor = getattr(layer.get_base_layer(), attribute).data
+    finally:
+        layer.merged_adapters.clear()
+        for name, parameter in layer.get_base_layer().named_parameters(recurse=False):
+            parameter.data = own[name]
+    return merged.float()

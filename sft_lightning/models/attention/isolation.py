@@ -1,0 +1,174 @@
+"""Whether packed documents see each other: not taken from a family's name, but measured on the model that is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.base.quantization import rounding_each_token_alone
+from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
+from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.probing import max_positions
+
+_LENGTH = 16
+"""Tokens of the document that is watched."""
+
+_FURTHEST = 512
+"""Tokens that stand before it at most: enough to see positions that bfloat16 rounds (above 256), as ALiBi's are."""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How far a document's logits move through what shares its row."""
+
+    leak: float
+    """Largest change of its logits when the document before it changes."""
+
+    difference: float
+    """Largest difference between its logits in a packed row and alone."""
+
+    tolerance: float
+    """What rounding may do to either."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether documents do not see each other; not if anything is NaN."""
+        return self.leak <= self.tolerance and self.difference <= self.tolerance
+
+
+@torch.no_grad()
+def measure_isolation(
+    model: torch.nn.Module, vocab_size: int, device: torch.device, *, max_length: int = 2 * _LENGTH
+) -> Isolation:
+    """Measure on the loaded model whether packed documents see each other.
+
+    Two documents share a row. Changing the first must not move the second's logits, and the second's logits must be
+    those of the document alone.
+
+    Args:
+        model: The model, adapters included.
+        vocab_size: Ids to draw from.
+        device: Where the model is.
+        max_length: Tokens per row; the second document stands as near to its end as makes a difference.
+    """
+    before = _length_before(model, max_length)
+    generator = torch.Generator().manual_seed(0)
+    first, other = torch.randint(vocab_size, (2, 1, before), generator=generator).to(device)
+    second = torch.randint(vocab_size, (1, _LENGTH), generator=generator).to(device)
+    training = model.training
+    model.eval()
+    try:
+        with rounding_each_token_alone(model):
+            alone = _logits(model, second, [_LENGTH])
+            packed = _logits(model, torch.cat([first, second], 1), [before, _LENGTH])[:, before:]
+            moved = _logits(model, torch.cat([other, second], 1), [before, _LENGTH])[:, before:]
+    finally:
+        model.train(training)
+    return Isolation(
+        leak=float((packed - moved).abs().max()),
+        difference=float((packed - alone).abs().max()),
+        tolerance=float(alone.abs().max()) * 32 * torch.finfo(_compute_dtype(model)).eps,
+    )
+
+
+def prove_isolation(
+    model: torch.nn.Module, vocab_size: int, device: torch.device, *, max_length: int = 2 * _LENGTH
+) -> float:
+    """Prove on the loaded model that packed documents do not see each other.
+
+    Args:
+        model: The model, adapters included.
+        vocab_size: Ids to draw from.
+        device: Where the model is.
+        max_length: Tokens per row.
+
+    Returns:
+        The largest difference between a document's packed and separate logits.
+
+    Raises:
+        UserError: If one document moves another one's logits by more than rounding does.
+    """
+    found = measure_isolation(model, vocab_size, device, max_length=max_length)
+    if not found.proven:
+        raise UserError(f"data.packing: {describe_leak(model, found)}; {_way_out(model)}")
+    return found.difference
+
+
+def choose_packing(
+    model: PreTrainedModel | PeftModel,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    max_length: int,
+    rope_scaling: RopeScalingConfig | None,
+) -> tuple[Literal["best_fit", "none"], str]:
+    """Settle `data.packing: auto` on the loaded model.
+
+    Args:
+        model: The model, adapters included.
+        vocab_size: Ids to draw from.
+        device: Where the model is.
+        max_length: Tokens per row.
+        rope_scaling: What its positions are stretched by.
+
+    Returns:
+        The packing, and why.
+    """
+    try:
+        if rope_scaling is not None:
+            check_packing(base_model(model).config, rope_scaling, max_length)
+        found = measure_isolation(model, vocab_size, device, max_length=max_length)
+    except UserError as error:
+        return "none", str(error)
+    return ("best_fit", "documents are apart") if found.proven else ("none", describe_leak(model, found))
+
+
+def describe_leak(model: torch.nn.Module, found: Isolation) -> str:
+    """Return in words what was measured on a model that leaks."""
+    return (
+        f"packed documents see each other in this model ({_kind(model)}): changing one moved the other's logits by "
+        f"{found.leak:.2e}, and packed logits differ from separate ones by {found.difference:.2e} "
+        f"(tolerance {found.tolerance:.2e})"
+    )
+
+
+def _way_out(model: torch.nn.Module) -> str:
+    """Say what to set; another attention helps only where the user chose one, and where there is any."""
+    config = getattr(model, "config", None)
+    chosen = getattr(config, "_attn_implementation", None)
+    ways = ["set data.packing: none", "or data.packing: auto, which packs only where this is proven"]
+    if chosen in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
+        ways.append("or model.attn_implementation: auto, our attention that keeps documents apart, if the model has it")
+    return ", ".join(ways)
+
+
+def _kind(model: torch.nn.Module) -> str:
+    if not isinstance(model, PreTrainedModel | PeftModel):
+        return type(model).__name__
+    config = base_model(model).config
+    return f"{config.model_type}, attention {config._attn_implementation}"
+
+
+def _length_before(model: torch.nn.Module, max_length: int) -> int:
+    """Return how many tokens to put before the document that is watched."""
+    config = getattr(model, "config", None)
+    limit = max_length if config is None else min(max_length, max_positions(config))
+    return max(_LENGTH, min(_FURTHEST, limit - _LENGTH))
+
+
+def _logits(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    positions = torch.cat([torch.arange(n, device=ids.device) for n in lengths])[None]
+    out = model(input_ids=ids, position_ids=positions, document_lengths=[lengths], use_cache=False)
+    logits: torch.Tensor = out.logits
+    return logits.float()
+
+
+def _compute_dtype(model: torch.nn.Module) -> torch.dtype:
+    """The coarsest floating-point type among the parameters: what rounding the logits carry."""
+    dtypes = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32)}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -1,0 +1,1 @@
+"""The base model: its weights, quantization, vocabulary and changes to its configuration."""

@@ -1,0 +1,217 @@
+"""Base model and tokenizer, from a folder, a Hub id, or a config."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.attention.document_mask import choose_attention
+from sft_lightning.models.base.overrides import ConfigOverrides
+from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.vocabulary import add_tokens
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+
+
+def load_tokenizer(
+    name_or_path: str | None,
+    *,
+    trust_remote_code: bool = False,
+    tokens: Sequence[str] = (),
+    special_tokens: Sequence[str] = (),
+) -> PreTrainedTokenizerFast:
+    """Load a tokenizer. One without a pad token stays without: padding has no loss and is not attended to.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        trust_remote_code: Run code that comes with it.
+        tokens: Added, where it does not have them.
+        special_tokens: Added as special: left out of decoded answers.
+
+    Raises:
+        UserError: If nothing is named, nothing can be loaded, the tokenizer gives no offsets or has no end token, or a
+            token to add is empty.
+    """
+    if name_or_path is None:
+        raise UserError(
+            "model.tokenizer_name_or_path: needed with model.from_config; name a tokenizer's folder or Hub id"
+        )
+    with _loading("tokenizer", name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"model.tokenizer_name_or_path: the tokenizer of {name_or_path!r} ({type(tokenizer).__name__}) gives no "
+            "character offsets, which exact loss masks are made from; convert it to a tokenizer.json"
+        )
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"model.tokenizer_name_or_path: the tokenizer of {name_or_path!r} has no eos_token; set one in its "
+            "tokenizer_config.json"
+        )
+    add_tokens(tokenizer, tokens, special_tokens)
+    return tokenizer
+
+
+def load_model(
+    name_or_path: str | None,
+    *,
+    from_config: dict[str, Any] | None,
+    dtype: DTypeName,
+    attn_implementation: str,
+    quantization: QuantizationConfig | None,
+    vocab_size: int,
+    overrides: ConfigOverrides = ConfigOverrides(),  # noqa: B008 (frozen)
+    trust_remote_code: bool = False,
+    on_host: bool = False,
+) -> PreTrainedModel:
+    """Load a base model, or build one from scratch.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        from_config: Instead: `model_type` and the keys of that model's configuration; random weights.
+        dtype: Type of the weights that are not quantized.
+        attn_implementation: `auto` for attention that keeps documents apart, or a name that transformers knows.
+        quantization: How the base weights are stored; `None` as they are.
+        vocab_size: The tokenizer's, used by `from_config` where it names none.
+        overrides: What to change in the model's configuration.
+        trust_remote_code: Run code that comes with the model.
+        on_host: Leave quantized weights in host memory too, as all others are.
+
+    Raises:
+        UserError: If not exactly one of the two is given, nothing can be loaded from it, or it is no causal language
+            model.
+    """
+    if (name_or_path is None) == (from_config is None):
+        raise UserError("model: set either model_name_or_path or from_config")
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
+    if from_config is not None:
+        if quantization is not None:
+            raise UserError(
+                "model.quantization: a model built by from_config is random; train and export it, then quantize"
+            )
+        config = _config_of(from_config, vocab_size)
+    else:
+        with _loading("model", str(name_or_path)):
+            config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    _check_causal("model.model_name_or_path" if from_config is None else "model.from_config", config)
+    overrides.apply(config)
+    options["attn_implementation"] = choose_attention(attn_implementation, config)
+    if from_config is not None:
+        return _checked(AutoModelForCausalLM.from_config(config, **options))
+    with _loading("model", str(name_or_path)):
+        if quantization is not None:
+            model = load_quantized(str(name_or_path), quantization, config=config, on_host=on_host, **options)
+        else:
+            model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
+    model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there
+    return model
+
+
+def copies_weights(
+    name_or_path: str | None, *, dtype: DTypeName, quantization: QuantizationConfig | None, trust_remote_code: bool
+) -> bool:
+    """Whether loading a model makes tensors of its own, where it could map those in the files.
+
+    It does for another type than theirs, and for families whose files transformers stores otherwise than it computes
+    (experts one by one, for one).
+
+    Args:
+        name_or_path: Folder or Hub id; `None` for a model that is built from scratch.
+        dtype: As for `load_model`.
+        quantization: As for `load_model`.
+        trust_remote_code: Run code that comes with the model.
+    """
+    if name_or_path is None or quantization is not None:
+        return True
+    with _loading("model", name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    return (
+        bool(config.dtype != getattr(torch, dtype)) or get_checkpoint_conversion_mapping(config.model_type) is not None
+    )
+
+
+def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig:
+    values = {"vocab_size": vocab_size, **copy.deepcopy(from_config)}
+    model_type = values.pop("model_type", None)
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.from_config: transformers refuses {from_config}: {error}") from error
+    if config.vocab_size < vocab_size:
+        raise UserError(
+            f"model.from_config.vocab_size: {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
+        )
+    return config
+
+
+def _check_causal(key: str, config: PretrainedConfig) -> None:
+    """Check that each token of a model sees only those before it, and that all text goes in on one side."""
+    looks_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    if config.is_encoder_decoder:
+        kind = "an encoder-decoder"
+    elif looks_ahead:
+        kind = "a masked language model"
+    elif not known:
+        kind = "no language model that transformers knows"
+    else:
+        return
+    raise UserError(f"{key}: {config.model_type!r} is {kind}; only causal (decoder-only) language models are trained")
+
+
+def _checked(model: object) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"transformers returned a {type(model).__name__}")
+    return model
+
+
+@contextmanager
+def _loading(what: str, name_or_path: str) -> Iterator[None]:
+    """Turn what transformers raises for a wrong name into one message."""
+    key = {"model": "model.model_name_or_path", "tokenizer": "model.tokenizer_name_or_path (or model_name_or_path)"}[
+        what
+    ]
+    folder = Path(name_or_path).expanduser()
+    looks_local = folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{key}: the folder {name_or_path!r} does not exist (looked in {Path.cwd()})")
+    wanted = {"model": ["config.json"], "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json"]}[what]
+    if folder.is_dir() and not any((folder / name).is_file() for name in wanted):
+        raise UserError(
+            f"{key}: the folder {name_or_path!r} is not a model with its tokenizer: it has no {' or '.join(wanted)} "
+            f"(it holds: {_listing(folder)})"
+        )
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{key}: cannot load a {what} from {name_or_path!r}: {first_line}") from error
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the tokenizer itself puts its BOS before a text."""
+    ids = tokenizer("a").input_ids
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -1,0 +1,61 @@
+"""What a run changes in the configuration that comes with a model, before its weights are loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.base.rope import RopeScalingConfig, scale_rope
+
+# Belong to heads that a causal language model does not have.
+_OTHER_HEADS = ("classifier_dropout", "summary_first_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigOverrides:
+    """Changes to a model's configuration.
+
+    Raises:
+        UserError: If `dropout` is outside [0, 1).
+    """
+
+    rope_scaling: RopeScalingConfig | None = None
+    """Scaling of the rotary position embeddings."""
+
+    dropout: float | None = None
+    """Probability of every dropout that the model has."""
+
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout: must be in [0, 1) (got {self.dropout})")
+
+    def apply(self, config: PretrainedConfig) -> None:
+        """Write the changes into `config`; a mixture of experts also returns what its auxiliary loss needs.
+
+        Raises:
+            UserError: If the model has nothing to change.
+        """
+        if self.rope_scaling is not None:
+            scale_rope(config, self.rope_scaling)
+        if self.dropout is not None:
+            set_dropout(config, self.dropout)
+        text = config.get_text_config()
+        if getattr(text, "router_aux_loss_coef", None):
+            text.output_router_logits = True
+
+
+def set_dropout(config: PretrainedConfig, probability: float) -> list[str]:
+    """Set every dropout of a model's configuration; return the fields' names.
+
+    Raises:
+        UserError: If it has none.
+    """
+    text = config.get_text_config()
+    fields = [name for name in text.to_dict() if name.endswith(("dropout", "pdrop")) and name not in _OTHER_HEADS]
+    if not fields:
+        raise UserError(f"model.dropout: a {text.model_type} model has no dropout (got {probability}); remove the key")
+    for name in fields:
+        setattr(text, name, probability)
+    return fields

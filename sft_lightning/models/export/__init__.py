@@ -1,0 +1,1 @@
+"""Adapter and model folders: written, opened again, and compared."""

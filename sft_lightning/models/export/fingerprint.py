@@ -1,0 +1,40 @@
+"""What tells one model from another: a hash of everything that decides its answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import xxhash
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sft_lightning.models.generation.generate import base_model
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Return a hash of every weight and buffer; of a sharded model, of this process's part."""
+    digest = xxhash.xxh3_128()
+    tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        local = _own_part(tensor)
+        digest.update(f"{name} {local.dtype} {tuple(local.shape)}".encode())
+        flat = local.detach().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _own_part(tensor: Any) -> torch.Tensor:
+    """Return what this process has of a tensor: FSDP2's shard, ZeRO-3's partition, or all."""
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+    return part
+
+
+def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
+    """Return a hash of the weights and of what is computed with them: the model's configuration, and its adapters'."""
+    configs: list[dict[str, Any]] = [base_model(model).config.to_dict()]
+    if isinstance(model, PeftModel):
+        configs += [config.to_dict() for _, config in sorted(model.peft_config.items())]
+    text = json.dumps(configs, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return xxhash.xxh3_128(f"{fingerprint(model)} {text}".encode()).hexdigest()

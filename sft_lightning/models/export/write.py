@@ -1,0 +1,160 @@
+"""Folders that others load: a PEFT adapter or a whole model, with the tokenizer and its chat template beside it.
+
+A folder is written under a temporary name, opened again, compared with the live weights, and only then given its name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from sft_lightning.merging.folders import replaced_folder
+from sft_lightning.merging.shards import read_tensors, tensor_names, weight_files
+from sft_lightning.models.adapters.folder import AdapterError
+from sft_lightning.models.export.check import can_probe, export_difference
+from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.probing import max_positions, random_ids
+
+MANIFEST = "run_manifest.json"
+_ADAPTER = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an exported adapter was found to be."""
+
+    zeros: list[str]
+    """Names of tensors that are all zero, which means that they have not learned anything yet."""
+
+    base_weights: list[str]
+    """Names of trained tensors that are not the adapter's but the base's own; they are in the file too."""
+
+    logit_difference: float | None
+    """Largest difference between the logits of the live model and of its base under the exported adapter; `None`
+    where this process holds only a part of the model."""
+
+
+def export_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> AdapterReport:
+    """Write the adapter as plain PEFT reads it, and verify it.
+
+    What trains beside the adapter (`model.adapter.only_adapter: false`) goes into the same file under the base's
+    names, and PEFT loads it from there into the base.
+
+    Args:
+        model: The live model.
+        tokenizer: Saved beside the weights, chat template included.
+        folder: Replaced as a whole, or not at all.
+        manifest: What this run was, for `run_manifest.json`.
+        precision: What the model is asked in, such as autocast.
+
+    Raises:
+        RuntimeError: If what was written is not what is live, or does not answer like it.
+    """
+    live = get_peft_model_state_dict(model, save_embedding_layers=False)
+    beside = _trained_beside(model, live)
+    with replaced_folder(folder) as target:
+        _write_companions(target, tokenizer, manifest)
+        # Embeddings are saved when they train (`modules_to_save`); PEFT's "auto" would ask the Hub about the base.
+        model.save_pretrained(str(target), save_embedding_layers=False)
+        if beside:
+            _add_tensors(target / _ADAPTER, beside)
+        zeros = _verify(target / _ADAPTER, {**live, **beside})
+        difference = _verify_answers(model, target, precision) if can_probe(model) else None
+    return AdapterReport(zeros, sorted(beside), difference)
+
+
+def export_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, manifest: Mapping[str, Any]
+) -> None:
+    """Write the whole model as `AutoModelForCausalLM.from_pretrained` reads it; raises as `export_adapter` does."""
+    with replaced_folder(folder) as target:
+        _write_companions(target, tokenizer, manifest)
+        model.save_pretrained(target)
+        _verify_model(target, model)
+
+
+def _write_companions(folder: Path, tokenizer: PreTrainedTokenizerFast, manifest: Mapping[str, Any]) -> None:
+    tokenizer.save_pretrained(folder)
+    (folder / MANIFEST).write_text(json.dumps(dict(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def _trained_beside(model: PeftModel, adapter: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return what trains and is not in the adapter's own state, under the names that PEFT loads it by."""
+    known = {tensor.data_ptr() for tensor in adapter.values()}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.data_ptr() not in known
+    }
+
+
+def _add_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    more = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
+
+
+def _verify(file: Path, live: Mapping[str, torch.Tensor]) -> list[str]:
+    """Compare a safetensors file with live tensors; return the names of all-zero ones."""
+    written = load_file(file)
+    if written.keys() != live.keys():
+        missing, extra = sorted(live.keys() - written.keys()), sorted(written.keys() - live.keys())
+        raise RuntimeError(f"{file}: written keys differ from the trained ones: missing {missing}, extra {extra}")
+    for name, tensor in live.items():
+        _compare(file, name, written[name], tensor)
+    return sorted(name for name, tensor in written.items() if not tensor.any())
+
+
+def _compare(file: Path, name: str, written: torch.Tensor, live: torch.Tensor) -> None:
+    if written.numel() == 0 or written.shape != live.shape:
+        raise RuntimeError(f"{file}: {name} was written as {tuple(written.shape)}, not {tuple(live.shape)}")
+    if not torch.equal(written, live.detach().cpu()):
+        raise RuntimeError(f"{file}: {name} was written with other values than the live ones")
+
+
+def _verify_answers(model: PeftModel, folder: Path, precision: Callable[[], AbstractContextManager[Any]]) -> float:
+    """Return the largest difference between logits of a probe; raise if rounding does not explain it."""
+    config = base_model(model).config
+    probe = random_ids(config.get_text_config().vocab_size, rows=1, length=min(16, max_positions(config)))
+    try:
+        difference, scale = export_difference(model, folder, probe.to(model.device), precision=precision)
+    except AdapterError as error:
+        raise RuntimeError(f"cannot load the export again: {error}") from error
+    if not difference <= 1e-4 * max(scale, 1.0):  # not-a-number included
+        raise RuntimeError(
+            f"{folder}: the base under the exported adapter answers otherwise than the live model: logits differ by "
+            f"up to {difference:.2e}, the largest is {scale:.2e}"
+        )
+    return difference
+
+
+def _verify_model(folder: Path, model: PreTrainedModel) -> None:
+    """Every live tensor is in the files with its values, tied ones once."""
+    live = model.state_dict()
+    written: Iterator[tuple[str, torch.Tensor]]
+    if tensor_names(folder) <= live.keys():
+        written = (item for file in weight_files(folder) for item in read_tensors(file))
+    else:  # the files of some families have other names than their modules
+        written = iter(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict().items())
+    stored = set()
+    for name, tensor in written:
+        _compare(folder, name, tensor, live[name])
+        stored.add(live[name].data_ptr())
+    missing = sorted(name for name, tensor in live.items() if tensor.data_ptr() not in stored)
+    if missing:
+        raise RuntimeError(f"{folder}: written without {missing}")

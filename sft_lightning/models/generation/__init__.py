@@ -1,0 +1,1 @@
+"""Answers of a model: decoding, and models that are served."""

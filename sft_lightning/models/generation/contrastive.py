@@ -1,0 +1,78 @@
+"""Contrastive search (Su et al., 2022, arXiv:2202.06417): likely, and unlike what was said before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from sft_lightning.models.generation.text_continuation import TextContinuation
+
+
+def contrastive_search(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    top_k: int,
+    penalty_alpha: float,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+) -> torch.Tensor:
+    """Answer each text with one sequence.
+
+    Args:
+        model: The model, in evaluation mode.
+        input_ids: Left-padded prompts, (B, S).
+        attention_mask: 1 at tokens, 0 at padding, (B, S).
+        top_k: Candidates for each token.
+        penalty_alpha: α of the paper: 0 is greedy search, 1 looks at likeness alone.
+        max_new_tokens: Tokens per answer at most.
+        stop_token_ids: Tokens that end an answer.
+        pad_token_id: What follows the end of an answer.
+
+    Returns:
+        Answers, padded on the right, (B, at most max_new_tokens).
+    """
+    texts = TextContinuation(model, input_ids, attention_mask, hidden=True)
+    context = F.normalize(texts.hidden, dim=-1)
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    stops = torch.tensor(list(stop_token_ids), device=input_ids.device)
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    answers: list[torch.Tensor] = []
+    while len(answers) < max_new_tokens and not done.all():
+        probabilities, candidates = texts.logits.softmax(-1).topk(top_k)
+        seen = texts.mask.bool()
+        texts.select(rows.repeat_interleave(top_k))
+        texts.feed(candidates.flatten())
+        states = F.normalize(texts.hidden[:, -1], dim=-1).unflatten(0, (-1, top_k))
+        chosen = choose(probabilities, states, context, seen, penalty_alpha)
+        texts.select(rows * top_k + chosen)
+        context = torch.cat([context, states[rows, chosen][:, None]], dim=1)
+        tokens = candidates[rows, chosen].masked_fill(done, pad_token_id)
+        answers.append(tokens)
+        done |= torch.isin(tokens, stops)
+    return torch.stack(answers, dim=1)
+
+
+def choose(
+    probabilities: torch.Tensor, states: torch.Tensor, context: torch.Tensor, seen: torch.Tensor, penalty_alpha: float
+) -> torch.Tensor:
+    """Return each row's candidate v with the largest (1 − α) · p(v) − α · max over earlier tokens j of cos(h_v, h_j).
+
+    Args:
+        probabilities: p of each candidate, (B, K).
+        states: Unit states of the candidates, (B, K, H).
+        context: Unit states of what stands before, (B, T, H).
+        seen: Which of these are tokens and not padding, (B, T).
+        penalty_alpha: α.
+
+    Returns:
+        Indices of candidates, (B,).
+    """
+    likeness = (states @ context.transpose(1, 2)).masked_fill(~seen[:, None], float("-inf")).amax(-1)
+    return ((1 - penalty_alpha) * probabilities - penalty_alpha * likeness).argmax(-1)

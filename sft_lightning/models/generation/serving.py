@@ -1,0 +1,243 @@
+"""A checkpoint as it is served: its own tokenizer, chat template and stop tokens, a base with or without an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
+
+from sft_lightning.data.templates.template import jinja_template
+from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.quantized import keep_input_dtype
+from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.vocabulary import resize_embeddings
+from sft_lightning.models.generation.generate import GenerationConfig, base_model, decode, generate_ids
+
+ServedDType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Turns = Sequence[Mapping[str, str]]
+"""Messages as chat templates take them: `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and how it ended."""
+
+    text: str
+    token_ids: list[int]
+    """Without the stop token."""
+
+    stop_reason: Literal["stop", "length"]
+    """Whether the model ended it itself, or `max_new_tokens` did."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How checkpoints are loaded."""
+
+    quantization: int | None = None
+    """4 or 8 bits per weight of the base; `None` as stored."""
+
+    dtype: ServedDType = "auto"
+    """Type of the weights; `auto` as stored."""
+
+    device: Device = "auto"
+    """`auto`: the GPUs, over which a model that is too large for one is spread, else the CPU."""
+
+    trust_remote_code: bool = False
+
+
+class ServedModel:
+    """A loaded checkpoint that answers.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stop_token_ids = _stop_token_ids(model, tokenizer)
+        pad = tokenizer.pad_token_id
+        self.pad_token_id: int = self.stop_token_ids[0] if pad is None else pad
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the checkpoint brings a chat template; without one it only goes on with texts."""
+        return bool(self.tokenizer.chat_template)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of prompt and answer that the model was made for, if it says so."""
+        return getattr(base_model(self.model).config.get_text_config(), "max_position_embeddings", None)
+
+    def render(self, turns: Turns) -> str:
+        """Return the conversation up to where the answer begins.
+
+        Raises:
+            UserError: If the template refuses the conversation, such as one with a system message.
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} refuses the conversation: {error.message}"
+            ) from error
+
+    def encode_turns(self, turns: Turns) -> list[int]:
+        """Return the tokens of a conversation up to where the answer begins; the template writes its special tokens."""
+        ids: list[int] = self.tokenizer(self.render(turns), add_special_tokens=False).input_ids
+        return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the tokens of a text to go on with, the tokenizer's BOS before it, no EOS after it."""
+        ids: list[int] = self.tokenizer(text).input_ids
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids = ids[:-1]
+        return ids or [self.stop_token_ids[0]]
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        *,
+        num_return_sequences: int = 1,
+        streamer: BaseStreamer | None = None,
+    ) -> list[list[Answer]]:
+        """Answer prompts in tokens, all in one batch; see `generate_ids`."""
+        found = generate_ids(
+            self.model,
+            prompts,
+            stop_token_ids=self.stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            config=config,
+            num_return_sequences=num_return_sequences,
+            streamer=streamer,
+        )
+        return [
+            [Answer(decode(self.tokenizer, ids), ids, "stop" if stopped else "length") for ids, stopped in answers]
+            for answers in found
+        ]
+
+
+def load_served(option: str, path: str | None, adapter: str | None, options: LoadOptions) -> ServedModel:
+    """Load a checkpoint, the adapter on top of it, and the tokenizer of the last of them that has one.
+
+    Args:
+        option: The command's option that names it, for messages: `--model`.
+        path: Folder or Hub id of a model; `None`: the one that the adapter names.
+        adapter: Folder of a PEFT adapter.
+        options: How to load.
+
+    Raises:
+        UserError: If something cannot be loaded.
+    """
+    base = path or base_of_adapter(option, adapter)
+    where = adapter if adapter is not None and _has_tokenizer(adapter) else base
+    with _loading(option, where):
+        tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
+    with _loading(option, base):
+        load: Any = AutoModelForCausalLM.from_pretrained if options.quantization is None else load_quantized
+        model: Any = load(base, **_model_options(options))
+    if adapter is not None:
+        resize_embeddings(model, tokenizer, (), any_size=True)  # the adapter may have tokens of its own
+        with _loading("--adapter", adapter):
+            model = PeftModel.from_pretrained(model, adapter)
+        keep_input_dtype(model)
+    return ServedModel(model.eval(), tokenizer)
+
+
+def base_of_adapter(option: str, adapter: str | None) -> str:
+    """Return the base model that an adapter's configuration names.
+
+    Raises:
+        UserError: If there is no adapter, or it names none.
+    """
+    if adapter is None:
+        raise UserError(f"{option}: name a model's folder or Hub id")
+    config = Path(adapter).expanduser() / "adapter_config.json"
+    if not config.is_file():
+        raise UserError(f"--adapter: {adapter!r} is not an adapter folder: it has no adapter_config.json")
+    base: str | None = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{option}: needed, because {str(config)!r} names no base model")
+    return base
+
+
+def _model_options(options: LoadOptions) -> dict[str, Any]:
+    dtype: Any = "auto" if options.dtype == "auto" else getattr(torch, options.dtype)
+    found: dict[str, Any] = {"dtype": dtype, "trust_remote_code": options.trust_remote_code}
+    if options.quantization is not None:
+        if options.quantization not in (4, 8):
+            raise UserError(f"--quantization: must be 4 or 8 (got {options.quantization})")
+        own = torch.float16 if options.quantization == 8 else torch.bfloat16  # LLM.int8 casts its inputs to float16
+        compute = own if options.dtype == "auto" else dtype
+        found |= {"dtype": compute, "quantization": QuantizationConfig(bits=options.quantization)}
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda, but torch sees no GPU here; leave it out to use the CPU")
+    if options.device != "cpu" and torch.cuda.is_available():
+        found["device_map"] = "auto"  # spreads what one GPU cannot hold, and fills one at a time
+    return found
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return what ends an answer: the chat template's stop token, the checkpoint's generation config's, and EOS."""
+    configured = getattr(base_model(model).generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    ids = dict.fromkeys(
+        each for each in (_template_stop(tokenizer), *listed, tokenizer.eos_token_id) if each is not None
+    )
+    if not ids:
+        raise UserError(
+            f"{tokenizer.name_or_path}: neither its tokenizer nor its generation_config.json names an end token, so "
+            "answers would never end; set eos_token in tokenizer_config.json"
+        )
+    return list(ids)
+
+
+def _template_stop(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """Return the token that the chat template itself writes after an answer, if it is one."""
+    if not tokenizer.chat_template:
+        return None
+
+    def apply(messages: list[dict[str, Any]], add_generation_prompt: bool, tools: object = None) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+
+    try:
+        stop = jinja_template("chat_template", apply, tokenizer.get_added_vocab()).stop
+    except (UserError, TemplateError):
+        return None  # such a template cannot be trained with, but it can be asked
+    ids: list[int] = tokenizer(stop, add_special_tokens=False).input_ids
+    return ids[0] if len(ids) == 1 else None
+
+
+@contextmanager
+def _loading(option: str, path: str) -> Iterator[None]:
+    """Turn what the libraries raise for a wrong path into one message."""
+    folder = Path(path).expanduser()
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{option}: the folder {path!r} does not exist (looked in {Path.cwd()})")
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{option}: cannot load {path!r}: {first_line}") from error

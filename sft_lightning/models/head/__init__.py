@@ -1,0 +1,1 @@
+"""The output head, applied to supervised positions alone; the loss of routers."""

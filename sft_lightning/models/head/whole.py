@@ -1,0 +1,102 @@
+"""The decoder and the output head of a loaded model apart, so that logits need never exist for all positions at once.
+
+Where a family does something of its own after the head (a soft cap, a scale), its configuration says so; whether we
+know all that it does is not trusted but proven, on the model that is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.head.routers import find_router_loss
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits."""
+
+    decoder: Callable[..., Any]
+    """The model below the head; its output has `last_hidden_state`, (B, S, D)."""
+
+    module: nn.Module
+    """The output embedding, (…, D) → (…, V)."""
+
+    scale: float
+    """What its output is multiplied by."""
+
+    softcap: float | None
+    """Logits are squashed to ± this by a tanh; `None` as they are."""
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The plain linear layer that the module is; `None` if something is wrapped around it."""
+        module = self.module
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.modules_to_save[module.active_adapters[0]]
+        return module if type(module) is nn.Linear else None
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits of hidden states, (…, D) → (…, V)."""
+        logits: torch.Tensor = self.module(hidden)
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch.device) -> Head | None:
+    """Return the model's head, if decoder and head together give the model's own logits.
+
+    Args:
+        model: The model, adapters included.
+        vocab_size: Ids to draw a probe from.
+        device: Where the model is.
+
+    Returns:
+        The head; `None` if the model does something else, with the loss of its routers too. A sharded model has an
+        `InnerHead`.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return None  # its own forward puts virtual tokens before the text
+    base = base_model(model)
+    output, decoder = base.get_output_embeddings(), base.base_model
+    if output is None or decoder is base:
+        return None
+    config = base.config.get_text_config()
+    if getattr(config, "output_router_logits", False) and find_router_loss(base) is None:
+        return None  # only the model's own forward knows the loss of its routers
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    head = Head(decoder, output, scale, getattr(config, "final_logit_softcapping", None))
+    return head if _gives_the_models_logits(base, head, vocab_size, device) else None
+
+
+@torch.no_grad()
+def _gives_the_models_logits(model: PreTrainedModel, head: Head, vocab_size: int, device: torch.device) -> bool:
+    ids = torch.randint(vocab_size, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.arange(8, device=device)[None],
+        "document_lengths": [[8]],
+        "use_cache": False,
+    }
+    training = model.training
+    model.eval()
+    try:
+        own, below = model(**inputs), head.decoder(**inputs)
+        expected, found = own.logits, head.project(below.last_hidden_state)
+        routers = find_router_loss(model)
+        if routers is not None and not torch.allclose(routers(below), routers.coefficient * own.aux_loss):
+            return False
+    finally:
+        model.train(training)
+    if expected.shape != found.shape:
+        return False
+    rounding = 4 * torch.finfo(found.dtype).eps * float(expected.abs().max())
+    return float((expected - found).abs().max()) <= rounding

@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO for adapters and quantized bases, on CPU and GPU."""

@@ -1,0 +1,1 @@
+"""Preference tuning: DPO, IPO, hinge, ORPO and SimPO."""

@@ -1,0 +1,1 @@
+"""What people look at: tables, highlighted tokens, the preview page."""

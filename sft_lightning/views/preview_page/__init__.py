@@ -1,0 +1,98 @@
+"""Examples as one self-contained HTML page: no external resource, nothing that data could make run.
+
+Everything from the data goes through Jinja's autoescape; and the page's Content-Security-Policy allows this folder's
+own style and script, named by their hashes, and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from sft_lightning.views.highlight import ShownSource, ShownToken, visible
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewPage:
+    """What the page shows."""
+
+    template: str
+    """Name of the template."""
+
+    stop: str
+    """The token that ends an answer, as text."""
+
+    loss_on: str
+    """`data.loss_on`."""
+
+    max_length: int
+    """`data.max_length`, in tokens."""
+
+    overlong: str | None
+    """What is done with an example longer than `max_length`; `None` if it is no matter, as with packing: concat."""
+
+    sources: Sequence[ShownSource]
+
+
+def render_page(page: PreviewPage) -> str:
+    """Return the page as HTML text."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"marked": _marked, "json": _json, "runs": _runs, "tip": _tip, "classes": _classes}
+    style, script = (_own(name) for name in ("page.css", "page.js"))
+    return environment.get_template("page.html.jinja").render(
+        page=page, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script)
+    )
+
+
+def _own(name: str) -> Markup:
+    return Markup((_FOLDER / name).read_text(encoding="utf-8"))  # noqa: S704 (our own file)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _marked(text: str, spaces: bool = False) -> Markup:
+    """Return escaped text, each mark of a character that cannot be seen in an element of its own."""
+    pieces = (
+        Markup("<i>{}</i>").format(text) if is_mark else escape(text) for text, is_mark in visible(text, spaces=spaces)
+    )
+    return Markup("").join(pieces)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=1, default=str)
+
+
+def _runs(tokens: Sequence[ShownToken]) -> list[tuple[float, list[ShownToken]]]:
+    """Return runs of tokens with the same loss weight."""
+    return [(weight, list(run)) for weight, run in groupby(tokens, key=lambda token: token.weight)]
+
+
+def _classes(token: ShownToken) -> str:
+    """Return the CSS classes of a token: t, and s(upervised), x (special), r(ight to left) where it is so."""
+    right_to_left = any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in token.text)
+    flags = {"s": token.weight > 0, "x": token.special, "r": right_to_left}
+    return " ".join(["t", *(name for name, on in flags.items() if on)])
+
+
+def _tip(token: ShownToken) -> str:
+    note = "" if token.text else ", no text of its own"
+    return f"id {token.id}, position {token.position}, weight {token.weight:g}, {token.name!r}{note}"

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from inspect import signature
+from pathlib import Path
+
+import pytest
+
+from sft_lightning.__main__ import main
+from sft_lightning.cli.commands.migrate import SYSTEMS
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.preference.module import DPOModule
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "migrating.md"
+
+
+def test_the_document_is_what_the_table_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["migrate", "--table"]) == 0
+    assert capsys.readouterr().out == DOCUMENT.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_an_option_stands_once_and_says_why_it_is_left_out(system: str) -> None:
+    options = SYSTEMS[system].options
+    names = [option.name for option in options]
+    assert len(names) == len(set(names))
+    assert all(option.note for option in options if option.how == "left")
+    assert all(option.key for option in options if option.how == "plain")
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_key_of_the_model_and_the_data_exists(system: str) -> None:
+    known = {
+        "model": {*signature(CausalLMModule.__init__).parameters, *signature(DPOModule.__init__).parameters},
+        "data": {*signature(SFTDataModule.__init__).parameters, *signature(PairDataModule.__init__).parameters},
+    }
+    for option in SYSTEMS[system].options:
+        for owner, name, *_ in (key.strip().split(".") for key in option.key.split(",") if "." in key):
+            assert name in known.get(owner, {name}), option
+
+
+def test_training_arguments_are_known_to_four_systems() -> None:
+    names = {option.name for option in TRAINING_ARGUMENTS}
+    assert [name for name, system in SYSTEMS.items() if names <= {option.name for option in system.options}] == [
+        "fastchat",
+        "vigogne",
+        "firefly",
+        "chinese_alpaca",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["fastcat"], "Did you mean 'fastchat'?"),
+        (["fastchat"], "give a shell script"),
+        (["fastchat", "gone.sh"], "there is no file 'gone.sh'"),
+        (["fastchat", "train_lora.py", "--lora_r", "eight"], "--lora_r: 'eight' is not a number"),
+        (["fastchat", "train_lora.py", "nothing"], "found no option"),
+    ],
+)
+def test_what_cannot_be_migrated_is_said(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["migrate", *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_broken_json_is_named_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text('{"lora_rank": 8,\n "x"}')
+    assert main(["migrate", "firefly", str(tmp_path / "a.json")]) == 2
+    assert "a.json, line 2" in capsys.readouterr().err
+
+
+def test_help_names_the_systems(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["migrate", "--help"]) == 0
+    assert "chinese_alpaca" in capsys.readouterr().out

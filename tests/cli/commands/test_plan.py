@@ -1,0 +1,149 @@
+"""`plan` tells steps, memory and time of a configuration that is never started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sft_lightning.__main__ import main
+from sft_lightning.cli.commands.plan import parse_memory
+from sft_lightning.errors import UserError
+
+Plan = Callable[..., int]
+
+
+@pytest.fixture
+def plan(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Plan:
+    """Run `plan` on a folder with a configuration and a tokenizer, and no weights; the exit status."""
+    folder = tmp_path / "no_weights"
+    folder.mkdir()
+    for file in model_dir.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+
+    def run(*options: str) -> int:
+        sources = json.dumps({"toy": {"path": str(alpaca_file), "format": "alpaca"}})
+        base = [f"--model.model_name_or_path={folder}", f"--data.sources={sources}", "--data.template=alpaca"]
+        return main(["plan", *base, "--data.max_length=256", *options])
+
+    return run
+
+
+def peak(capsys: pytest.CaptureFixture[str]) -> float:
+    """The peak that was printed, GiB."""
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    return next(float(words[1]) for words in lines if words[:1] == ["peak"])
+
+
+def test_steps_memory_and_time_are_told_without_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--model.adapter.r=4", "--num_gpus=2", "--trainer.max_epochs=3") == 0
+    shown = capsys.readouterr().out
+    assert "tokens supervised; 0 dropped" in shown
+    assert "a step is 1 rows × 1 micro-batches × 2 GPUs" in shown
+    for part in ("weights", "adapter", "gradients", "optimizer", "activations", "temporary", "peak"):
+        assert f"\n  {part}" in shown
+    assert "GFLOP a token; an epoch takes" in shown
+
+
+def test_what_fits_and_what_would_make_it_fit_is_told(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--model.adapter.r=4", "--data.batch_size=64", "--gpu_memory=48GiB") == 0
+    shown = capsys.readouterr().out
+    assert "fits into 48.0 GiB" in shown
+    assert "changes" not in shown
+    assert "GPU memory / 3, says 17.2 B" in shown
+    assert plan("--model.adapter.r=4", "--data.batch_size=64", "--gpu_memory=40MiB") == 0
+    shown = capsys.readouterr().out
+    assert "does not fit into 0.0 GiB" in shown
+    assert "data.batch_size: 1, with 64 times" in shown
+    assert shown.count(", fits") == 1
+
+
+def test_a_batch_takes_more_and_checkpointing_less(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    small, large, recomputed = (
+        (plan("--model.adapter.r=4", f"--data.batch_size={rows}", f"--model.gradient_checkpointing={on}"), peak(capsys))
+        for rows, on in ((8, "false"), (64, "false"), (64, "true"))
+    )
+    assert small[1] < recomputed[1] < large[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--gpu_memory=much", "--gpu_memory: 'much' is no amount of memory"),
+        ("--num_gpus=0", "--num_gpus: must be at least 1"),
+        ("--mfu=40", "--mfu: must be above 0 and at most 1"),
+        ("--data.sources={}", "data.sources: no source given"),
+    ],
+)
+def test_what_is_wrong_names_its_option(option: str, said: str, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--model.adapter.r=4", option) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.adapter.r=4"], "reference model: adapter_off, a second forward pass at every step"),
+        ([], "reference model: precomputed, a forward pass over the data first; 0.00 MiB"),
+        (["--model.preference.loss=simpo"], "reference model: none, the loss is simpo"),
+    ],
+)
+def test_preference_training_counts_pairs_and_tells_of_the_reference(
+    options: list[str], said: str, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(7)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    source = f"--data.sources={{toy: {{path: {tmp_path / 'pairs.json'}, format: preference}}}}"
+    assert plan("--task=dpo", source, *options) == 0
+    shown = capsys.readouterr().out
+    assert "data: 7 pairs in " in shown
+    assert said in shown
+
+
+def test_prompts_of_pairs_are_off_the_time(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "q" * 20, "chosen": "good", "rejected": "bad"}] * 3))
+    source = f"--data.sources={{toy: {{path: {tmp_path / 'pairs.json'}, format: preference}}}}"
+    assert plan("--task=dpo", source, "--model.adapter.r=4") == 0
+    shown = capsys.readouterr().out
+    share = int(shown.split("prompts once for both answers: ")[1].split("%")[0])
+    assert 20 < share < 50
+    assert plan("--task=dpo", source, "--model.adapter.r=4", "--model.preference.share_prompts=false") == 0
+    assert "prompts once for both answers: 0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model.quantization.bits=4", "--model.adapter.init=pissa"], "PEFT cannot read in 4 bits"),
+        (
+            ["--model.quantization.bits=8", "--model.adapter.r=4", "--trainer.strategy=fsdp2"],
+            "model.quantization.bits: 8, but trainer.strategy fsdp2",
+        ),
+        (
+            ["--model.quantization.bits=8", "--model.adapter.r=4", "--trainer.strategy=deepspeed_stage_3_offload"],
+            "model.quantization.bits: 8, but trainer.strategy deepspeed_stage_3_offload",
+        ),
+    ],
+)
+def test_what_fit_refuses_is_refused(
+    options: list[str], said: str, plan: Plan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(*options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_strategy_by_its_class_is_planned(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = "{class_path: sft_lightning.strategies.FSDP2, init_args: {offload: true}}"
+    assert plan("--model.adapter.r=4", f"--trainer.strategy={strategy}", "--num_gpus=2") == 0
+    assert "FSDP2, offloaded" in capsys.readouterr().out
+
+
+def test_memory_is_read_in_its_units() -> None:
+    assert parse_memory("48GiB") == parse_memory("48") == 48 * 2**30
+    assert parse_memory("80 GB") == 80e9
+    for wrong in ("1.2.3GB", "0GiB", "x"):
+        with pytest.raises(UserError, match="--gpu_memory"):
+            parse_memory(wrong)

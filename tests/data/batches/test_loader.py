@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sft_lightning.data.batches.loader import EvaluationLoader, TrainLoader
+from sft_lightning.data.plan.epoch_plan import Choice, EpochPlan, Topology, plan_epoch
+
+
+def plan(epoch: int, rows: int = 13, rows_per_step: int = 4) -> EpochPlan:
+    choice = Choice(np.arange(rows), np.zeros(rows, np.int64), np.ones(rows, np.int64), np.ones(rows))
+    return plan_epoch(
+        choice, lambda documents: np.ones(len(documents)),
+        packing="none", max_length=1, rows_per_step=rows_per_step, shuffle=(0, epoch),
+    )  # fmt: skip
+
+
+def collate(made: EpochPlan, rows: list[int], denominator: float) -> Any:
+    return ([int(made.documents[row, 0]) for row in rows], denominator)
+
+
+def train_loader(batch_size: int = 2, accumulate: int = 2) -> TrainLoader:
+    return TrainLoader(plan, Topology(batch_size=batch_size, accumulate=accumulate), collate)
+
+
+def test_an_epoch_has_every_row_once_in_the_plans_order() -> None:
+    batches = list(train_loader())
+    assert [i for rows, _ in batches for i in rows] == plan(0).documents[:, 0].tolist()
+    assert len(batches) == len(train_loader()) == 7
+
+
+def test_each_micro_batch_carries_its_steps_denominator() -> None:
+    assert [denominator for _, denominator in train_loader()] == [4, 4, 4, 4, 4, 4, 1]
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 4), (2, 2), (4, 1)])
+def test_a_position_continues_at_the_next_row_in_every_split(batch_size: int, accumulate: int) -> None:
+    first = train_loader()
+    iterator = iter(first)
+    taken = [i for _ in range(4) for i in next(iterator)[0]]
+    second = train_loader(batch_size, accumulate)
+    second.load_state_dict(first.state_dict())
+    assert taken + [i for rows, _ in second for i in rows] == plan(0).documents[:, 0].tolist()
+
+
+def test_a_position_within_a_step_goes_back_to_the_steps_first_row() -> None:
+    first = train_loader()
+    next(iter(first))
+    second = train_loader()
+    second.load_state_dict(first.state_dict())
+    assert next(iter(second))[0] == plan(0).documents[:, 0].tolist()[:2]
+
+
+def test_a_new_epoch_starts_at_its_first_row_with_another_order() -> None:
+    loader = train_loader()
+    list(loader)
+    loader.sampler.set_epoch(1)
+    assert [i for rows, _ in loader for i in rows] == plan(1).documents[:, 0].tolist()
+    assert plan(1).documents[:, 0].tolist() != plan(0).documents[:, 0].tolist()
+
+
+def test_evaluation_starts_over_each_time() -> None:
+    loader = EvaluationLoader(plan(0), Topology(batch_size=4), collate)
+    assert [rows for rows, _ in loader] == [rows for rows, _ in loader]
+    assert len(loader) == 4

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from sft_lightning.data.formats.fields import Malformed
+from sft_lightning.data.pairs.examples import make_pair
+from sft_lightning.data.tokens.examples import ALWAYS_DROPPED
+from sft_lightning.types import Message, Record
+
+
+def record(**fields: Any) -> Record:
+    return Record(fields, "toy", "toy.json, record 0")
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def supervised(messages: list[Message]) -> list[str]:
+    return [message.content for message in messages if message.train]
+
+
+def test_only_the_answers_have_a_loss() -> None:
+    pair = make_pair(record(chosen=turns("q1", "a1", "q2", "good"), rejected=turns("q1", "a1", "q2", "bad")))
+    assert supervised(pair.chosen) == ["good"]
+    assert supervised(pair.rejected) == ["bad"]
+    assert [m.content for m in pair.rejected] == ["q1", "a1", "q2", "bad"]
+
+
+def test_a_leading_system_message_belongs_to_the_prompt() -> None:
+    system = {"role": "system", "content": "Be short."}
+    pair = make_pair(record(chosen=[system, *turns("q", "good")], rejected=[system, *turns("q", "bad")]))
+    assert [m.role for m in pair.chosen] == ["system", "user", "assistant"]
+    assert supervised(pair.chosen) == ["good"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "q", "chosen": "good", "rejected": "bad"},
+        {"instruction": "q", "input": "", "output": ["good", "bad"]},
+        {"question": "q", "response_j": "good", "response_k": "bad"},
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"},
+         "rejected": {"from": "gpt", "value": "bad"}},
+        {"chosen": "\n\nHuman: q\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: bad"},
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"},
+    ],
+)  # fmt: skip
+def test_every_preference_layout_gives_the_same_pair(fields: dict[str, Any]) -> None:
+    pair = make_pair(record(**fields))
+    assert [(m.role, m.content) for m in pair.chosen] == [("user", "q"), ("assistant", "good")]
+    assert [(m.role, m.content) for m in pair.rejected] == [("user", "q"), ("assistant", "bad")]
+
+
+def test_answers_that_part_early_are_supervised_from_there() -> None:
+    fields = {"chosen": turns("q1", "a", "q2", "b"), "rejected": turns("q1", "x", "q2", "y")}
+    pair = make_pair(record(**fields))
+    assert (supervised(pair.chosen), supervised(pair.rejected)) == (["a", "b"], ["x", "y"])
+    last = make_pair(record(**fields), loss_on="last_turn")
+    assert (supervised(last.chosen), supervised(last.rejected)) == (["b"], ["y"])
+
+
+def test_the_chosen_history_can_stand_before_both_answers() -> None:
+    fields = {"chosen": turns("q1", "a", "q2", "b"), "rejected": turns("p1", "x", "p2", "y")}
+    with pytest.raises(Malformed, match=r"data\.pair_history: chosen") as caught:
+        make_pair(record(**fields))
+    assert caught.value.reason == "different_prompts"
+    pair = make_pair(record(**fields), history="chosen")
+    assert [m.content for m in pair.rejected] == ["q1", "a", "q2", "y"]
+    assert (supervised(pair.chosen), supervised(pair.rejected)) == (["b"], ["y"])
+
+
+def test_a_conversation_that_goes_on_where_the_other_ends_is_refused() -> None:
+    fields = {"chosen": turns("q1", "a", "q2", "b"), "rejected": turns("q1", "a")}
+    with pytest.raises(Malformed, match=r"toy\.json, record 0"):
+        make_pair(record(**fields))
+
+
+def test_equal_answers_teach_nothing() -> None:
+    with pytest.raises(Malformed, match="both answers are the same") as caught:
+        make_pair(record(prompt="q", chosen="a", rejected="a"))
+    assert caught.value.reason == "same_answers"
+    assert caught.value.reason in ALWAYS_DROPPED
+
+
+def test_a_record_without_a_worse_answer_is_malformed() -> None:
+    with pytest.raises(Malformed, match="rejected"):
+        make_pair(record(prompt="q", chosen="a"))
+
+
+def test_an_empty_answer_is_counted() -> None:
+    repairs: Counter[str] = Counter()
+    with pytest.raises(Malformed):
+        make_pair(record(prompt="q", chosen="a", rejected=" "), repairs=repairs)
+
+
+def test_the_weight_of_a_record_is_that_of_its_answers() -> None:
+    pair = make_pair(record(prompt="q", chosen="a", rejected="b", weight=2))
+    assert pair.chosen[-1].weight == pair.rejected[-1].weight == 2.0

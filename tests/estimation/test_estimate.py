@@ -1,0 +1,115 @@
+"""What each part of a small model takes on a GPU, strategy by strategy, added up by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sft_lightning.estimation.estimate import Estimator
+from sft_lightning.estimation.memory import Memory, Setup
+from sft_lightning.estimation.sharding import Sharding, fsdp2, sharding_of, zero
+from sft_lightning.estimation.simulation import simulate_step
+from sft_lightning.estimation.skeleton import build_skeleton
+from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.training.module import CausalLMModule
+
+SHAPE = {
+    "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}  # fmt: skip
+EMBEDDING = 1000 * 64
+LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
+MODEL = 2 * EMBEDDING + 3 * LAYER + 64
+LORA = 3 * 4 * (4 * (64 + 64) + 3 * (64 + 128))
+"""Parameters of rank 4 on every linear layer."""
+
+BUCKET = 500_000_000
+
+
+def estimator(adapter: AdapterConfig | None = None, precision: str = "32-true") -> Estimator:
+    module = CausalLMModule(
+        from_config=SHAPE, tokenizer_name_or_path="none", dtype="float32", adapter=adapter, optimizer=torch.optim.AdamW
+    )
+    skeleton = build_skeleton(module, 1000, precision)
+    return Estimator(module, skeleton, precision=precision, max_length=32, accumulates=False)
+
+
+def memory(estimator: Estimator, sharding: Sharding, bits: int | None = None) -> Memory:
+    return estimator.memory(Setup(batch_size=1, max_length=32, checkpointing=False, bits=bits, sharding=sharding))
+
+
+def test_one_gpu_has_all_of_a_model_and_nothing_for_others() -> None:
+    found = memory(estimator(), Sharding("one GPU"))
+    assert found.weights == pytest.approx(4 * MODEL, rel=1e-3)  # and the rotary frequencies
+    assert found.gradients == 4 * MODEL
+    assert found.optimizer == pytest.approx(8 * MODEL, rel=1e-3)
+    assert found.communication == 0
+
+
+def test_gradients_of_one_gpu_are_made_while_activations_go_and_divided_ones_go_at_once() -> None:
+    full = estimator()
+    options: Any = {"batch_size": 1, "max_length": 32, "gradient_checkpointing": False}
+    alone, divided = memory(full, Sharding("one GPU")), memory(full, fsdp2(4))
+    step = simulate_step(full.skeleton, **options)
+    assert alone.activations + alone.temporary + alone.gradients == step.peak
+    assert step.peak < step.kept + 4 * MODEL
+    waiting = simulate_step(full.skeleton, **options, has_gradients=True)
+    assert divided.activations == waiting.kept
+    assert divided.activations + divided.temporary == waiting.peak
+
+
+def test_ddp_has_all_of_it_and_the_gradients_once_more() -> None:
+    found = memory(estimator(), sharding_of("ddp", 4))
+    assert (found.gradients, found.communication) == (4 * MODEL, 4 * MODEL)
+
+
+def test_fsdp2_divides_all_and_gathers_two_layers_and_what_is_in_none() -> None:
+    found = memory(estimator(), fsdp2(4))
+    assert found.weights == pytest.approx(MODEL, rel=1e-3)
+    assert found.gradients == MODEL
+    assert found.optimizer == pytest.approx(2 * MODEL, rel=1e-3)
+    # The untied embedding is a group, and the largest one here; the head and the last norm are what is left.
+    assert found.communication == 4 * (EMBEDDING + 64 + 2 * EMBEDDING + EMBEDDING + 64)
+    offloaded = memory(estimator(), fsdp2(4, offload=True))
+    assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (0, 0, 0)
+    assert offloaded.communication == found.communication
+
+
+def test_zero_casts_to_half_precision_and_keeps_a_float32_copy_of_what_trains() -> None:
+    full = estimator(precision="bf16-mixed")
+    first, second, third = (memory(full, zero(4, stage)) for stage in (1, 2, 3))
+    assert first.weights == second.weights == pytest.approx(2 * MODEL, rel=1e-3)
+    assert third.weights == pytest.approx(first.weights / 4)
+    assert (first.gradients, second.gradients) == (4 * MODEL, MODEL)
+    assert first.optimizer == second.optimizer == pytest.approx((8 + 4) * MODEL / 4, rel=1e-3)
+    assert first.communication == 2 * BUCKET * 2
+    assert third.communication == pytest.approx(BUCKET * 2 + 4 * MODEL, rel=1e-3)
+    offloaded = memory(full, zero(4, 2, offload_optimizer=True))
+    assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (second.weights, 0, 0)
+
+
+def test_an_adapter_is_what_gradients_and_the_optimizer_are_of() -> None:
+    lora = estimator(AdapterConfig(r=4))
+    found = memory(lora, sharding_of("fsdp2", 2), bits=4)
+    assert found.adapter == found.gradients == 4 * LORA / 2
+    assert found.optimizer == pytest.approx(8 * LORA / 2, rel=1e-2)
+    packed = 3 * (LAYER - 2 * 64) * 0.516
+    assert found.weights == pytest.approx((packed + 4 * (2 * EMBEDDING + 7 * 64)) / 2, rel=2e-3)
+
+
+def test_in_8_bits_every_layer_keeps_its_input() -> None:
+    lora = estimator(AdapterConfig(r=4))
+    plain, int8 = (memory(lora, Sharding("one GPU"), bits=bits) for bits in (None, 8))
+    assert int8.weights < plain.weights
+    assert int8.activations > plain.activations
+
+
+def test_a_state_space_models_long_rows_are_on_the_line_through_short_ones() -> None:
+    shape = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    module = CausalLMModule(from_config=shape, tokenizer_name_or_path="none", dtype="float32")
+    found = Estimator(module, build_skeleton(module, 100), precision="32-true", max_length=4096, accumulates=False)
+    kept = [found.step(tokens, False, None, has_gradients=True).kept for tokens in (1024, 2048, 4096)]
+    assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]))
+    assert kept[0] > 0

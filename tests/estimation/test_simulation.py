@@ -1,0 +1,94 @@
+"""A simulated step against the peak of the CPU's allocator in a real one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from sft_lightning.estimation.simulation import simulate_step, training_step
+from sft_lightning.estimation.skeleton import build_skeleton
+from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.generation.generate import base_model
+from sft_lightning.training.module import CausalLMModule
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "narrow": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 6, "num_attention_heads": 4},
+    "grouped": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_key_value_heads": 2,
+                "num_attention_heads": 8},
+    "wide": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+}  # fmt: skip
+
+
+def shape(name: str) -> dict[str, Any]:
+    return {"model_type": "llama", "vocab_size": 2000, "max_position_embeddings": 1024, **SHAPES[name]}
+
+
+def module(name: str, adapter: AdapterConfig | None) -> CausalLMModule:
+    return CausalLMModule(from_config=shape(name), tokenizer_name_or_path="none", dtype="float32", adapter=adapter)
+
+
+def real_peak(name: str, adapter: AdapterConfig | None, rows: int, length: int, checkpointing: bool) -> int:
+    """Bytes that the allocator had out at once in a step, beside what was there before it."""
+    values = {key: value for key, value in shape(name).items() if key != "model_type"}
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**values), attn_implementation=PACKED).train()
+    return peak_of(base if adapter is None else add_adapter(base, adapter), rows, length, checkpointing)
+
+
+def peak_of(model: Any, rows: int, length: int, checkpointing: bool) -> int:
+    """Bytes that the allocator had out at once in a step of a model, beside what was there before it."""
+    if checkpointing:
+        base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        training_step(model, base_model(model), rows, length, torch.autocast("cpu", enabled=False))
+    kineto: Any = profiled.profiler
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def int8_model(name: str, folder: Path) -> PreTrainedModel:
+    """The model, its linear layers in LLM.int8."""
+    values = {key: value for key, value in shape(name).items() if key != "model_type"}
+    AutoModelForCausalLM.from_config(LlamaConfig(**values)).save_pretrained(folder)
+    return load_quantized(
+        str(folder), QuantizationConfig(bits=8), dtype=torch.bfloat16, attn_implementation=PACKED
+    ).train()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_simulated_step_of_8_bits_takes_what_bitsandbytes_takes_on_the_cpu(
+    name: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    configuration = module(name, AdapterConfig(r=8))
+    configuration.model_dtype = "bfloat16"
+    skeleton = build_skeleton(configuration, 2000)
+    options: Any = {"batch_size": 2, "max_length": 256, "gradient_checkpointing": checkpointing}
+    simulated = simulate_step(skeleton, **options, int8="cpu")
+    plain = simulate_step(skeleton, **options)
+    real = peak_of(add_adapter(int8_model(name, tmp_path), AdapterConfig(r=8)), 2, 256, checkpointing)
+    print(f"{name} {checkpointing}: {simulated.peak / real - 1:+.2%}, plain {plain.peak / real - 1:+.2%}")
+    assert simulated.peak == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter", [AdapterConfig(r=8), None], ids=["lora", "full"])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_a_simulated_step_takes_what_a_real_one_takes(
+    name: str, adapter: AdapterConfig | None, checkpointing: bool
+) -> None:
+    skeleton = build_skeleton(module(name, adapter), 2000)
+    simulated = simulate_step(skeleton, batch_size=2, max_length=256, gradient_checkpointing=checkpointing)
+    real = real_peak(name, adapter, 2, 256, checkpointing)
+    print(f"{name} {adapter is None} {checkpointing}: {simulated.peak / real - 1:+.2%} of {real / 2**20:.1f} MiB")
+    assert simulated.peak == pytest.approx(real, rel=0.05)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+
+
+def test_nf4_with_double_quantization_is_the_default() -> None:
+    config = QuantizationConfig().to_transformers(torch.bfloat16)
+    assert config.load_in_4bit
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == config.bnb_4bit_quant_storage == torch.bfloat16
+
+
+def test_fp4_and_single_quantization_can_be_chosen() -> None:
+    config = QuantizationConfig(quant_type="fp4", double_quant=False).to_transformers(torch.float32)
+    assert config.bnb_4bit_quant_type == "fp4"
+    assert not config.bnb_4bit_use_double_quant
+
+
+def test_eight_bits_are_llm_int8() -> None:
+    assert QuantizationConfig(bits=8).to_transformers(torch.float32).load_in_8bit
+
+
+@pytest.mark.parametrize("bits", [0, 2, 16])
+def test_other_bits_are_refused(bits: int) -> None:
+    with pytest.raises(UserError, match="must be 4 or 8"):
+        QuantizationConfig(bits=bits)
+
+
+def test_compute_and_storage_types_can_be_chosen() -> None:
+    config = QuantizationConfig(compute_dtype="float32", storage_dtype="uint8").to_transformers(torch.bfloat16)
+    assert config.bnb_4bit_compute_dtype == torch.float32
+    assert config.bnb_4bit_quant_storage == torch.uint8
+
+
+@pytest.mark.parametrize("key", ["compute_dtype", "storage_dtype"])
+def test_eight_bits_have_no_types_of_their_own(key: str) -> None:
+    with pytest.raises(UserError, match=f"quantization.{key}: is of 4-bit weights"):
+        QuantizationConfig(bits=8, **{key: "float32"})  # type: ignore[arg-type]
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 64},
+    "falcon": {"num_attention_heads": 2, "bias": True},
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+}
+QUANTIZED = {
+    "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    "falcon": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "mamba": {"in_proj"},
+    "falcon_mamba": {"in_proj"},
+    "mamba2": {"in_proj"},
+}
+
+
+def saved(model_type: str, folder: Path, **changes: Any) -> PreTrainedModel:
+    values = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**values, **SHAPES[model_type], **changes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def quantized_names(model: PreTrainedModel) -> set[str]:
+    return {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if type(m).__module__.startswith("bitsandbytes")}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_exactly_what_a_family_calls_by_its_modules_is_quantized(
+    model_type: str, bits: int, tied: bool, tmp_path: Path
+) -> None:
+    plain = saved(model_type, tmp_path, tie_word_embeddings=tied)
+    model = load_quantized(str(tmp_path), QuantizationConfig(bits=bits), dtype=torch.float32)
+    assert quantized_names(model) == QUANTIZED[model_type]
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        found = model(ids, use_cache=False).logits
+        assert not torch.allclose(found, plain(ids, use_cache=False).logits, atol=1e-4)
+        for name, module in model.named_modules():
+            if type(module).__module__.startswith("bitsandbytes"):
+                plain.get_parameter(f"{name}.weight").copy_(dequantize_module_weight(module))
+        expected = plain(ids, use_cache=False).logits
+    tolerance = (1e-4 if bits == 4 else 0.03) * float(expected.abs().max())  # LLM.int8 rounds inputs too
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+    adapted = add_adapter(model, AdapterConfig(r=2))
+    adapted(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    learning = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in learning} == QUANTIZED[model_type]
+
+
+def test_falcon_keeps_its_own_layers_where_nothing_is_quantized(tmp_path: Path) -> None:
+    saved("falcon", tmp_path)
+    load_quantized(str(tmp_path), QuantizationConfig(), dtype=torch.float32)
+    unquantized = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert any(type(module) is FalconLinear for module in unquantized.modules())
+
+
+def test_a_family_that_transformers_does_not_quantize_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sft_lightning.models.base.quantization._plain_linear_layers", nullcontext)
+    saved("falcon", tmp_path)
+    with pytest.raises(UserError, match=r"model.quantization: nothing in this falcon model .*FalconLinear"):
+        load_quantized(str(tmp_path), QuantizationConfig(), dtype=torch.float32)

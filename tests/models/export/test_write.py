@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedTokenizerFast
+
+from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.export import write as export
+from sft_lightning.models.export.write import export_adapter, export_model
+
+
+@pytest.fixture
+def model(model_dir: Path) -> PeftModel:
+    """An adapted model that has learned something."""
+    adapted = add_adapter(
+        AutoModelForCausalLM.from_pretrained(model_dir), AdapterConfig(r=2, modules_to_save=["lm_head"])
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return adapted.eval()
+
+
+IDS = torch.arange(20)[None]
+
+
+def test_plain_peft_loads_the_adapter_with_the_same_logits(
+    model: PeftModel, model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    report = export_adapter(model, tokenizer, tmp_path / "adapter", {"step": 3})
+    assert (report.zeros, report.base_weights, report.logit_difference) == ([], [], 0.0)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert json.loads((tmp_path / "adapter" / "run_manifest.json").read_text()) == {"step": 3}
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").get_vocab() == tokenizer.get_vocab()
+
+
+def test_tensors_that_learned_nothing_are_named(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    fresh = add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), AdapterConfig(r=2))
+    zeros = export_adapter(fresh, tokenizer, tmp_path / "adapter", {}).zeros
+    assert len(zeros) == 14
+    assert all("lora_B" in name for name in zeros)
+
+
+def test_an_export_replaces_the_one_before_as_a_whole(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        export_adapter(model, tokenizer, tmp_path / "adapter", {"number": number})
+        (tmp_path / "adapter" / f"left_{number}").touch()
+    assert not (tmp_path / "adapter" / "left_1").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def damaged(change: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = sorted(weights)[0]
+    if change == "missing":
+        return {key: tensor for key, tensor in weights.items() if key != name}
+    if change == "empty":
+        return {**weights, name: torch.zeros(0)}
+    return {**weights, name: weights[name] + 1}
+
+
+@pytest.mark.parametrize(("change", "said"), [("missing", "missing"), ("empty", "was written as"), ("other", "values")])
+def test_a_file_that_is_not_what_is_live_is_found_and_gets_no_name(
+    change: str,
+    said: str,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save = PeftModel.save_pretrained
+
+    def save_damaged(self: PeftModel, folder: str, **options: Any) -> None:
+        save(self, folder, **options)
+        file = Path(folder) / "adapter_model.safetensors"
+        save_file(damaged(change, load_file(file)), file)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_damaged)
+    with pytest.raises(RuntimeError, match=said):
+        export_adapter(model, tokenizer, tmp_path / "adapter", {})
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_whole_model_is_loaded_by_plain_transformers(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    live = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    export_model(live, tokenizer, tmp_path / "model", {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, live(IDS).logits)
+    assert (tmp_path / "model" / export.MANIFEST).exists()
+
+
+def test_an_export_holds_no_machine_specific_attention(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    live = AutoModelForCausalLM.from_pretrained(model_dir)
+    live.set_attn_implementation("eager")
+    export_model(live, tokenizer, tmp_path / "model", {})
+    assert not any("attn_implementation" in key for key in json.loads((tmp_path / "model/config.json").read_text()))
+
+
+def test_a_family_whose_files_have_other_names_than_its_modules_is_exported(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    live = AutoModelForCausalLM.from_config(config).eval()
+    export_model(live, tokenizer, tmp_path / "model", {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, live(IDS).logits)
+
+
+def test_a_whole_model_that_is_written_otherwise_is_found(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = AutoModelForCausalLM.from_pretrained(model_dir)
+    save = type(live).save_pretrained
+
+    def save_damaged(self: Any, folder: Path, **options: Any) -> None:
+        save(self, folder, **options)
+        weights = load_file(folder / "model.safetensors")
+        weights.pop("lm_head.weight")
+        save_file(weights, folder / "model.safetensors")
+
+    monkeypatch.setattr(type(live), "save_pretrained", save_damaged)
+    with pytest.raises(RuntimeError, match=r"written without \['lm_head.weight'\]"):
+        export_model(live, tokenizer, tmp_path / "model", {})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the exported adapter answers like the live model ---------------------------------------------------------------
+
+WAYS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora with a rank pattern": {"use_rslora": True, "rank_pattern": {"q_proj": 4}},
+    "modules_to_save": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "bias": {"bias": "all"},
+    "token indices": {"trainable_token_indices": [3, 4]},
+    "pissa": {"init": "pissa"},
+    "everything trains": {"only_adapter": False},
+    "ia3": {
+        "peft_config": IA3Config(
+            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+        )
+    },
+}
+BASES: dict[str, tuple[torch.dtype, QuantizationConfig | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "nf4": (torch.bfloat16, QuantizationConfig(bits=4)),
+    "int8": (torch.float32, QuantizationConfig(bits=8)),
+}
+_NOT_SO = {("pissa", "nf4"), ("pissa", "int8")}  # PEFT cannot
+
+
+def trained(base: Path, way: str, kind: str) -> PeftModel:
+    dtype, quantization = BASES[kind]
+    if quantization is None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    else:
+        model = load_quantized(str(base), quantization, dtype=dtype)
+    settings = WAYS[way] if "peft_config" in WAYS[way] else {"r": 2, "dropout": 0.1, **WAYS[way]}
+    adapted = add_adapter(model, AdapterConfig(**settings))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return adapted.train()
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize(("way", "kind"), [(w, k) for w in WAYS for k in BASES if (w, k) not in _NOT_SO])
+def test_the_exported_adapter_answers_like_the_live_model_which_does_not_notice(
+    way: str, kind: str, model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    live = trained(model_dir, way, kind)
+    weights = {name: bits(parameter) for name, parameter in live.named_parameters()}
+    trains = {name: parameter.requires_grad for name, parameter in live.named_parameters()}
+    random = torch.get_rng_state()
+    report = export_adapter(live, tokenizer, tmp_path / "adapter", {})
+    assert report.logit_difference == 0.0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {name: parameter.requires_grad for name, parameter in live.named_parameters()} == trains
+    assert all(torch.equal(bits(parameter), weights[name]) for name, parameter in live.named_parameters())
+    assert all(module.training for module in live.modules())
+
+
+def test_what_trains_beside_the_adapter_is_in_the_file_and_plain_peft_loads_it(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    live = trained(model_dir, "everything trains", "float32").eval()
+    report = export_adapter(live, tokenizer, tmp_path / "adapter", {})
+    assert "base_model.model.model.norm.weight" in report.base_weights
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, live(IDS).logits)
+
+
+def test_a_configuration_that_is_not_the_live_one_is_found_by_its_answers(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PeftModel.save_pretrained
+
+    def save_otherwise(self: PeftModel, folder: str, **options: Any) -> None:
+        save(self, folder, **options)
+        file = Path(folder) / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 1}))
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_otherwise)
+    with pytest.raises(RuntimeError, match="answers otherwise than the live model"):
+        export_adapter(model, tokenizer, tmp_path / "adapter", {})
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_configuration_that_asks_for_other_tensors_is_found(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PeftModel.save_pretrained
+
+    def save_otherwise(self: PeftModel, folder: str, **options: Any) -> None:
+        save(self, folder, **options)
+        file = Path(folder) / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True}))
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_otherwise)
+    with pytest.raises(RuntimeError, match=r"missing base_model.*lora_magnitude_vector"):
+        export_adapter(model, tokenizer, tmp_path / "adapter", {})
+
+
+def test_conv1d_layers_and_tied_embeddings_are_exported(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2))
+    adapted = add_adapter(base, AdapterConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"]))
+    assert export_adapter(adapted, tokenizer, tmp_path / "adapter", {}).logit_difference == 0.0

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sft_lightning.data.templates.binding import bind_template
+from sft_lightning.errors import UserError
+from sft_lightning.models.generation.conversation import AnswerStreamer, Conversation
+from sft_lightning.models.generation.generate import GenerationConfig
+from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served
+
+
+@pytest.fixture
+def served(model_dir: Path) -> ServedModel:
+    model = load_served("--model", str(model_dir), None, LoadOptions())
+    bind_template("vicuna_v1.1", model.tokenizer)
+    return model
+
+
+@pytest.fixture
+def asked(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that the model was given."""
+    texts: list[str] = []
+    answer = served.answer
+
+    def record(prompts: Sequence[Sequence[int]], *args: object, **kwargs: object) -> object:
+        texts.extend(served.tokenizer.decode(list(ids)) for ids in prompts)
+        return answer(prompts, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(served, "answer", record)
+    return texts
+
+
+SHORT = GenerationConfig(max_new_tokens=4)
+
+
+def test_a_question_goes_on_with_what_was_said(served: ServedModel, asked: list[str]) -> None:
+    conversation = Conversation(served, SHORT, "Be kind.")
+    first, left_out = conversation.ask("One?")
+    conversation.ask("Two?")
+    assert left_out == 0
+    assert asked[0] == "<s>Be kind. USER: One? ASSISTANT:"
+    assert asked[1].startswith(f"<s>Be kind. USER: One? ASSISTANT: {first.text}")
+    assert asked[1].endswith("</s>USER: Two? ASSISTANT:")
+
+
+def test_commands_forget_and_set_the_system_message(served: ServedModel, asked: list[str]) -> None:
+    conversation = Conversation(served, SHORT)
+    conversation.ask("One?")
+    assert conversation.command("/reset") == "the conversation is forgotten"
+    assert conversation.command("/system Be brief.") == "system: Be brief."
+    conversation.ask("Two?")
+    assert asked[1] == "<s>Be brief. USER: Two? ASSISTANT:"
+    assert conversation.command("/system") == "no system message"
+    assert conversation.command("One?") is None
+    assert (conversation.system, conversation.turns) == (None, [])
+
+
+def test_a_checkpoint_without_a_template_is_asked_in_plain_text(served: ServedModel, asked: list[str]) -> None:
+    served.tokenizer.chat_template = None
+    conversation = Conversation(served, SHORT, "Be kind.")
+    first, _ = conversation.ask("One?")
+    conversation.ask("Two?")
+    assert asked[1] == f"<s>Be kind. Human: One? Assistant: {first.text} Human: Two? Assistant:"
+
+
+def test_the_oldest_rounds_are_left_out_where_the_context_ends_and_counted(
+    served: ServedModel, asked: list[str]
+) -> None:
+    conversation = Conversation(served, SHORT, "S.")
+    conversation.ask("old " * 20)
+    length = len(served.tokenizer(asked[0], add_special_tokens=False).input_ids)
+    served.model.config.max_position_embeddings = length + 4
+    _, left_out = conversation.ask("new " * 10)
+    assert left_out == 2
+    assert asked[1] == f"<s>S. USER: {'new ' * 10} ASSISTANT:"
+    before = list(conversation.turns)
+    with pytest.raises(UserError, match=r"more than the \d+ that the model was made for"):
+        conversation.ask("long " * 100)
+    assert conversation.turns == before
+
+
+def test_a_streamed_answer_is_printed_without_its_stop_token_and_safely(
+    served: ServedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = Conversation(served, GenerationConfig(max_new_tokens=8)).ask("One?")
+    served.stop_token_ids = [whole.token_ids[5]]
+    answer, _ = Conversation(served, GenerationConfig(max_new_tokens=8)).ask("One?", AnswerStreamer(served))
+    shown = capsys.readouterr().out
+    assert answer.stop_reason == "stop"
+    assert shown.endswith("\n")
+    assert served.tokenizer.decode([whole.token_ids[5]]) not in shown.strip()[-1:] or len(answer.token_ids) == 5
+    assert "\x1b" not in shown

@@ -1,0 +1,131 @@
+"""What ZeRO cannot do on these processes and this machine is said before any weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.strategies.refusals import Asked
+from sft_lightning.strategies.zero import checks as zero_checks
+from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense
+from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
+from sft_lightning.training.module import CausalLMModule
+
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
+PLUS_PLUS = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
+
+
+def of_zero(**zero: Any) -> dict[str, Any]:
+    return {"zero_optimization": zero}
+
+
+def on_nvme(folder: Path | str | None, **changes: Any) -> dict[str, Any]:
+    return of_zero(stage=3, offload_param={"device": "nvme", "nvme_path": folder and str(folder)}, **changes)
+
+
+def test_zero_plus_plus_goes_with_gpus_in_whole_nodes() -> None:
+    check_sense(of_zero(**PLUS_PLUS), world_size=16, on_gpu=True, source="ds.json")
+
+
+def test_a_secondary_partition_needs_no_gpu() -> None:
+    check_sense(of_zero(stage=3, zero_hpz_partition_size=2), world_size=4, on_gpu=False, source="ds.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "world_size", "on_gpu", "said"),
+    [
+        (of_zero(**{**PLUS_PLUS, "stage": 2}), 16, True, "zero_quantized_weights is of ZeRO-3, and the stage is 2"),
+        (of_zero(stage=2, zero_hpz_partition_size=2), 2, False, "zero_hpz_partition_size is of ZeRO-3"),
+        (of_zero(stage=2, offload_param={"device": "cpu"}), 2, True, "offload_param is of ZeRO-3"),
+        (of_zero(stage=0, offload_optimizer={"device": "cpu"}), 2, True, "of ZeRO-1 and above, and the stage is 0"),
+        (
+            of_zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/nvme"}),
+            *(2, True, "offload_optimizer to nvme is of ZeRO-3, and the stage is 2; set stage 3"),
+        ),
+        (of_zero(**PLUS_PLUS), 12, True, "zero_hpz_partition_size 8 does not divide the 12 processes"),
+        (of_zero(**PLUS_PLUS), 16, False, "zero_quantized_weights needs CUDA, and this run is on the CPU; remove it"),
+        (of_zero(stage=3, zero_quantized_nontrainable_weights=True), 2, False, "nontrainable_weights needs CUDA"),
+        ({**of_zero(stage=3), "aio": {"use_gds": True}}, 2, False, "aio.use_gds needs CUDA"),
+        (of_zero(stage=3, offload_optimizer={"device": "cpu", "ratio": 0.5}), 2, False, "ratio below 1 needs CUDA"),
+        (of_zero(stage=3, offload_optimizer={"device": "cpu", "super_offload": True}), 2, False, "super_offload needs"),
+        (of_zero(stage=2, cpu_offload=True), 2, True, '"offload_optimizer": {"device": "cpu"}'),
+        (on_nvme(None), 2, True, "offload_param.nvme_path is missing; name a folder"),
+        (
+            of_zero(stage=3, offload_optimizer={"device": "nvme", "nvme_path": "/nvme", "pipeline_write": True}),
+            *(2, True, "buffer_count 4 holds one partition of Adam's 4 tensors.*set buffer_count 8"),
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(
+    config: dict[str, Any], world_size: int, on_gpu: bool, said: str
+) -> None:
+    with pytest.raises(UserError, match=rf"ds\.json: .*{said}"):
+        check_sense(config, world_size=world_size, on_gpu=on_gpu, source="ds.json")
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "said"),
+    [
+        (Asked(dtype="bfloat16"), "32-true", r"model\.dtype is bfloat16; set trainer\.precision: bf16-true, or"),
+        (Asked(quantization_bits=4), "bf16-true", r"model\.quantization\.bits is 4; offload them to cpu"),
+        (Asked(dtype="float32"), "32-true", None),
+        (Asked(dtype="bfloat16"), "bf16-true", None),
+    ],
+)
+def test_weights_on_nvme_have_the_type_that_is_trained_in(asked: Asked, precision: str, said: str | None) -> None:
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        check_one_type(on_nvme("/nvme"), asked, precision=precision, source="ds.json")
+    check_one_type(of_zero(stage=3), asked, precision=precision, source="ds.json")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("there", [True, False])
+def test_nvme_without_libaio_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, there: bool
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: there)
+    with nullcontext() if there else pytest.raises(UserError, match=r"needs libaio.*or offload to cpu"):
+        check_nvme(on_nvme(tmp_path), "ds.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_missing_or_cannot_be_written_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"ds\.json: nvme_path '.*none' is no folder; make it"):
+        check_nvme(on_nvme(tmp_path / "none"), "ds.json")
+    with pytest.raises(
+        UserError, match=r"nvme_path '/proc' cannot be written with direct access \(.*\); name a folder"
+    ):
+        check_nvme(on_nvme("/proc"), "ds.json")
+
+    monkeypatch.setattr(zero_checks, "_DIRECT", os.O_DIRECTORY)  # a flag that every file refuses
+    with pytest.raises(UserError, match=r"cannot be written with direct access"):
+        check_nvme(on_nvme(tmp_path), "ds.json")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stage": 3, "quantized_weights": True}, "zero_quantized_weights needs CUDA"),
+        ({"stage": 3, "quantized_gradients": True}, "zero_quantized_gradients needs CUDA"),
+        ({"stage": 3, "offload_optimizer": "nvme", "nvme_path": "/no/such/folder"}, "'/no/such/folder' is no folder"),
+    ],
+)
+def test_a_strategy_is_refused_when_it_is_connected_and_nothing_is_loaded(options: dict[str, Any], said: str) -> None:
+    strategy = DeepSpeedZeRO(**options)
+    strategy.parallel_devices = [torch.device("cpu")]
+    module = CausalLMModule("no/such/model", adapter=AdapterConfig(target_modules="all-linear"))
+    with pytest.raises(UserError, match=rf"trainer\.strategy: .*{said}"):
+        strategy.connect(module)
