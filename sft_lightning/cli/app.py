@@ -174,6 +174,18 @@ class SFTCommandLine(LightningCLI):
             raise UserError(clear_message(str(error), known_keys(self.parser))) from error
 
     @property
+    def module(self) -> CausalLMModule:
+        """The configured module; its weights are not loaded yet.
+
+        Raises:
+            UserError: If the configuration trains something else.
+        """
+        module = self._get(self.config_init, "model")
+        if not isinstance(module, CausalLMModule):
+            raise UserError(f"task: {self._command} works with a CausalLMModule (got {type(module).__name__})")
+        return module
+
+    @property
     def data(self) -> SFTDataModule:
         """The data of a command that runs no trainer, planned for the devices that the configuration speaks of."""
         data = self._get(self.config_init, "data")

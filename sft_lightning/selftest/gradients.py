@@ -13,7 +13,7 @@ from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.models.generation.generate import base_model
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.rows import SmallData
-from sft_lightning.selftest.runs import Run, Runner, configured_module
+from sft_lightning.selftest.runs import Run, Runner
 from sft_lightning.training.module import CausalLMModule
 
 _SPLITS = (1, 2, 4)
@@ -125,7 +125,7 @@ class GradientSession:
         return max(_FLOAT32_TOLERANCE, _ROUNDINGS * self.loaded.rounding)
 
     def _load(self) -> CausalLMModule:
-        module = configured_module(self._runner.command_line())
+        module = self._runner.module()
         module.embedding_noise = None  # before the model is made, which would get its hook
         return module
 

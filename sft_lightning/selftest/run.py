@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-
-from jsonargparse import ArgumentParser
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Packing
@@ -19,26 +17,24 @@ from sft_lightning.selftest.masks import check_masks
 from sft_lightning.selftest.preferences import check_pairs, check_start
 from sft_lightning.selftest.resume import check_resume
 from sft_lightning.selftest.rows import small_data
-from sft_lightning.selftest.runs import Runner
+from sft_lightning.selftest.runs import Configure, Runner
 from sft_lightning.training.preference.module import DPOModule
 
 
 def run_checks(
-    args: Sequence[str],
+    configure: Configure,
     data: SFTDataModule,
     *,
     num_records: int,
     max_row_length: int,
-    add_options: Callable[[ArgumentParser], None] | None = None,
 ) -> Iterator[Check]:
     """Yield the checks of a configuration, each when it is done; the model is loaded four times, one at a time.
 
     Args:
-        args: The user's options, from which every run is built.
+        configure: Parses the user's configuration; every run is built from it.
         data: The data that they describe.
         num_records: Records of each source whose masks are checked.
         max_row_length: Tokens per row in the runs.
-        add_options: Adds to the parser the options among `args` that are not the configuration's.
 
     Raises:
         UserError: If the configuration or the data is wrong.
@@ -48,7 +44,7 @@ def run_checks(
     yield from check_masks(data, num_records)
     with tempfile.TemporaryDirectory(prefix="sft_lightning_selftest_") as name:
         folder = Path(name)
-        runner = Runner(args, folder, add_options)
+        runner = Runner(configure, folder)
         small = small_data(data, folder, max_row_length=max_row_length)
         session = GradientSession(runner, small)
         separate, _ = session.gradient(1, "none")

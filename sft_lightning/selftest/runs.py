@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from jsonargparse import ArgumentParser
 
-from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.errors import UserError
 from sft_lightning.training.module import CausalLMModule
 
 _ALWAYS: Mapping[str, Any] = {
@@ -77,25 +74,36 @@ class Run:
         return dtypes
 
 
+class Configuration(Protocol):
+    """A parsed configuration: it builds the run's model and trainer. The command line hands it in."""
+
+    @property
+    def module(self) -> CausalLMModule:
+        """The configured module; its weights are not loaded yet."""
+
+    def instantiate_trainer(self) -> Any:
+        """Return Lightning's trainer."""
+
+
+Configure = Callable[[Sequence[str]], Configuration]
+"""Parse the configuration again with more options (`--trainer.max_steps=2`), which win, and seed as `fit` does."""
+
+
 class Runner:
     """Makes runs of one configuration.
 
     Args:
-        args: The user's options: `--config run.yaml`, overrides.
-        folder: For what the runs write.
-        add_options: Adds to the parser the options among `args` that are not the configuration's.
+        configure: Parses the configuration with further options.
+        folder: The runs write here.
     """
 
-    def __init__(
-        self, args: Sequence[str], folder: Path, add_options: Callable[[ArgumentParser], None] | None = None
-    ) -> None:
-        self._args = list(args)
+    def __init__(self, configure: Configure, folder: Path) -> None:
+        self._configure = configure
         self._folder = folder
-        self._add_options = add_options
 
-    def command_line(self, overrides: Sequence[str] = ()) -> SFTCommandLine:
-        """Return the configuration with everything that it builds, seeded as `fit` would be."""
-        return SFTCommandLine("selftest", [*self._args, *overrides], self._add_options)
+    def module(self) -> CausalLMModule:
+        """Return the configured module, newly seeded; its weights are not loaded yet."""
+        return self._configure([]).module
 
     def fit(
         self,
@@ -126,25 +134,13 @@ class Runner:
             "enable_checkpointing": False,
             **(trainer or {}),
         }
-        line = self.command_line([f"--trainer.{key}={_yaml(value)}" for key, value in keys.items()])
+        configuration = self._configure([f"--trainer.{key}={_yaml(value)}" for key, value in keys.items()])
         with _quietly():
-            lightning: Any = line.instantiate_trainer()
+            lightning = configuration.instantiate_trainer()
             lightning.callbacks[:] = [each for each in lightning.callbacks if not _is_observer(each)]
-            module = module or configured_module(line)
+            module = module or configuration.module
             lightning.fit(module, datamodule=data, ckpt_path=None if ckpt_path is None else str(ckpt_path))
         return Run(module, data, lightning)
-
-
-def configured_module(line: SFTCommandLine) -> CausalLMModule:
-    """Return the model of a configuration, not loaded yet.
-
-    Raises:
-        UserError: If the configuration trains something else.
-    """
-    module = line.config_init["model"]
-    if not isinstance(module, CausalLMModule):
-        raise UserError(f"task: selftest knows CausalLMModule, not {type(module).__name__}")
-    return module
 
 
 def _yaml(value: Any) -> str:

@@ -16,7 +16,6 @@ from sft_lightning.errors import UserError
 from sft_lightning.estimation.refusals import check_as_fit
 from sft_lightning.estimation.report import PlanInputs, plan_lines
 from sft_lightning.estimation.sharding import sharding_of
-from sft_lightning.training.module import CausalLMModule
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40}
 
@@ -40,9 +39,7 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
     """
     quiet_libraries()
     line = SFTCommandLine("plan", list(args), _add_options)
-    data, config, module = line.data, line.config, line.config_init["model"]
-    if not isinstance(module, CausalLMModule):
-        raise UserError(f"task: plan knows CausalLMModule, not {type(module).__name__}")
+    data, config, module = line.data, line.config, line.module
     trainer = line.config_init["trainer"]
     given = config["num_gpus"]
     if given is not None and given < 1:

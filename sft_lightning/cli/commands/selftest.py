@@ -16,15 +16,17 @@ from sft_lightning.selftest.run import run_checks
 def main(args: Sequence[str]) -> None:
     """Run the checks, print a line for each; exit status 1 if one fails."""
     quiet_libraries()
-    line = SFTCommandLine("selftest", list(args), _add_options)
+
+    def configure(overrides: Sequence[str]) -> SFTCommandLine:
+        return SFTCommandLine("selftest", [*args, *overrides], _add_options)
+
+    line = configure([])
     num_records, row_length = line.config["num_records"], line.config["row_length"]
     for option, value in {"num_records": num_records, "row_length": row_length}.items():
         if value < 1:
             raise UserError(f"--{option}: must be at least 1 (got {value})")
     start, num_checks, failed = time.monotonic(), 0, []
-    for check in run_checks(
-        args, line.data, num_records=num_records, max_row_length=row_length, add_options=_add_options
-    ):
+    for check in run_checks(configure, line.data, num_records=num_records, max_row_length=row_length):
         print(check.line(), flush=True)
         num_checks += check.passed is not None
         if check.passed is False:
