@@ -25,7 +25,7 @@ from sft_lightning.comparison.text_reports import (
 )
 
 _FOLDER = Path(__file__).parent
-_HOUSE_STYLE = _FOLDER.parents[1] / "data" / "preview_page" / "page.css"
+_HOUSE_STYLE = _FOLDER.parents[1] / "views" / "preview_page" / "page.css"
 
 
 def render_page(comparison: Comparison) -> str:
