@@ -18,8 +18,11 @@ LAYERS = (
     ("sft_lightning.data.tokens",),
     ("sft_lightning.data.plan",),
     ("sft_lightning.data.batches",),
-    ("sft_lightning.models.base", "sft_lightning.models.probing"),
-    ("sft_lightning.models.attention", "sft_lightning.models.head", "sft_lightning.models.checkpointing"),
+    ("sft_lightning.models.inspection", "sft_lightning.models.probing", "sft_lightning.models.checkpointing"),
+    ("sft_lightning.models.attention", "sft_lightning.models.head", "sft_lightning.models.neftune"),
+    ("sft_lightning.models.base", "sft_lightning.models.compiling"),
+    ("sft_lightning.models.adapters", "sft_lightning.models.isolation"),
+    ("sft_lightning.models.generation", "sft_lightning.models.export"),
     ("sft_lightning.models",),
     ("sft_lightning.data.datamodule",),
     ("sft_lightning.data.pairs",),
@@ -37,11 +40,6 @@ LAYERS = (
 TO_MEND = {
     ("sft_lightning.data.templates", "sft_lightning.models.base"),
     ("sft_lightning.data.templates", "sft_lightning.data.tokens"),
-    ("sft_lightning.models.attention", "sft_lightning.models"),
-    ("sft_lightning.models.base", "sft_lightning.models.attention"),
-    ("sft_lightning.models.base", "sft_lightning.models"),
-    ("sft_lightning.models.head", "sft_lightning.models"),
-    ("sft_lightning.models", "sft_lightning.merging"),
 }
 """Imports against the rule that are still to be mended; each goes with its mending."""
 
@@ -61,7 +59,7 @@ TO_DIVIDE_OR_JOIN = {
     "sft_lightning/cli/commands/predict.py", "sft_lightning/cli/commands/test.py",
     "sft_lightning/cli/commands/validate.py", "sft_lightning/data/batches/streaming.py",
     "sft_lightning/data/datamodule.py", "sft_lightning/data/templates/supervision.py",
-    "sft_lightning/estimation/refusals.py", "sft_lightning/merging/folders.py", "sft_lightning/migration/data_keys.py",
+    "sft_lightning/estimation/refusals.py", "sft_lightning/migration/data_keys.py",
     "sft_lightning/models/generation/generate.py", "sft_lightning/printable.py", "sft_lightning/selftest/checks.py",
     "sft_lightning/strategies/staggered_loading.py", "sft_lightning/strategies/zero/cpu_adam.py",
     "sft_lightning/strategies/zero/precision.py", "sft_lightning/training/module.py",

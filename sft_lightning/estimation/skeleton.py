@@ -22,7 +22,7 @@ from sft_lightning.models.adapters.trainable import train_only
 from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model
 from sft_lightning.training.module import CausalLMModule
 
 

@@ -14,9 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.merging.shards import weight_files
 from sft_lightning.models.adapters.folder import read_config, read_weights
 from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.weight_files import weight_files
 from sft_lightning.models.export.write import MANIFEST
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head", "embed_out")

@@ -12,7 +12,8 @@ from sft_lightning.errors import UserError
 from sft_lightning.merging.base import MergePlan
 from sft_lightning.merging.peft_reference import ReferenceLogits
 from sft_lightning.merging.quantized import QuantizedBase
-from sft_lightning.models.probing import answers, cut_rows, max_positions, text_rows
+from sft_lightning.models.inspection import max_positions
+from sft_lightning.models.probing import answers, cut_rows, text_rows
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sft_lightning.merging.base import MergePlan, read_manifest
 from sft_lightning.merging.meta_checkpoint import write_meta_checkpoint
 from sft_lightning.merging.model_card import model_card
 from sft_lightning.merging.report import MergeReport
-from sft_lightning.merging.shards import tensor_names, weight_files
+from sft_lightning.models.base.weight_files import tensor_names, weight_files
 from sft_lightning.models.export.write import MANIFEST
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

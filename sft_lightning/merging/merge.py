@@ -15,21 +15,16 @@ from sft_lightning.errors import UserError
 from sft_lightning.merging.base import MergePlan, plan_merge
 from sft_lightning.merging.checks import Difference, Trained, ask_trained, check_answers
 from sft_lightning.merging.companions import copy_companions, describe, load_tokenizer, rearrange_for_meta
-from sft_lightning.merging.folders import replaced_folder
 from sft_lightning.merging.meta_checkpoint import check_meta_format
 from sft_lightning.merging.peft_reference import load_float32, reference_logits
 from sft_lightning.merging.report import BaseName, MergeReport
-from sft_lightning.merging.shards import parse_size
 from sft_lightning.merging.stream import Merged, merge_weights
 from sft_lightning.models.adapters.folder import AdapterError
 from sft_lightning.models.base.quantization import QuantizationConfig
-from sft_lightning.models.probing import (
-    answers,
-    logits_of,
-    max_positions,
-    mean_divergence,
-    random_ids,
-)
+from sft_lightning.models.base.weight_files import parse_size
+from sft_lightning.models.export.write import replaced_folder
+from sft_lightning.models.inspection import max_positions
+from sft_lightning.models.probing import answers, logits_of, mean_divergence, random_ids
 
 
 @dataclass(frozen=True, kw_only=True)

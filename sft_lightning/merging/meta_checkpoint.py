@@ -19,7 +19,7 @@ import torch
 from transformers import PretrainedConfig
 
 from sft_lightning.errors import UserError
-from sft_lightning.merging.shards import read_tensors, weight_files
+from sft_lightning.models.base.weight_files import read_tensors, weight_files
 
 # transformers' name → Meta's, and the dimension that ranks divide; `None`: every rank has all of it.
 _WHOLE: dict[str, tuple[str, int | None]] = {

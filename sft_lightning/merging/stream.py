@@ -18,7 +18,7 @@ from sft_lightning.merging.base import MergePlan, grown
 from sft_lightning.merging.layers import LayerMerger, empty_model, tied_names, why_whole
 from sft_lightning.merging.peft_reference import merge_whole
 from sft_lightning.merging.quantized import QuantizedBase
-from sft_lightning.merging.shards import ShardWriter, read_tensors, tensor_names, weight_files
+from sft_lightning.models.base.weight_files import ShardWriter, read_tensors, tensor_names, weight_files
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 PROBE_TEXTS = (
     "The opposite of hot is cold, and the opposite of early is late. Water boils at 100 degrees Celsius at sea level.",
@@ -14,12 +14,6 @@ PROBE_TEXTS = (
     "Write a short letter to a friend.\n\nDear Anna,\n\nthank you for your letter. I was glad to hear from you.",
 )
 """Text for a comparison where a run's own data is not at hand."""
-
-
-def max_positions(config: PretrainedConfig) -> int:
-    """Return how many tokens a model can see in a row; very many where nothing limits it."""
-    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit or 1 << 30
 
 
 def random_ids(vocab_size: int, *, rows: int, length: int) -> torch.Tensor:

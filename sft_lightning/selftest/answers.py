@@ -12,6 +12,7 @@ from sft_lightning.data.batches.collate import collate
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.store import PairExample
 from sft_lightning.models.base.quantization import rounding_each_token_alone
+from sft_lightning.models.inspection import evaluating
 from sft_lightning.selftest.runs import Run
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
 from sft_lightning.types import Batch, TokenizedExample
@@ -48,14 +49,10 @@ def batch_of(rows: Sequence[Sequence[TokenizedExample]], data: SFTDataModule, de
 def loss_sums(run: Run, rows: Sequence[Sequence[TokenizedExample]]) -> LossSums:
     """Return the loss sums that training computes of rows, in evaluation mode."""
     module = run.module.to(run.device)
-    training = module.training
-    module.eval()
-    try:
-        with run.trainer.precision_plugin.forward_context(), rounding_each_token_alone(module.language_model):
-            sums: LossSums = module(batch_of(rows, run.data, run.device))
-            return sums
-    finally:
-        module.train(training)
+    precision = run.trainer.precision_plugin.forward_context()
+    with evaluating(module), precision, rounding_each_token_alone(module.language_model):
+        sums: LossSums = module(batch_of(rows, run.data, run.device))
+    return sums
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sft_lightning.data.plan.epoch_plan import Packing
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.rows import SmallData
 from sft_lightning.selftest.runs import Run, Runner

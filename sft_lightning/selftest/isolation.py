@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.isolation import prove_isolation
 from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.isolation import prove_isolation
 from sft_lightning.selftest.answers import documents_of_row, loss_sums
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.rows import SmallData

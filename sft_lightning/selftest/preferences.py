@@ -9,6 +9,7 @@ import torch
 
 from sft_lightning.data.pairs.collate import collate_pairs
 from sft_lightning.data.pairs.store import PairExample
+from sft_lightning.models.inspection import evaluating
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.rows import SmallData
 from sft_lightning.selftest.runs import Run
@@ -57,21 +58,16 @@ def check_pairs(run: Run, small: SmallData) -> Check:
     module = run.module.to(run.device)
     if not isinstance(module, DPOModule):
         raise TypeError(f"expected a DPOModule, found a {type(module).__name__}")
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad(), run.trainer.precision_plugin.forward_context():
-            packed, separate = (
-                module.answers(
-                    _on_device(
-                        collate_pairs([pairs], together=together, pad_token_id=data.stop_token_id, denominator=1.0),
-                        run.device,
-                    )
-                ).log_probs
-                for together in (True, False)
-            )
-    finally:
-        module.train(training)
+    with evaluating(module), torch.no_grad(), run.trainer.precision_plugin.forward_context():
+        packed, separate = (
+            module.answers(
+                _on_device(
+                    collate_pairs([pairs], together=together, pad_token_id=data.stop_token_id, denominator=1.0),
+                    run.device,
+                )
+            ).log_probs
+            for together in (True, False)
+        )
     scale = max(1.0, float(separate.abs().max()))
     what = f"{len(pairs)} pairs in a row against a row for each conversation: log-probabilities differ by"
     return within(

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.exporting import WholeExports
 from sft_lightning.strategies.full_tensors import (
     gather_optimizer_state,

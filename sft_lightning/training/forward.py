@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sft_lightning.models.generation.generate import base_model
 from sft_lightning.models.head.routers import find_router_loss, tokens_of_documents
 from sft_lightning.models.head.sharded import InnerHead
 from sft_lightning.models.head.whole import Head
+from sft_lightning.models.inspection import base_model
 from sft_lightning.training.losses import (
     LossSums,
     Targets,

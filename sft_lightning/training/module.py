@@ -21,7 +21,6 @@ from sft_lightning.models.adapters.trainable import base_names
 from sft_lightning.models.adapters.wrapping import AdapterConfig
 from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.attention.document_mask import keep_documents_apart
-from sft_lightning.models.attention.isolation import choose_packing, prove_isolation
 from sft_lightning.models.base.loading import DTypeName, copies_weights
 from sft_lightning.models.base.overrides import ConfigOverrides
 from sft_lightning.models.base.quantization import QuantizationConfig, store_as_bytes
@@ -33,10 +32,11 @@ from sft_lightning.models.checkpointing import (
     free_memory_gib,
 )
 from sft_lightning.models.compiling import compile_layers
-from sft_lightning.models.generation.generate import GenerationConfig, base_model, generate
-from sft_lightning.models.generation.lockstep import computing_device, is_sharded
+from sft_lightning.models.generation.generate import GenerationConfig, generate
 from sft_lightning.models.head.sharded import InnerHead, find_inner_head
 from sft_lightning.models.head.whole import Head, find_head
+from sft_lightning.models.inspection import base_model, computing_device, is_sharded
+from sft_lightning.models.isolation import choose_packing, prove_isolation
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.training.checkpoint import (
     check_trainable_state,

@@ -76,7 +76,7 @@ def test_probing_exports_changes_nothing_that_is_learned(
 ) -> None:
     learned = []
     for probed in (True, False):
-        monkeypatch.setattr("sft_lightning.models.export.write.can_probe", lambda model, probed=probed: probed)
+        monkeypatch.setattr("sft_lightning.models.export.write.is_sharded", lambda model, probed=probed: not probed)
         options = ("--trainer.max_steps=4", "--model.adapter.dropout=0.3", CHECKPOINTS)
         run = fit(*options)
         learned.append(load_file(run / "adapter" / "adapter_model.safetensors"))

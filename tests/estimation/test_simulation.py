@@ -15,7 +15,7 @@ from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model
 from sft_lightning.training.module import CausalLMModule
 
 SHAPES: dict[str, dict[str, Any]] = {

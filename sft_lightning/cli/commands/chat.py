@@ -11,8 +11,9 @@ from sft_lightning.cli.app import quiet_libraries
 from sft_lightning.cli.parsing import CommandParser
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.conversation import HELP, AnswerStreamer, Conversation
-from sft_lightning.models.generation.generate import GenerationConfig, base_model
+from sft_lightning.models.generation.generate import GenerationConfig
 from sft_lightning.models.generation.serving import Device, LoadOptions, ServedDType, ServedModel, load_served
+from sft_lightning.models.inspection import base_model
 from sft_lightning.printable import printable
 
 with contextlib.suppress(ImportError):  # not on every platform; with it, the prompt can be edited and recalled

@@ -11,18 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from sft_lightning.errors import UserError, did_you_mean
 from sft_lightning.models.base.vocabulary import tied_names
+from sft_lightning.models.inspection import bypassed_modules
 
 PRESETS = ("all-linear", "attention", "mlp", "mamba")
 """`all-linear`: every linear layer but the head; `attention` and `mlp`: those inside and outside of attention;
 `mamba`: `in_proj` and the embeddings, unless they are tied to the head."""
-
-# Mamba reads these weights past their modules: the fused kernels take `x_proj` and `out_proj` as plain tensors
-# (peft#2274), and `dt_proj` is always a product with its weight. An adapter there would train on some machines only.
-BYPASSED = {
-    "mamba": {"x_proj", "dt_proj", "out_proj", "conv1d"},
-    "falcon_mamba": {"x_proj", "dt_proj", "out_proj", "conv1d"},
-    "mamba2": {"out_proj", "conv1d"},
-}
 
 
 def resolve_preset(model: PreTrainedModel, preset: str) -> list[str]:
@@ -36,7 +29,7 @@ def resolve_preset(model: PreTrainedModel, preset: str) -> list[str]:
     mamba = {name for name in linear if name.endswith(".in_proj")}
     if not tied_names(model):
         mamba.add(_name_of(model, model.get_input_embeddings()))
-    is_mamba = model.config.model_type in BYPASSED
+    is_mamba = bool(bypassed_modules(model.config))
     wanted = {
         "all-linear": linear,
         "attention": attention,
@@ -54,7 +47,7 @@ def resolve_preset(model: PreTrainedModel, preset: str) -> list[str]:
 def linear_names(model: PreTrainedModel) -> set[str]:
     """Return the names of the linear layers that an adapter can train: not the head, nor what the model bypasses."""
     head = model.get_output_embeddings()
-    bypassed = BYPASSED.get(model.config.model_type, set())
+    bypassed = bypassed_modules(model.config)
     return {
         name
         for name, module in model.named_modules()
@@ -98,7 +91,7 @@ def check_targets(model: PreTrainedModel, key: str, targets: str | Collection[st
     else:
         check_names(model, key, targets)
         matched = [name for name in names if any(name == end or name.endswith("." + end) for end in targets)]
-    bypassed = {name.rsplit(".", 1)[-1] for name in matched} & BYPASSED.get(model.config.model_type, set())
+    bypassed = {name.rsplit(".", 1)[-1] for name in matched} & bypassed_modules(model.config)
     if bypassed:
         raise UserError(
             f"{key}: {model.config.model_type} reads the weight of {', '.join(sorted(bypassed))} past the module, so "

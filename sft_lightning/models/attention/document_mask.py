@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model
 
 MASKED = "masked_documents"
 """Our name in transformers' registry of mask functions."""

@@ -14,7 +14,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.models.falcon import modeling_falcon
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.targets import BYPASSED
+from sft_lightning.models.inspection import bypassed_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def load_quantized(
     """
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=options.get("trust_remote_code"))
-    stored = quantization.to_transformers(dtype, unquantized=BYPASSED.get(config.model_type, ()))
+    stored = quantization.to_transformers(dtype, unquantized=bypassed_modules(config))
     if on_host:
         options["device_map"] = {"": "cpu"}
     with _plain_linear_layers(), _quantized_by(_fastest_device()):

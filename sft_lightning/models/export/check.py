@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from sft_lightning.models.adapters.folder import CHANGE_BASE, attach_adapter, read_config
 from sft_lightning.models.adapters.quantized import prepare_adapted
+from sft_lightning.models.inspection import evaluating
 from sft_lightning.models.probing import logits_of
 
 
@@ -90,20 +91,10 @@ def _compute_alike(twin: torch.nn.Module, model: torch.nn.Module) -> None:
 @contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside; afterwards modes, `requires_grad` and random generators are what they were."""
-    modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
     try:
-        with torch.random.fork_rng():
+        with evaluating(model), torch.random.fork_rng():
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, requires_grad in trainable:
             parameter.requires_grad = requires_grad
-
-
-def can_probe(model: torch.nn.Module) -> bool:
-    """Whether this process has every parameter whole; of a sharded model it cannot compute a logit by itself."""
-    parameters: Any = model.parameters()
-    return not any(hasattr(p, "ds_id") or hasattr(p, "device_mesh") for p in parameters)

@@ -10,7 +10,7 @@ import xxhash
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -6,8 +6,9 @@ A folder is written under a temporary name, opened again, compared with the live
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from sft_lightning.merging.folders import replaced_folder
-from sft_lightning.merging.shards import read_tensors, tensor_names, weight_files
 from sft_lightning.models.adapters.folder import AdapterError
-from sft_lightning.models.export.check import can_probe, export_difference
-from sft_lightning.models.generation.generate import base_model
-from sft_lightning.models.probing import max_positions, random_ids
+from sft_lightning.models.base.weight_files import read_tensors, tensor_names, weight_files
+from sft_lightning.models.export.check import export_difference
+from sft_lightning.models.inspection import base_model, is_sharded, max_positions
+from sft_lightning.models.probing import random_ids
 
 MANIFEST = "run_manifest.json"
 _ADAPTER = "adapter_model.safetensors"
@@ -41,6 +41,27 @@ class AdapterReport:
     logit_difference: float | None
     """Largest difference between the logits of the live model and of its base under the exported adapter; `None`
     where this process holds only a part of the model."""
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that takes its name, and the place of what was there, at the end.
+
+    After an error inside, `folder` is as it was, and nothing is left beside it.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_adapter(
@@ -75,7 +96,7 @@ def export_adapter(
         if beside:
             _add_tensors(target / _ADAPTER, beside)
         zeros = _verify(target / _ADAPTER, {**live, **beside})
-        difference = _verify_answers(model, target, precision) if can_probe(model) else None
+        difference = _verify_answers(model, target, precision) if not is_sharded(model) else None
     return AdapterReport(zeros, sorted(beside), difference)
 
 

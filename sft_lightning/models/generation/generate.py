@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.contrastive import contrastive_search
 from sft_lightning.models.generation.diverse_beam import diverse_beam_search
-from sft_lightning.models.generation.lockstep import computing_device, in_step
+from sft_lightning.models.generation.lockstep import in_step
+from sft_lightning.models.inspection import base_model, computing_device, evaluating
 
 DecodingMode = Literal["greedy", "sampling", "beam", "beam_sampling", "diverse_beam", "contrastive"]
 
@@ -112,14 +113,6 @@ class Generated(NamedTuple):
 
     stopped: bool
     """Whether the model ended the answer itself; else `max_new_tokens` did."""
-
-
-def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Return the transformers model, without an adapter around it."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(base, PreTrainedModel):
-        raise TypeError(f"expected a transformers model inside, found a {type(base).__name__}")
-    return base
 
 
 def generate(
@@ -294,19 +287,18 @@ def _serving(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     base = base_model(model)
     config: Any = base.config.get_text_config()
     routers = getattr(config, "output_router_logits", False)
-    implementation, training, defaults = base.config._attn_implementation, model.training, base.generation_config
-    model.eval()
+    implementation, defaults = base.config._attn_implementation, base.generation_config
     base.generation_config = TransformersGenerationConfig()
     if implementation == "packed":
         base.set_attn_implementation("sdpa")
     if routers:
         config.output_router_logits = False
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         if routers:
             config.output_router_logits = True
         base.generation_config = defaults
         if implementation == "packed":
             base.set_attn_implementation(implementation)
-        model.train(training)

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from sft_lightning.models.inspection import computing_device, is_sharded
+
 
 @contextmanager
 def in_step(model: PreTrainedModel) -> Iterator[None]:
@@ -36,18 +38,6 @@ def in_step(model: PreTrainedModel) -> Iterator[None]:
         announcement.remove()
     while _is_wanted(device):
         _take_stand_in(model, device)
-
-
-def computing_device(model: torch.nn.Module) -> torch.device:
-    """Return where a model computes; shards may wait elsewhere, in host memory."""
-    parameter = next(model.parameters())
-    mesh = getattr(parameter, "device_mesh", None)
-    return parameter.device if mesh is None else torch.device(mesh.device_type)
-
-
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether some weight is one of FSDP2's or ZeRO-3's shards."""
-    return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def _announce(device: torch.device) -> None:

@@ -20,7 +20,8 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.quantized import keep_input_dtype
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.base.vocabulary import resize_embeddings
-from sft_lightning.models.generation.generate import GenerationConfig, base_model, decode, generate_ids
+from sft_lightning.models.generation.generate import GenerationConfig, decode, generate_ids
+from sft_lightning.models.inspection import base_model
 
 ServedDType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model
 from sft_lightning.types import IGNORE_INDEX
 
 

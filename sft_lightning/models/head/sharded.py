@@ -17,7 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft_lightning.models.generation.generate import base_model
+from sft_lightning.models.inspection import base_model, evaluating
 
 _MARK = (1 / 3, -1e4 / 7)
 """Numbers that no rounding, scaling or squashing leaves alone."""
@@ -76,12 +76,8 @@ def _comes_out_unchanged(model: PreTrainedModel, head: InnerHead, vocab_size: in
         made.append(nn.functional.linear(hidden, head.module.weight, head.module.bias))
         return mark
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         own = model(**inputs).logits
         with head.replaced_by(watch):
             marked = model(**inputs).logits
-    finally:
-        model.train(training)
     return len(made) == 1 and torch.equal(marked, mark) and torch.equal(made[0].to(own.dtype), own)

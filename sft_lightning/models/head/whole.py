@@ -16,8 +16,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft_lightning.models.generation.generate import base_model
 from sft_lightning.models.head.routers import find_router_loss
+from sft_lightning.models.inspection import base_model, evaluating
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,12 @@ def _gives_the_models_logits(model: PreTrainedModel, head: Head, vocab_size: int
         "document_lengths": [[8]],
         "use_cache": False,
     }
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         own, below = model(**inputs), head.decoder(**inputs)
         expected, found = own.logits, head.project(below.last_hidden_state)
         routers = find_router_loss(model)
         if routers is not None and not torch.allclose(routers(below), routers.coefficient * own.aux_loss):
             return False
-    finally:
-        model.train(training)
     if expected.shape != found.shape:
         return False
     rounding = 4 * torch.finfo(found.dtype).eps * float(expected.abs().max())

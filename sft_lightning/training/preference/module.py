@@ -15,6 +15,7 @@ from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.quantization import rounding_each_token_alone
 from sft_lightning.models.export.fingerprint import fingerprint
 from sft_lightning.models.head.whole import Head
+from sft_lightning.models.inspection import evaluating
 from sft_lightning.training.forward import decoder_inputs, logits_at, router_loss
 from sft_lightning.training.losses import find_targets, log_probs_of, projected_log_probs
 from sft_lightning.training.metrics import SourceMeans
@@ -25,7 +26,6 @@ from sft_lightning.training.preference.reference import (
     ReferenceChoice,
     adapter_off,
     choose_reference,
-    evaluating,
     load_table,
     save_table,
     table_key,

@@ -77,18 +77,6 @@ def _why_not_switched_off(model: torch.nn.Module, adapter: AdapterConfig | None)
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout off inside; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def adapter_off(model: PeftModel) -> Iterator[None]:
     """Make the model its base inside, `modules_to_save` included; what trains is afterwards what trained before."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

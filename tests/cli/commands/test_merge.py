@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from sft_lightning.__main__ import main
 from sft_lightning.merging.report import MergeReport
-from sft_lightning.merging.shards import weight_files
+from sft_lightning.models.base.weight_files import weight_files
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, eager_mask
 
 from sft_lightning.models.attention.document_mask import MASKED, choose_attention, document_mask, keep_documents_apart
-from sft_lightning.models.attention.isolation import measure_isolation
 from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.isolation import measure_isolation
 
 CPU = torch.device("cpu")
 OWN = {

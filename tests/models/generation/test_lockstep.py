@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.models.generation.generate import GenerationConfig, generate_ids
-from sft_lightning.models.generation.lockstep import computing_device, in_step
+from sft_lightning.models.generation.lockstep import in_step
 from sft_lightning.strategies.sharding import decoder_layers, shard_model
 
 STOPS = [3, 17, 22, 40, 41]
@@ -143,13 +142,6 @@ def test_answers_of_shards_are_those_of_the_whole_and_need_one_layer_at_a_time()
     assert answers(model, PROMPTS) == expected
     assert {sum(each) for each in whole} == {1}
     assert all(is_sharded(layer) for layer in layers)
-
-
-def test_shards_in_host_memory_compute_on_the_devices_of_their_mesh() -> None:
-    model = torch.nn.Linear(1, 1)
-    assert computing_device(model) == torch.device("cpu")
-    model.weight.device_mesh = SimpleNamespace(device_type="cuda")  # type: ignore[assignment]
-    assert computing_device(model) == torch.device("cuda")
 
 
 def is_sharded(module: torch.nn.Module) -> bool:

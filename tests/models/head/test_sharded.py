@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sft_lightning.models.generation.generate import base_model
 from sft_lightning.models.head.sharded import find_inner_head
 from sft_lightning.models.head.whole import find_head
+from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.sharding import shard_model
 from sft_lightning.training import losses
 from sft_lightning.training.forward import token_loss_sums

@@ -10,9 +10,9 @@ from bitsandbytes.nn import Linear8bitLt
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.isolation import Isolation, measure_isolation, prove_isolation
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.isolation import Isolation, measure_isolation, prove_isolation
 
 CPU = torch.device("cpu")
 

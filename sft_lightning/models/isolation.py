@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import rounding_each_token_alone
 from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
-from sft_lightning.models.generation.generate import base_model
-from sft_lightning.models.probing import max_positions
+from sft_lightning.models.inspection import base_model, evaluating, max_positions
 
 _LENGTH = 16
 """Tokens of the document that is watched."""
@@ -60,15 +59,10 @@ def measure_isolation(
     generator = torch.Generator().manual_seed(0)
     first, other = torch.randint(vocab_size, (2, 1, before), generator=generator).to(device)
     second = torch.randint(vocab_size, (1, _LENGTH), generator=generator).to(device)
-    training = model.training
-    model.eval()
-    try:
-        with rounding_each_token_alone(model):
-            alone = _logits(model, second, [_LENGTH])
-            packed = _logits(model, torch.cat([first, second], 1), [before, _LENGTH])[:, before:]
-            moved = _logits(model, torch.cat([other, second], 1), [before, _LENGTH])[:, before:]
-    finally:
-        model.train(training)
+    with evaluating(model), rounding_each_token_alone(model):
+        alone = _logits(model, second, [_LENGTH])
+        packed = _logits(model, torch.cat([first, second], 1), [before, _LENGTH])[:, before:]
+        moved = _logits(model, torch.cat([other, second], 1), [before, _LENGTH])[:, before:]
     return Isolation(
         leak=float((packed - moved).abs().max()),
         difference=float((packed - alone).abs().max()),

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sft_lightning.errors import UserError
-from sft_lightning.merging.shards import ShardWriter, parse_size, read_tensors, tensor_names, weight_files
+from sft_lightning.models.base.weight_files import ShardWriter, parse_size, read_tensors, tensor_names, weight_files
 
 TENSORS = {f"layer.{i}.weight": torch.full((4, 8), float(i)) for i in range(5)}  # 128 bytes each
 

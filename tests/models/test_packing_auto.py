@@ -16,7 +16,7 @@ from sft_lightning.cli.app import run_trainer
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention import isolation
+from sft_lightning.models import isolation
 from sft_lightning.training.module import CausalLMModule
 
 Make = Callable[..., tuple[Trainer, CausalLMModule, SFTDataModule]]
