@@ -48,8 +48,8 @@ ROOMS_OF_THEIR_OWN = {"sft_lightning/errors.py", "sft_lightning/data/templates/t
 """Modules that are small, or long because they are data, on purpose."""
 
 TOO_FULL = {
-    "callbacks", "sft_lightning/migration", "sft_lightning/merging", "sft_lightning/cli/commands",
-    "sft_lightning/selftest", "sft_lightning/estimation", "sft_lightning/strategies/zero",
+    "callbacks", "sft_lightning/merging", "sft_lightning/cli/commands",
+    "sft_lightning/estimation", "sft_lightning/strategies/zero",
 }  # fmt: skip
 """Folders that still have more than nine modules; each goes with its mending."""
 
@@ -59,8 +59,8 @@ TO_DIVIDE_OR_JOIN = {
     "sft_lightning/cli/commands/predict.py", "sft_lightning/cli/commands/test.py",
     "sft_lightning/cli/commands/validate.py", "sft_lightning/data/batches/streaming.py",
     "sft_lightning/data/datamodule.py", "sft_lightning/data/templates/supervision.py",
-    "sft_lightning/estimation/refusals.py", "sft_lightning/migration/data_keys.py",
-    "sft_lightning/models/generation/generate.py", "sft_lightning/printable.py", "sft_lightning/selftest/checks.py",
+    "sft_lightning/estimation/refusals.py",
+    "sft_lightning/models/generation/generate.py", "sft_lightning/printable.py",
     "sft_lightning/strategies/staggered_loading.py", "sft_lightning/strategies/zero/cpu_adam.py",
     "sft_lightning/strategies/zero/precision.py", "sft_lightning/training/module.py",
     "sft_lightning/training/resume.py",

@@ -17,7 +17,7 @@ Role = Literal["baseline", "finetuned", "adapter"]
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ComparedModel:
     """A model to compare."""
 
     role: Role
@@ -50,7 +50,7 @@ class Response:
 class ModelResult:
     """All answers of a model."""
 
-    spec: ModelSpec
+    model: ComparedModel
     uses_template: bool
     """Whether it was asked through a chat template of its own, or to go on with the plain prompt."""
 
@@ -119,7 +119,7 @@ def _summary(comparison: Comparison, result: ModelResult, mode: DecodingMode) ->
     first = comparison.models[0]
     pairs = zip(result.responses[mode], first.responses[mode], strict=True)
     return Summary(
-        label=result.spec.label,
+        label=result.model.label,
         mode=mode,
         num_answers=len(answers),
         mean_tokens=fmean(answer.num_tokens for answer in answers),

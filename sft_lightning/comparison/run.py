@@ -14,7 +14,7 @@ import torch
 from sft_lightning.comparison.modes import answers_of
 from sft_lightning.comparison.perplexity import reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.comparison.results import Comparison, ModelResult, ModelSpec, Response, Role, make_response
+from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, Response, Role, make_response
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
 from sft_lightning.models.generation.serving import LoadOptions, ServedModel, base_of_adapter, load_served
@@ -35,7 +35,7 @@ class RunOptions:
             raise UserError(f"--batch_size: must be at least 1 (got {self.batch_size})")
 
 
-def model_specs(baseline: str, finetuned: Sequence[str], adapters: Sequence[str]) -> list[ModelSpec]:
+def compared_models(baseline: str, finetuned: Sequence[str], adapters: Sequence[str]) -> list[ComparedModel]:
     """Return the models to compare: the baseline, fine-tuned models, and adapters on the baseline.
 
     A label is the folder's name, with folders above it where two would have the same.
@@ -47,13 +47,13 @@ def model_specs(baseline: str, finetuned: Sequence[str], adapters: Sequence[str]
     ]
     labels = _labels([path for _, path in named])
     return [
-        ModelSpec(role, label, baseline if role == "adapter" else path, path if role == "adapter" else None)
+        ComparedModel(role, label, baseline if role == "adapter" else path, path if role == "adapter" else None)
         for (role, path), label in zip(named, labels, strict=True)
     ]
 
 
 def compare_models(
-    specs: Sequence[ModelSpec],
+    models: Sequence[ComparedModel],
     prompts: Sequence[ComparisonPrompt],
     configs: Mapping[DecodingMode, GenerationConfig],
     load: LoadOptions,
@@ -62,7 +62,7 @@ def compare_models(
     """Let every model answer every prompt in every mode.
 
     Args:
-        specs: The models, the baseline first.
+        models: The models, the baseline first.
         prompts: What they are asked.
         configs: How each mode generates.
         load: How checkpoints are loaded.
@@ -72,11 +72,11 @@ def compare_models(
         UserError: If a model cannot be loaded or refuses a prompt.
     """
     results = []
-    for number, spec in enumerate(specs, start=1):
-        _say(f"model {number} of {len(specs)}: {spec.adapter or spec.path}")
-        _note_other_base(spec)
-        served = load_served(f"--{'baseline' if spec.adapter else spec.role}", spec.path, spec.adapter, load)
-        results.append(_ask(served, spec, prompts, configs, options))
+    for number, model in enumerate(models, start=1):
+        _say(f"model {number} of {len(models)}: {model.adapter or model.path}")
+        _note_other_base(model)
+        served = load_served(f"--{'baseline' if model.adapter else model.role}", model.path, model.adapter, load)
+        results.append(_ask(served, model, prompts, configs, options))
         del served
         gc.collect()
         if torch.cuda.is_available():
@@ -86,7 +86,7 @@ def compare_models(
 
 def _ask(
     served: ServedModel,
-    spec: ModelSpec,
+    model: ComparedModel,
     prompts: Sequence[ComparisonPrompt],
     configs: Mapping[DecodingMode, GenerationConfig],
     options: RunOptions,
@@ -98,7 +98,7 @@ def _ask(
         for prompt in prompts
     ]
     return ModelResult(
-        spec=spec,
+        model=model,
         uses_template=served.has_template,
         responses={mode: _answers(served, prompts, ids, config, options) for mode, config in configs.items()},
         references=[
@@ -140,11 +140,11 @@ def _labels(paths: Sequence[str]) -> list[str]:
     return unique
 
 
-def _note_other_base(spec: ModelSpec) -> None:
-    if spec.adapter is not None:
-        trained_on = base_of_adapter("--baseline", spec.adapter)
-        if trained_on != spec.path:
-            _say(f"note: {spec.adapter} was trained on {trained_on}; here it is put on the baseline, {spec.path}")
+def _note_other_base(model: ComparedModel) -> None:
+    if model.adapter is not None:
+        trained_on = base_of_adapter("--baseline", model.adapter)
+        if trained_on != model.path:
+            _say(f"note: {model.adapter} was trained on {trained_on}; here it is put on the baseline, {model.path}")
 
 
 def _say(text: str) -> None:

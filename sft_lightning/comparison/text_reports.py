@@ -29,7 +29,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         for mode in comparison.configs:
             for result in comparison.models:
                 for response in result.responses[mode][number - 1]:
-                    heading = (f"\n{result.spec.label}", "cyan"), f"  {mode}  ", (numbers(response), "dim")
+                    heading = (f"\n{result.model.label}", "cyan"), f"  {mode}  ", (numbers(response), "dim")
                     _line(console, Text.assemble(*heading))
                     _line(console, Text(printable(response.text) or "(empty)"))
         console.print()
@@ -45,13 +45,20 @@ def markdown_text(comparison: Comparison) -> str:
     """Return the comparison as Markdown; answers are quoted as code, so that nothing in them is markup."""
     lines = ["# Comparison", "", *_markdown_table(comparison), ""]
     lines += [f"- {mode}: {parameters(config)}" for mode, config in comparison.configs.items()]
-    lines += [f"- {result.spec.label}: {asked(result)}" for result in comparison.models]
+    lines += [f"- {result.model.label}: {asked(result)}" for result in comparison.models]
     for number, prompt in enumerate(comparison.prompts, start=1):
         lines += ["", f"## Prompt {number}", "", *fenced(prompt.shown)]
         if prompt.reference is not None:
             lines += ["", "Reference:", "", *fenced(prompt.reference)]
         for mode, result, response in _responses(comparison, number - 1):
-            lines += ["", f"### {_plain(result.spec.label)}, {mode}", "", numbers(response), "", *fenced(response.text)]
+            lines += [
+                "",
+                f"### {_plain(result.model.label)}, {mode}",
+                "",
+                numbers(response),
+                "",
+                *fenced(response.text),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -60,16 +67,16 @@ def json_lines(comparison: Comparison) -> Iterator[str]:
     for index, prompt in enumerate(comparison.prompts):
         counts: dict[tuple[str, str], int] = {}
         for mode, result, response in _responses(comparison, index):
-            number = counts[mode, result.spec.label] = counts.get((mode, result.spec.label), 0) + 1
+            number = counts[mode, result.model.label] = counts.get((mode, result.model.label), 0) + 1
             loss = result.references[index]
             row = {
                 "location": prompt.location,
                 "prompt": prompt.shown,
                 **({"system": prompt.system} if prompt.system is not None else {}),
                 "reference": prompt.reference,
-                "model": result.spec.label,
-                "role": result.spec.role,
-                "path": result.spec.adapter or result.spec.path,
+                "model": result.model.label,
+                "role": result.model.role,
+                "path": result.model.adapter or result.model.path,
                 "mode": mode,
                 "answer_number": number,
                 "answer": response.text,

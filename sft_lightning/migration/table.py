@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS
 from sft_lightning.migration.options import Option, System
+from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS
 
 _INTRODUCTION = """\
 # Migrating

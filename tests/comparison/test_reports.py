@@ -10,7 +10,7 @@ from rich.console import Console
 from sft_lightning.comparison.page import render_page
 from sft_lightning.comparison.perplexity import ReferenceLoss
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.comparison.results import Comparison, ModelResult, ModelSpec, make_response
+from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, make_response
 from sft_lightning.comparison.text_reports import fenced, json_lines, markdown_text, perplexity, print_comparison
 from sft_lightning.models.generation.generate import GenerationConfig
 from sft_lightning.models.generation.serving import Answer
@@ -20,7 +20,7 @@ EVIL = "<script>alert(1)</script> & \x1b[31m ```` | [bold]"
 
 def result(role: str, *texts: str) -> ModelResult:
     answers = [[make_response(Answer(text, [1, 2, 3], "stop"), "cold")] for text in texts]
-    spec = ModelSpec(role, f"the {role}", f"runs/{role}")  # type: ignore[arg-type]
+    spec = ComparedModel(role, f"the {role}", f"runs/{role}")  # type: ignore[arg-type]
     return ModelResult(spec, role != "baseline", {"greedy": answers}, [ReferenceLoss(2.0, 2)] * len(texts))
 
 

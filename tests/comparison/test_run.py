@@ -8,7 +8,7 @@ import pytest
 from sft_lightning.comparison.modes import DecodingOptions, decoding_configs, parse_modes
 from sft_lightning.comparison.prompts import ComparisonPrompt, builtin_prompts
 from sft_lightning.comparison.results import Comparison, summarize
-from sft_lightning.comparison.run import RunOptions, compare_models, model_specs
+from sft_lightning.comparison.run import RunOptions, compare_models, compared_models
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.serving import LoadOptions
 
@@ -20,7 +20,7 @@ PROMPTS = [
 
 def compare(models: tuple[str, list[str], list[str]], *modes: str, several: int = 1, batch_size: int = 2) -> Comparison:
     configs = decoding_configs(parse_modes(modes), DecodingOptions(max_new_tokens=5))
-    return compare_models(model_specs(*models), PROMPTS, configs, LoadOptions(), RunOptions(several, batch_size))
+    return compare_models(compared_models(*models), PROMPTS, configs, LoadOptions(), RunOptions(several, batch_size))
 
 
 def test_the_same_weights_answer_the_same_greedily(model_dir: Path) -> None:
@@ -39,7 +39,7 @@ def test_batches_do_not_change_answers(model_dir: Path, tuned_dir: Path) -> None
 
 def test_each_model_is_asked_in_its_own_way(model_dir: Path, tuned_dir: Path, adapter_dir: Path) -> None:
     comparison = compare((str(model_dir), [str(tuned_dir)], [str(adapter_dir)]), "greedy")
-    assert [(result.spec.role, result.uses_template) for result in comparison.models] == [
+    assert [(result.model.role, result.uses_template) for result in comparison.models] == [
         ("baseline", False),
         ("finetuned", True),
         ("adapter", True),
@@ -68,7 +68,7 @@ def test_every_mode_answers_and_has_its_numbers(model_dir: Path) -> None:
 
 
 def test_labels_go_as_far_up_as_it_takes_to_tell_models_apart() -> None:
-    specs = model_specs("runs/base", ["runs/a/model", "runs/b/model", "runs/b/model"], ["x"])
+    specs = compared_models("runs/base", ["runs/a/model", "runs/b/model", "runs/b/model"], ["x"])
     assert [spec.label for spec in specs] == ["runs/base", "a/model", "b/model", "b/model (2)", "x"]
     assert (specs[-1].path, specs[-1].adapter) == ("runs/base", "x")
 

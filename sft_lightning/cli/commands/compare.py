@@ -14,8 +14,8 @@ from sft_lightning.cli.parsing import CommandParser
 from sft_lightning.comparison.modes import DecodingOptions, decoding_configs, parse_modes
 from sft_lightning.comparison.page import render_page
 from sft_lightning.comparison.prompts import ComparisonPrompt, builtin_prompts, read_prompts
-from sft_lightning.comparison.results import Comparison, ModelSpec
-from sft_lightning.comparison.run import RunOptions, compare_models, model_specs
+from sft_lightning.comparison.results import ComparedModel, Comparison
+from sft_lightning.comparison.run import RunOptions, compare_models, compared_models
 from sft_lightning.comparison.text_reports import json_lines, markdown_text, print_comparison
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
@@ -91,13 +91,13 @@ def main(args: Sequence[str]) -> None:
         parser.add_class_arguments(group, None)
     given = parser.parse_args(list(args)).as_dict()
     question, files, decoding, load, run = (_of_group(group, given) for group in _GROUPS)
-    models = model_specs(question.baseline, given["finetuned"], given["adapter"])
+    models = compared_models(question.baseline, given["finetuned"], given["adapter"])
     configs = decoding_configs(parse_modes(given["mode"]), decoding)
     compare(models, question.read(), configs, load, run, files)
 
 
 def compare(
-    models: Sequence[ModelSpec],
+    models: Sequence[ComparedModel],
     prompts: Sequence[ComparisonPrompt],
     configs: Mapping[DecodingMode, GenerationConfig],
     load: LoadOptions,

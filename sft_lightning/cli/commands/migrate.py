@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sft_lightning.errors import UserError, one_of
-from sft_lightning.migration import chinese_alpaca, deepspeed_chat, fastchat, firefly, vigogne
 from sft_lightning.migration.arguments import read_given
-from sft_lightning.migration.options import System, translate
+from sft_lightning.migration.options import translate
+from sft_lightning.migration.systems import SYSTEMS
 from sft_lightning.migration.table import document
-
-SYSTEMS: dict[str, System] = {
-    module.SYSTEM.name: module.SYSTEM for module in (fastchat, deepspeed_chat, vigogne, firefly, chinese_alpaca)
-}
 
 _USAGE = f"""\
 usage: python -m sft_lightning migrate SYSTEM SCRIPT.sh | ARGS.json | COMMAND ...

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
 from sft_lightning.errors import UserError
-from sft_lightning.selftest.run import run_checks
+from sft_lightning.selftest.run_checks import run_checks
 
 
 def main(args: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sft_lightning.comparison.page import render_page
 from sft_lightning.comparison.perplexity import ReferenceLoss
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.comparison.results import Comparison, ModelResult, ModelSpec, make_response
+from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, make_response
 from sft_lightning.models.generation.generate import GenerationConfig
 from sft_lightning.models.generation.serving import Answer
 
@@ -37,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = []
     for role in ("baseline", "finetuned", "adapter"):
         found = [[make_response(Answer(text, [1] * 9, "length"), "Because.")] * 2 for text in ANSWERS]
-        spec = ModelSpec(role, f"{role} " + "x" * 50, f"runs/{role}")
+        spec = ComparedModel(role, f"{role} " + "x" * 50, f"runs/{role}")
         models.append(ModelResult(spec, True, {"greedy": found, "beam": found}, [ReferenceLoss(1.0, 2)] * 3))
     configs = {"greedy": GenerationConfig(), "beam": GenerationConfig(num_beams=4)}
     path = tmp_path_factory.mktemp("compare") / "page.html"

@@ -9,7 +9,7 @@ from sft_lightning.__main__ import main
 from sft_lightning.cli.commands.migrate import SYSTEMS
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.datamodule import PairDataModule
-from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS
+from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference.module import DPOModule
 

@@ -15,9 +15,9 @@ from transformers import AttentionInterface
 
 from sft_lightning.__main__ import main
 from sft_lightning.models.attention.packed import PACKED, packed_attention
-from sft_lightning.selftest import export, masks, resume
-from sft_lightning.selftest.answers import Answers
-from sft_lightning.selftest.gradients import Gradient
+from sft_lightning.selftest.checks import export, masks, resume
+from sft_lightning.selftest.checks.gradients import Gradient
+from sft_lightning.selftest.evaluation import Answers
 from sft_lightning.training import module as module_file
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference.module import DPOModule
@@ -151,7 +151,7 @@ def test_masks_that_are_off_by_one_token_are_found(
         "tokenize",
         lambda *args: [replace(e, loss_weights=np.roll(e.loss_weights, 1)) for e in exact(*args)],
     )
-    monkeypatch.setattr("sft_lightning.selftest.run.small_data", _stop)
+    monkeypatch.setattr("sft_lightning.selftest.run_checks.small_data", _stop)
     with pytest.raises(KeyboardInterrupt):
         selftest("--model.adapter.r=4")
     assert lines(capsys) == {"masks of toy": "✗", "prompts of toy": "✓"}
@@ -199,7 +199,7 @@ def test_a_reference_that_is_not_the_model_before_training_is_found(
         return None if found is None else found + torch.tensor([1.0, 0.0])
 
     monkeypatch.setattr(DPOModule, "_reference_log_probs", other)
-    monkeypatch.setattr("sft_lightning.selftest.run.check_isolation", _stop)
+    monkeypatch.setattr("sft_lightning.selftest.run_checks.check_isolation", _stop)
     with pytest.raises(KeyboardInterrupt):
         selftest(*pairs, "--model.adapter.r=4")
     assert lines(capsys)["loss at step 0"] == "✗"

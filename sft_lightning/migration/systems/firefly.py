@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
-from sft_lightning.migration.data_keys import sources, unpacked
-from sft_lightning.migration.draft import Draft
-from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS, finish_training_arguments
+from sft_lightning.migration.draft import Draft, sources, unpacked
 from sft_lightning.migration.options import Options, System, joint, left, plain
+from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS, finish_training_arguments
 
 _PREFERENCES_ONLY = ("max_prompt_length", "beta")
 

@@ -13,7 +13,7 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.store import PairExample
 from sft_lightning.models.base.quantization import rounding_each_token_alone
 from sft_lightning.models.inspection import evaluating
-from sft_lightning.selftest.runs import Run
+from sft_lightning.selftest.short_runs import Run
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
 from sft_lightning.types import Batch, TokenizedExample
 

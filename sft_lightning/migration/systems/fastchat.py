@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sft_lightning.migration.data_keys import sources, unpacked
-from sft_lightning.migration.draft import Draft
-from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS, finish_training_arguments
+from sft_lightning.migration.draft import Draft, sources, unpacked
 from sft_lightning.migration.options import Options, System, joint, left, plain
+from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS, finish_training_arguments
 
 _TARGETS = "q_proj k_proj v_proj o_proj down_proj gate_proj up_proj"
 

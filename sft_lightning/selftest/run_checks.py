@@ -10,14 +10,14 @@ from pathlib import Path
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.selftest.checks import Check
-from sft_lightning.selftest.export import check_export
-from sft_lightning.selftest.gradients import GradientSession, check_gradients, check_packed_gradient
-from sft_lightning.selftest.isolation import check_isolation
-from sft_lightning.selftest.masks import check_masks
-from sft_lightning.selftest.preferences import check_pairs, check_start
-from sft_lightning.selftest.resume import check_resume
-from sft_lightning.selftest.rows import small_data
-from sft_lightning.selftest.runs import Configure, Runner
+from sft_lightning.selftest.checks.export import check_export
+from sft_lightning.selftest.checks.gradients import GradientSession, check_gradients, check_packed_gradient
+from sft_lightning.selftest.checks.isolation import check_isolation
+from sft_lightning.selftest.checks.masks import check_masks
+from sft_lightning.selftest.checks.preferences import check_pairs, check_start
+from sft_lightning.selftest.checks.resume import check_resume
+from sft_lightning.selftest.short_runs import Configure, Runner
+from sft_lightning.selftest.small_data import small_data
 from sft_lightning.training.preference.module import DPOModule
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft_lightning.migration.data_keys import source_name, unpacked
 from sft_lightning.migration.distributed import devices, stage_name
-from sft_lightning.migration.draft import Draft
-from sft_lightning.migration.huggingface import precision, schedule
+from sft_lightning.migration.draft import Draft, source_name, unpacked
 from sft_lightning.migration.options import Options, System, joint, left, plain
+from sft_lightning.migration.training_arguments import precision, schedule
 
 _WHOLE_DECODER = ("decoder.layers.", "layers.", "model.layers.", "transformer.h.", "h.", "gpt_neox.layers.")
 _EVALUATED = {

@@ -11,8 +11,8 @@ import xxhash
 
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.selftest.checks import Check
-from sft_lightning.selftest.rows import SmallData
-from sft_lightning.selftest.runs import Run, Runner
+from sft_lightning.selftest.short_runs import Run, Runner
+from sft_lightning.selftest.small_data import SmallData
 from sft_lightning.training.checkpoint import trainable_state
 
 _STEPS = 4

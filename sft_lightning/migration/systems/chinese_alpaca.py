@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from sft_lightning.migration.data_keys import sources, unpacked
-from sft_lightning.migration.draft import Draft
-from sft_lightning.migration.huggingface import TRAINING_ARGUMENTS, finish_training_arguments
+from sft_lightning.migration.draft import Draft, sources, unpacked
 from sft_lightning.migration.options import Options, System, joint, left, plain
+from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS, finish_training_arguments
 
 _FROM_ADAPTER = ("r", "alpha", "dropout", "target_modules", "modules_to_save")
 _SECOND = ("load_in_kbits", "double_quant", "quant_type", "full_finetuning", "use_flash_attention_2")

@@ -12,8 +12,8 @@ import torch
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.models.inspection import base_model
 from sft_lightning.selftest.checks import Check, within
-from sft_lightning.selftest.rows import SmallData
-from sft_lightning.selftest.runs import Run, Runner
+from sft_lightning.selftest.short_runs import Run, Runner
+from sft_lightning.selftest.small_data import SmallData
 from sft_lightning.training.module import CausalLMModule
 
 _SPLITS = (1, 2, 4)

@@ -8,10 +8,10 @@ from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.isolation import prove_isolation
-from sft_lightning.selftest.answers import documents_of_row, loss_sums
 from sft_lightning.selftest.checks import Check, within
-from sft_lightning.selftest.rows import SmallData
-from sft_lightning.selftest.runs import Run
+from sft_lightning.selftest.evaluation import documents_of_row, loss_sums
+from sft_lightning.selftest.short_runs import Run
+from sft_lightning.selftest.small_data import SmallData
 
 _FLOAT32_TOLERANCE = 1e-5
 

@@ -16,9 +16,9 @@ from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.vocabulary import resize_embeddings
 from sft_lightning.models.export.write import export_adapter, export_model
-from sft_lightning.selftest.answers import Answers, answers, batch_of, documents_of_row
 from sft_lightning.selftest.checks import Check, within
-from sft_lightning.selftest.runs import Run
+from sft_lightning.selftest.evaluation import Answers, answers, batch_of, documents_of_row
+from sft_lightning.selftest.short_runs import Run
 from sft_lightning.training.module import CausalLMModule
 
 _TOLERANCE = 1e-4
