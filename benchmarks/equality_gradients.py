@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.data.sources.source import SourceConfig
-from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.inspection import base_model
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import IGNORE_INDEX

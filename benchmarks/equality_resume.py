@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
-from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import IGNORE_INDEX

@@ -26,7 +26,7 @@ from peft import PeftModel
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
-from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter
 from sft_lightning.models.isolation import Isolation, measure_isolation

@@ -16,10 +16,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.estimation.speed import num_matrix_entries
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.continuation import read_adapter_config
 from sft_lightning.models.adapters.targets import linear_names
 from sft_lightning.models.adapters.trainable import train_only
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.inspection import base_model

@@ -8,9 +8,10 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.continuation import differences
 from sft_lightning.models.adapters.trainable import train_only
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter, check_base_of_adapter
+from sft_lightning.models.adapters.wrapping import add_adapter, check_base_of_adapter
 from sft_lightning.models.base.loading import DTypeName, load_model
 from sft_lightning.models.base.overrides import ConfigOverrides
 from sft_lightning.models.base.quantization import QuantizationConfig

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import base_names
-from sft_lightning.models.adapters.wrapping import AdapterConfig
 from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.attention.document_mask import keep_documents_apart
 from sft_lightning.models.base.loading import DTypeName, copies_weights

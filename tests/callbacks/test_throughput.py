@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from callbacks import Throughput
 from sft_lightning.estimation.speed import num_matrix_entries, peak_tflops
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sft_lightning.estimation.memory import Memory, Setup
 from sft_lightning.estimation.sharding import Sharding, fsdp2, sharding_of, zero
 from sft_lightning.estimation.simulation import simulate_step
 from sft_lightning.estimation.skeleton import build_skeleton
-from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.training.module import CausalLMModule
 
 SHAPE = {

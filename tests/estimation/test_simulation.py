@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.estimation.simulation import simulate_step, training_step
 from sft_lightning.estimation.skeleton import build_skeleton
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.inspection import base_model

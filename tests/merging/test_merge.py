@@ -32,7 +32,8 @@ from sft_lightning.errors import UserError
 from sft_lightning.merging.layers import LayerMerger
 from sft_lightning.merging.merge import MergeOptions, merge_adapters
 from sft_lightning.merging.report import MergeReport
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.base.weight_files import ShardWriter, weight_files
 from sft_lightning.models.export.write import export_adapter

@@ -20,7 +20,8 @@ from sft_lightning.merging.meta_checkpoint import (
     meta_tensor,
     write_meta_checkpoint,
 )
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 
 HEADS, KEY_VALUE_HEADS, HEAD_DIM = 8, 4, 8
 

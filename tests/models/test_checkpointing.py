@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.checkpointing import (

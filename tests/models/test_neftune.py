@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.neftune import EmbeddingNoise
 

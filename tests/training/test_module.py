@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sft_lightning.__main__ import main
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
-from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.training.module import CausalLMModule
 

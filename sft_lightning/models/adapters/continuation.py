@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.folder import AdapterError, base_name, load_weights, read_config, read_weights
 from sft_lightning.models.adapters.targets import PRESETS
 from sft_lightning.models.adapters.trainable import base_names
-
-if TYPE_CHECKING:
-    from sft_lightning.models.adapters.wrapping import AdapterConfig
 
 _COMPARED = {
     "r": "r",

@@ -20,8 +20,8 @@ import xxhash
 from peft import PeftModel
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import base_names
-from sft_lightning.models.adapters.wrapping import AdapterConfig
 from sft_lightning.training.preference.losses import Reference
 
 logger = logging.getLogger(__name__)

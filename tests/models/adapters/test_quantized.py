@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.quantized import check_quantized_base
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter, check_base_of_adapter
+from sft_lightning.models.adapters.wrapping import add_adapter, check_base_of_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 

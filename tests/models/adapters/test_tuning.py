@@ -13,8 +13,9 @@ from peft import IA3Config, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import base_names, train_only
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter, export_model

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.continuation import differences
 from sft_lightning.models.adapters.targets import resolve_preset
 from sft_lightning.models.adapters.trainable import base_names
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter

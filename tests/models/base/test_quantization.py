@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 
 

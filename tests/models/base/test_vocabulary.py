@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_tokenizer
 from sft_lightning.models.base.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
 

@@ -10,7 +10,8 @@ from peft import IA3Config, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MixtralConfig, PreTrainedTokenizerFast
 
-from sft_lightning.models.adapters.wrapping import AdapterConfig, add_adapter
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.export import write as export
 from sft_lightning.models.export.write import export_adapter, export_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.strategies.refusals import Asked
 from sft_lightning.strategies.zero import checks as zero_checks
 from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense

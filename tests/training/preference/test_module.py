@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from sft_lightning.data.pairs.datamodule import PairDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.wrapping import AdapterConfig
+from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.training.optim import LRScheduleConfig
 from sft_lightning.training.preference.losses import PreferenceConfig

@@ -1,0 +1,170 @@
+"""The adapter that is asked for: the keys of `model.adapter`, checked and handed to PEFT."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from typing import Any, Literal, cast
+
+from peft import LoraConfig, PeftConfig
+
+from sft_lightning.errors import UserError, one_of
+from sft_lightning.models.adapters.targets import PRESETS
+
+INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "mica", "loftq")
+_NOT_FOR_LORA_ONLY = ("peft_config", "path", "drop_modules_to_save", "only_adapter", "base_lr")
+_NEED_DATA = ("eva", "corda", "lora_ga")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """A LoRA adapter (Hu et al., 2021, arXiv:2106.09685), as PEFT's `LoraConfig` under the field's names.
+
+    Raises:
+        UserError: If a value is out of range, or two keys contradict each other.
+    """
+
+    r: int = 16
+    """Rank of the update."""
+
+    alpha: float = 32
+    """The update is scaled by alpha / r (by alpha / sqrt(r) with rsLoRA)."""
+
+    dropout: float = 0.05
+    """Dropout on the adapter's input."""
+
+    target_modules: list[str] | str = "all-linear"
+    """Modules to adapt: a list of name endings; a regular expression for whole names; or a preset: `all-linear` (all
+    linear but the head), `attention`, `mlp`, `mamba`."""
+
+    modules_to_save: list[str] | None = None
+    """Modules to train in full and save with the adapter, such as `embed_tokens` and `lm_head`; kept in float32."""
+
+    trainable_token_indices: list[int] | Literal["added"] | None = None
+    """Rows of the embedding to train and save: token ids, or `added` for those of `model.add_tokens`."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases train."""
+
+    use_dora: bool = False
+    """Weight-decomposed LoRA (Liu et al., 2024, arXiv:2402.09353)."""
+
+    use_rslora: bool = False
+    """Rank-stabilized scaling (Kalajdzievski, 2023, arXiv:2312.03732)."""
+
+    init: str = "default"
+    """Initial weights: `default` (the update starts at zero), `gaussian`, `pissa` (Meng et al., 2024,
+    arXiv:2404.02948), `olora`, `orthogonal`, `mica`, or `loftq` (a 4-bit base's quantization error; Li et al., 2023,
+    arXiv:2310.08659)."""
+
+    rank_pattern: dict[str, int] | None = None
+    """Another `r` for the modules that a name ending or regular expression matches."""
+
+    alpha_pattern: dict[str, float] | None = None
+    """Another `alpha`, in the same way."""
+
+    layers_to_transform: list[int] | None = None
+    """Adapt only these layers, from 0."""
+
+    lora_plus_ratio: float | None = None
+    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the B matrices learn at the learning rate times this."""
+
+    peft_config: PeftConfig | None = None
+    """Another method of PEFT, by `class_path` (such as `peft.IA3Config`) and `init_args`; takes the place of the keys
+    above."""
+
+    path: str | None = None
+    """Continue training the adapter in this folder, whatever its method; its own configuration wins over the keys
+    above, and every difference is said."""
+
+    drop_modules_to_save: bool = False
+    """Continue with `path`'s adapter without the modules that it trained in full."""
+
+    only_adapter: bool = True
+    """`false`: every floating-point weight that the adapter does not stand for trains too, as by DeepSpeed-Chat's
+    default."""
+
+    base_lr: float | None = None
+    """With `only_adapter: false`, the learning rate of the weights that are not the adapter's; default: the
+    optimizer's."""
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"model.adapter.r: must be at least 1 (got {self.r})")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.adapter.dropout: must be in [0, 1) (got {self.dropout})")
+        if self.lora_plus_ratio is not None and self.lora_plus_ratio <= 0:
+            raise UserError(f"model.adapter.lora_plus_ratio: must be above 0 (got {self.lora_plus_ratio})")
+        _check_init(self.init)
+        self._check_base()
+        self._check_method()
+
+    def _check_base(self) -> None:
+        if self.base_lr is not None and self.base_lr <= 0:
+            raise UserError(f"model.adapter.base_lr: must be above 0 (got {self.base_lr})")
+        if self.base_lr is not None and self.only_adapter:
+            raise UserError(
+                "model.adapter.base_lr: only the adapter trains, so no base weight would learn at "
+                f"{self.base_lr}; set model.adapter.only_adapter: false, or remove it"
+            )
+
+    def _check_method(self) -> None:
+        is_regex = isinstance(self.target_modules, str) and self.target_modules not in PRESETS
+        if self.layers_to_transform is not None and is_regex:
+            raise UserError(
+                "model.adapter.layers_to_transform: does not go with target_modules as a regular expression; name the "
+                f"layers in it (got {self.target_modules!r})"
+            )
+        if self.drop_modules_to_save and self.path is None:
+            raise UserError("model.adapter.drop_modules_to_save: is for continuing; set model.adapter.path")
+        if self.peft_config is None:
+            return
+        ignored = [field.name for field in fields(self) if field.name not in _NOT_FOR_LORA_ONLY]
+        ignored = [name for name in ignored if getattr(self, name) != _default(name)]
+        if ignored or self.path is not None:
+            keys = ", ".join(ignored or ["path"])
+            raise UserError(
+                f"model.adapter.peft_config: brings its own configuration, so model.adapter has no place for {keys}; "
+                "set it in peft_config.init_args, or remove one of the two"
+            )
+
+    def to_peft(self) -> PeftConfig:
+        """Return the same configuration for PEFT; a preset of `target_modules` is not resolved yet."""
+        if self.peft_config is not None:
+            config = copy.deepcopy(self.peft_config)  # PEFT writes what it finds into it
+            config.task_type = config.task_type or "CAUSAL_LM"
+            return config
+        init: Any = True if self.init in ("default", "loftq") else self.init
+        indices = self.trainable_token_indices
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+            lora_dropout=self.dropout,
+            target_modules=[] if self.target_modules in PRESETS else self.target_modules,
+            modules_to_save=self.modules_to_save,
+            trainable_token_indices=cast("Any", None if isinstance(indices, str) else indices),  # resolved later
+            bias=self.bias,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            init_lora_weights=init,
+            rank_pattern=dict(self.rank_pattern or {}),
+            alpha_pattern=cast("Any", dict(self.alpha_pattern or {})),
+            layers_to_transform=self.layers_to_transform,
+        )
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(AdapterConfig) if field.name == name)
+
+
+def _check_init(init: str) -> None:
+    if init in _NEED_DATA:
+        raise UserError(f"model.adapter.init: {init!r} measures the model on data beforehand, which is not done here")
+    if init.startswith("pissa_niter"):
+        raise UserError(
+            f"model.adapter.init: {init!r} changes the base by a random factorization, which nobody who loads the "
+            "adapter can repeat; use 'pissa', whose factorization is exact"
+        )
+    if init not in INITS:
+        raise one_of("model.adapter.init", init, INITS)
