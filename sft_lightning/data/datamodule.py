@@ -34,7 +34,7 @@ from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.data.tokens.examples import ExampleBuilder, MalformedPolicy
 from sft_lightning.data.tokens.store_cache import Prepared, default_store_dir
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.loading import load_tokenizer
+from sft_lightning.tokenizer import load_tokenizer
 from sft_lightning.types import Batch, LossOn, TokenizedExample
 
 Task = Literal["sft", "pretrain", "dpo"]

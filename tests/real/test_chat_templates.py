@@ -16,8 +16,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.templates.binding import bind_template
-from sft_lightning.data.templates.example_checks import check_examples
 from sft_lightning.data.templates.jinja import JinjaTemplate
+from sft_lightning.data.tokens.example_checks import check_examples
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize
 from sft_lightning.errors import UserError

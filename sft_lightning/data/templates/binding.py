@@ -12,12 +12,12 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from sft_lightning.data.templates.jinja import Apply, Chat, JinjaTemplate, jinja_template
-from sft_lightning.data.templates.named import NamedTemplate, SpecialTokens, named_template
-from sft_lightning.data.templates.template import Template
+from sft_lightning.data.templates.jinja import JinjaTemplate, jinja_template
+from sft_lightning.data.templates.named import NamedTemplate, named_template
+from sft_lightning.data.templates.template import SpecialTokens, Template
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.loading import adds_bos
+from sft_lightning.tokenizer import ApplyTemplate, Chat, adds_bos
 from sft_lightning.types import Message
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def _read_template(path: str) -> str:
         raise UserError(f"data.template: cannot read {path!r}: {reason}") from error
 
 
-def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> Apply:
+def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> ApplyTemplate:
     """Return the tokenizer's chat template as a function.
 
     It is what `apply_chat_template` renders with (transformers' own `ImmutableSandboxedEnvironment`, compiled once),

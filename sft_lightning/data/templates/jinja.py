@@ -10,19 +10,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sft_lightning.data.templates.supervision import supervision
+from sft_lightning.data.templates.template import supervision
 from sft_lightning.errors import UserError
+from sft_lightning.tokenizer import ApplyTemplate, Chat, answer_ending, content_parts
 from sft_lightning.types import LossOn, Message, Segment
-
-Chat = list[dict[str, Any]]
-"""Messages as chat templates read them: `role`, `content`, and what else `Message.extras` holds."""
-
-Apply = Callable[[Chat, bool, Sequence[Mapping[str, Any]]], str]
-"""(messages, add_generation_prompt, tools) → text."""
 
 _THOUGHT_TAG = re.compile("</?think>")
 
@@ -32,7 +27,7 @@ class JinjaTemplate:
     """A chat template in Jinja."""
 
     name: str
-    apply: Apply
+    apply: ApplyTemplate
 
     stop: str
     """The token that ends an answer."""
@@ -96,8 +91,7 @@ class JinjaTemplate:
         return [self._as_dict(message) for message in messages]
 
     def _as_dict(self, message: Message) -> dict[str, Any]:
-        text = _content(message)
-        content = [{"type": "text", "text": text}] if self.typed_parts else text
+        content = content_parts(_content(message), typed=self.typed_parts)
         turn: dict[str, Any] = {"role": message.role, "content": content}
         if message.extras:
             turn |= {key: value for key, value in message.extras.items() if value is not None}
@@ -168,7 +162,7 @@ class JinjaTemplate:
 
 
 def jinja_template(
-    name: str, apply: Apply, special_tokens: Iterable[str], call_stops: Iterable[str] = ()
+    name: str, apply: ApplyTemplate, special_tokens: Iterable[str], call_stops: Iterable[str] = ()
 ) -> JinjaTemplate:
     """Return a Jinja template after asking it, on a probe, how it reads contents and how it ends an answer.
 
@@ -182,33 +176,9 @@ def jinja_template(
         UserError: If the template leaves contents out, or no added token follows the answer: nothing would teach the
             model to stop.
     """
-    typed_parts, after = _probe(name, apply)
-    for token in sorted(filter(None, special_tokens), key=len, reverse=True):
-        if after.lstrip().startswith(token):
-            others = tuple(stop for stop in call_stops if stop != token)
-            return JinjaTemplate(name, apply, token, after.lstrip()[len(token) :], others, typed_parts)
-    raise UserError(
-        f"data.template: {name} writes {after!r} after an answer, which does not begin with a special token of the "
-        "tokenizer, so the model could not learn to stop; use a template that ends answers with one"
-    )
-
-
-_PROBE = (Message("user", "question"), Message("assistant", "answer"))
-
-
-def _probe(name: str, apply: Apply) -> tuple[bool, str]:
-    """Return whether the template reads typed parts only, and what it writes after an answer."""
-    refusal: UserError | None = None
-    for typed_parts in (False, True):
-        try:
-            text = apply(JinjaTemplate(name, apply, "", "", typed_parts=typed_parts).chat(_PROBE), False, ())
-        except UserError as error:
-            refusal = refusal or error
-            continue
-        _, found, after = text.rpartition(_PROBE[1].content)
-        if found:
-            return typed_parts, after
-    raise refusal or UserError(f"data.template: {name} leaves out the answer of a conversation; use another template")
+    ending = answer_ending(name, apply, special_tokens)
+    others = tuple(stop for stop in call_stops if stop != ending.stop)
+    return JinjaTemplate(name, apply, ending.stop, ending.trailer, others, ending.typed_parts)
 
 
 def _content(message: Message) -> str:

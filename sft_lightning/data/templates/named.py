@@ -6,25 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-from sft_lightning.data.templates.supervision import supervision
+from sft_lightning.data.templates.template import SpecialTokens, supervision
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS, TurnFormat
 from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import LossOn, Message, Segment
 
 _UNWRITABLE = ("tool_calls", "reasoning_content")
 """What a message may hold besides its content that named templates have no words for."""
-
-
-class SpecialTokens(NamedTuple):
-    """The tokenizer's tokens that templates speak of, as text."""
-
-    bos: str
-    """Beginning of sequence; empty if the tokenizer puts none before a text."""
-
-    eos: str
-    """End of sequence; empty if the tokenizer has none."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.formats.registry import Malformed, find_format, to_messages
 from sft_lightning.data.templates.binding import special_tokens
-from sft_lightning.data.templates.example_checks import check_examples
 from sft_lightning.data.templates.template import DocumentTemplate, Template
+from sft_lightning.data.tokens.example_checks import check_examples
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import Longs, TokenizedBatch, Tokens, join, weigh
 from sft_lightning.errors import UserError

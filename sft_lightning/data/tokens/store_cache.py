@@ -32,7 +32,7 @@ from filelock import FileLock
 from sft_lightning.data.formats.deepspeed_chat import dataset_format
 from sft_lightning.data.formats.user_format import is_dotted_path, user_function
 from sft_lightning.data.sources.source import SourceConfig, is_saved_dataset, load_dataset, read_records, source_files
-from sft_lightning.data.templates.template import NamedTemplate
+from sft_lightning.data.templates.named import NamedTemplate
 from sft_lightning.data.tokens.examples import ExampleBuilder, RecordLog, marks_of
 from sft_lightning.data.tokens.store import DamagedStoreError, StoreWriter, TokenStore, hash_file, open_store
 

@@ -1,11 +1,8 @@
-"""Base model and tokenizer, from a folder, a Hub id, or a config."""
+"""The base model, from a folder, a Hub id, or a config."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,59 +10,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.attention.document_mask import choose_attention
 from sft_lightning.models.base.overrides import ConfigOverrides
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
-from sft_lightning.models.base.vocabulary import add_tokens
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
-
-def load_tokenizer(
-    name_or_path: str | None,
-    *,
-    trust_remote_code: bool = False,
-    tokens: Sequence[str] = (),
-    special_tokens: Sequence[str] = (),
-) -> PreTrainedTokenizerFast:
-    """Load a tokenizer. One without a pad token stays without: padding has no loss and is not attended to.
-
-    Args:
-        name_or_path: Folder or Hub id.
-        trust_remote_code: Run code that comes with it.
-        tokens: Added, where it does not have them.
-        special_tokens: Added as special: left out of decoded answers.
-
-    Raises:
-        UserError: If nothing is named, nothing can be loaded, the tokenizer gives no offsets or has no end token, or a
-            token to add is empty.
-    """
-    if name_or_path is None:
-        raise UserError(
-            "model.tokenizer_name_or_path: needed with model.from_config; name a tokenizer's folder or Hub id"
-        )
-    with _loading("tokenizer", name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"model.tokenizer_name_or_path: the tokenizer of {name_or_path!r} ({type(tokenizer).__name__}) gives no "
-            "character offsets, which exact loss masks are made from; convert it to a tokenizer.json"
-        )
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"model.tokenizer_name_or_path: the tokenizer of {name_or_path!r} has no eos_token; set one in its "
-            "tokenizer_config.json"
-        )
-    add_tokens(tokenizer, tokens, special_tokens)
-    return tokenizer
+_MODEL = ("model.model_name_or_path", "model")
+_MODEL_FILES = ("config.json",)
 
 
 def load_model(
@@ -107,14 +65,14 @@ def load_model(
             )
         config = _config_of(from_config, vocab_size)
     else:
-        with _loading("model", str(name_or_path)):
+        with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
             config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
     _check_causal("model.model_name_or_path" if from_config is None else "model.from_config", config)
     overrides.apply(config)
     options["attn_implementation"] = choose_attention(attn_implementation, config)
     if from_config is not None:
         return _checked(AutoModelForCausalLM.from_config(config, **options))
-    with _loading("model", str(name_or_path)):
+    with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
         if quantization is not None:
             model = load_quantized(str(name_or_path), quantization, config=config, on_host=on_host, **options)
         else:
@@ -139,7 +97,7 @@ def copies_weights(
     """
     if name_or_path is None or quantization is not None:
         return True
-    with _loading("model", name_or_path):
+    with clear_load_errors(*_MODEL, name_or_path, _MODEL_FILES):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     return (
         bool(config.dtype != getattr(torch, dtype)) or get_checkpoint_conversion_mapping(config.model_type) is not None
@@ -179,39 +137,3 @@ def _checked(model: object) -> PreTrainedModel:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"transformers returned a {type(model).__name__}")
     return model
-
-
-@contextmanager
-def _loading(what: str, name_or_path: str) -> Iterator[None]:
-    """Turn what transformers raises for a wrong name into one message."""
-    key = {"model": "model.model_name_or_path", "tokenizer": "model.tokenizer_name_or_path (or model_name_or_path)"}[
-        what
-    ]
-    folder = Path(name_or_path).expanduser()
-    looks_local = folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise UserError(f"{key}: the folder {name_or_path!r} does not exist (looked in {Path.cwd()})")
-    wanted = {"model": ["config.json"], "tokenizer": ["tokenizer.json", "tokenizer.model", "vocab.json"]}[what]
-    if folder.is_dir() and not any((folder / name).is_file() for name in wanted):
-        raise UserError(
-            f"{key}: the folder {name_or_path!r} is not a model with its tokenizer: it has no {' or '.join(wanted)} "
-            f"(it holds: {_listing(folder)})"
-        )
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{key}: cannot load a {what} from {name_or_path!r}: {first_line}") from error
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
-
-
-def adds_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer itself puts its BOS before a text."""
-    ids = tokenizer("a").input_ids
-    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""New tokens: into the tokenizer, and into the embeddings at the mean of the rows that were there."""
+"""New tokens in the embeddings: their rows start at the mean of the old ones."""
 
 from __future__ import annotations
 
@@ -9,25 +9,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
-
-
-def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], special_tokens: Sequence[str]) -> None:
-    """Add tokens that the tokenizer does not have yet; special ones are left out of decoded answers.
-
-    Raises:
-        UserError: If one is empty or named twice.
-    """
-    for key, names in (("add_tokens", tokens), ("add_special_tokens", special_tokens)):
-        if any(not name for name in names):
-            raise UserError(f"model.{key}: a token must not be empty (got {list(names)})")
-    both = [*tokens, *special_tokens]
-    twice = sorted({name for name in both if both.count(name) > 1})
-    if twice:
-        raise UserError(f"model.add_tokens, model.add_special_tokens: named twice: {', '.join(map(repr, twice))}")
-    if tokens:
-        tokenizer.add_tokens(list(tokens))
-    if special_tokens:
-        tokenizer.add_tokens(list(special_tokens), special_tokens=True)
 
 
 def num_rows(model: PreTrainedModel) -> int:

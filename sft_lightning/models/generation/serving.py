@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,18 +14,21 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-from sft_lightning.data.templates.template import jinja_template
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.adapters.quantized import keep_input_dtype
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.base.vocabulary import resize_embeddings
 from sft_lightning.models.generation.generate import GenerationConfig, decode, generate_ids
 from sft_lightning.models.inspection import base_model
+from sft_lightning.tokenizer import answer_ending
 
 ServedDType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Turns = Sequence[Mapping[str, str]]
 """Messages as chat templates take them: `role` and `content`."""
+
+_WRONG_FILES = (RuntimeError, KeyError)
+"""What the libraries raise, besides the usual, for files that do not fit each other."""
 
 
 @dataclass(frozen=True)
@@ -149,14 +151,14 @@ def load_served(option: str, path: str | None, adapter: str | None, options: Loa
     """
     base = path or base_of_adapter(option, adapter)
     where = adapter if adapter is not None and _has_tokenizer(adapter) else base
-    with _loading(option, where):
+    with clear_load_errors(option, "tokenizer", where, also=_WRONG_FILES):
         tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
-    with _loading(option, base):
+    with clear_load_errors(option, "model", base, also=_WRONG_FILES):
         load: Any = AutoModelForCausalLM.from_pretrained if options.quantization is None else load_quantized
         model: Any = load(base, **_model_options(options))
     if adapter is not None:
         resize_embeddings(model, tokenizer, (), any_size=True)  # the adapter may have tokens of its own
-        with _loading("--adapter", adapter):
+        with clear_load_errors("--adapter", "adapter", adapter, also=_WRONG_FILES):
             model = PeftModel.from_pretrained(model, adapter)
         keep_input_dtype(model)
     return ServedModel(model.eval(), tokenizer)
@@ -223,22 +225,8 @@ def _template_stop(tokenizer: PreTrainedTokenizerFast) -> int | None:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
     try:
-        stop = jinja_template("chat_template", apply, tokenizer.get_added_vocab()).stop
+        stop = answer_ending("chat_template", apply, tokenizer.get_added_vocab()).stop
     except (UserError, TemplateError):
         return None  # such a template cannot be trained with, but it can be asked
     ids: list[int] = tokenizer(stop, add_special_tokens=False).input_ids
     return ids[0] if len(ids) == 1 else None
-
-
-@contextmanager
-def _loading(option: str, path: str) -> Iterator[None]:
-    """Turn what the libraries raise for a wrong path into one message."""
-    folder = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise UserError(f"{option}: the folder {path!r} does not exist (looked in {Path.cwd()})")
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{option}: cannot load {path!r}: {first_line}") from error

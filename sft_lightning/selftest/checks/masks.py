@@ -9,7 +9,7 @@ from itertools import groupby, islice
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.formats.registry import Malformed
 from sft_lightning.data.sources.source import SourceConfig, read_records
-from sft_lightning.data.templates.example_checks import check_examples
+from sft_lightning.data.tokens.example_checks import check_examples
 from sft_lightning.data.tokens.examples import ALWAYS_DROPPED
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize

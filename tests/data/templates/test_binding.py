@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.templates.binding import bind_template, check_serving, special_tokens, stop_token_id
-from sft_lightning.data.templates.template import JinjaTemplate, NamedTemplate
+from sft_lightning.data.templates.jinja import JinjaTemplate
+from sft_lightning.data.templates.named import NamedTemplate
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from sft_lightning.data.templates.jinja import Apply, Chat, jinja_template
+from sft_lightning.data.templates.jinja import jinja_template
 from sft_lightning.errors import UserError
+from sft_lightning.tokenizer import ApplyTemplate, Chat
 from sft_lightning.types import LossOn, Message, Segment
 
 Tools = Sequence[Mapping[str, Any]]
@@ -263,6 +264,6 @@ def test_a_template_that_never_writes_an_answer_is_refused(refuses: bool, messag
             raise UserError("never")
         return "<|im_start|>"
 
-    apply: Apply = mute
+    apply: ApplyTemplate = mute
     with pytest.raises(UserError, match=message):
         jinja_template("mute", apply, CHATML_TOKENS)

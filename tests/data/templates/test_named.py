@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from sft_lightning.data.templates.named import SpecialTokens, named_template
+from sft_lightning.data.templates.named import named_template
+from sft_lightning.data.templates.template import SpecialTokens
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Segment
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sft_lightning.data.templates.template import SpecialTokens, named_template
+from sft_lightning.data.templates.named import named_template
+from sft_lightning.data.templates.template import SpecialTokens
 from sft_lightning.types import Message
 
 TURNS = [Message("user", "Q1"), Message("assistant", "A1"), Message("user", "Q2"), Message("assistant", "A2")]

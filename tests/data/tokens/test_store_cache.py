@@ -24,7 +24,7 @@ from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.store import DamagedStoreError, open_store
 from sft_lightning.data.tokens.store_cache import Prepared, default_store_dir, prepare_source
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.loading import load_tokenizer
+from sft_lightning.tokenizer import load_tokenizer
 
 Prepare = Callable[..., Prepared]
 
@@ -312,7 +312,7 @@ from sft_lightning.data.tokens import examples
 from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.data.tokens.store_cache import prepare_source
 from sft_lightning.data.sources.source import SourceConfig
-from sft_lightning.models.base.loading import load_tokenizer
+from sft_lightning.tokenizer import load_tokenizer
 
 examples._EXAMPLES_AT_ONCE = 2
 tokenizer_dir, source, root = sys.argv[1:4]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.templates.template import SpecialTokens, named_template
+from sft_lightning.data.templates.named import named_template
+from sft_lightning.data.templates.template import SpecialTokens
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize
 from sft_lightning.types import Message, Segment, TokenizedExample
@@ -94,7 +95,7 @@ def test_whatever_the_texts_the_supervised_tokens_decode_to_the_supervised_text(
 
 @pytest.mark.parametrize("folder", ["model/stories260K", "tokenizer/qwen2.5", "tokenizer/oasst-test"])
 def test_real_tokenizers_supervise_exactly_the_answers(folder: str, real_data: object) -> None:
-    from sft_lightning.models.base.loading import load_tokenizer
+    from sft_lightning.tokenizer import load_tokenizer
 
     real = load_tokenizer(f"{real_data}/{folder}")
     answers = ["Yes.", "你好, 世界!", " two  spaces ", "\n\nlines\n", "🙂🙃"]

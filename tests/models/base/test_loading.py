@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.base.loading import adds_bos, load_model, load_tokenizer
+from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.overrides import ConfigOverrides
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.base.rope import RopeScalingConfig
@@ -56,21 +56,6 @@ def test_a_broken_config_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot load a model"):
         load(str(tmp_path))
-
-
-def test_a_tokenizer_is_needed_without_a_model() -> None:
-    with pytest.raises(UserError, match="tokenizer_name_or_path"):
-        load_tokenizer(None)
-
-
-def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no eos_token"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_a_tokenizer_that_adds_bos_is_known(model_dir: Path) -> None:
-    assert adds_bos(load_tokenizer(str(model_dir)))
 
 
 def test_4_bit_weights_do_not_change_when_the_model_is_evaluated(model_dir: Path) -> None:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTraine
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
-from sft_lightning.models.base.loading import load_tokenizer
 from sft_lightning.models.base.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
+from sft_lightning.tokenizer import load_tokenizer
 
 NEW = ["<tool>", "<think>", "newword"]
 
@@ -26,35 +26,6 @@ def tiny(rows: int, **changes: Any) -> PreTrainedModel:
 @pytest.fixture
 def extended(model_dir: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(str(model_dir), tokens=NEW[2:], special_tokens=NEW[:2])
-
-
-def test_added_tokens_are_one_token_each_and_special_ones_leave_answers(
-    extended: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    assert len(extended) == len(tokenizer) + 3
-    ids = extended("a newword<tool>", add_special_tokens=False).input_ids
-    assert ids[-2:] == extended.convert_tokens_to_ids(["newword", "<tool>"])
-    assert extended.decode(ids, skip_special_tokens=True) == "a newword"
-
-
-def test_tokens_that_are_there_already_add_nothing(extended: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    extended.save_pretrained(tmp_path)
-    assert len(load_tokenizer(str(tmp_path), tokens=NEW[2:], special_tokens=NEW[:2])) == len(extended)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "said"), [(["a", ""], "must not be empty"), (["<tool>", "<tool>"], "named twice: '<tool>'")]
-)
-def test_a_token_that_cannot_be_added_is_said(tokens: list[str], said: str, model_dir: Path) -> None:
-    with pytest.raises(UserError, match=said):
-        load_tokenizer(str(model_dir), tokens=tokens)
-
-
-def test_a_missing_pad_token_stays_missing(model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>").save_pretrained(tmp_path)
-    loaded = load_tokenizer(str(tmp_path))
-    assert loaded.pad_token is None
-    assert len(loaded) == len(tokenizer)
 
 
 @pytest.mark.parametrize("tied", [False, True])

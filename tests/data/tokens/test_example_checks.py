@@ -8,8 +8,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.templates.binding import bind_template, special_tokens
-from sft_lightning.data.templates.example_checks import check_examples
 from sft_lightning.data.templates.template import DocumentTemplate, Template
+from sft_lightning.data.tokens.example_checks import check_examples
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message

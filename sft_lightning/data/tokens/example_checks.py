@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.templates.binding import check_serving, stop_token_id
-from sft_lightning.data.templates.template import DocumentTemplate, NamedTemplate, Template, supervision
+from sft_lightning.data.templates.named import NamedTemplate
+from sft_lightning.data.templates.template import DocumentTemplate, Template, supervision
 from sft_lightning.data.tokens.tokenization import Encoder, tokenize
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Segment
