@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,11 @@ sys.path.insert(0, str(_HERE / "peers"))
 
 from environments import PEERS, environment  # noqa: E402
 from job import SYSTEM, Answer, Job  # noqa: E402
-from processes import empty_folder, fastest, hardware, measure, use_two_cores  # noqa: E402
+from processes import empty_folder, fastest, measure, use_two_cores  # noqa: E402
+from results import write_results  # noqa: E402
 from rows import alpaca_like  # noqa: E402
 from table import show  # noqa: E402
 
-RESULTS = _HERE / "results"
 REAL_DATA = Path(os.environ.get("SFT_REAL_DATA", _HERE.parent.parent / "shared" / "data")).resolve()
 TOKENIZER = REAL_DATA / "tokenizer" / "qwen2.5"
 MAX_LENGTH = 2048
@@ -159,8 +158,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pythons = {name: environment(PEERS[name], args.envs) for name in PEERS if name in args.only}
     use_two_cores()
     result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "hardware": hardware(),
         "python": platform.python_version(),
         "num_rows": args.rows,
         "seed": args.seed,
@@ -189,11 +186,8 @@ def main() -> None:
     if not TOKENIZER.is_dir():
         raise SystemExit(f"SFT_REAL_DATA: {REAL_DATA} has no tokenizer/qwen2.5; name the folder with the real data")
     result = run(args)
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"data_cpu_{result['num_rows']}_{result['date']}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    write_results(f"data_cpu_{result['num_rows']}", **result)
     show(result, list(PEERS))
-    print(f"written to {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}")
 
 
 if __name__ == "__main__":

@@ -16,23 +16,20 @@ import platform
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "peers"))
 
 from numbers_model import text_of, write_model  # noqa: E402
-from processes import empty_folder, hardware, use_two_cores  # noqa: E402
+from processes import empty_folder, use_two_cores  # noqa: E402
+from results import print_table, write_results  # noqa: E402
 
-RESULTS = _HERE / "results"
 PROCESSES = 2
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "mapped": ("float32", {}),
@@ -147,20 +144,11 @@ def main() -> None:
         ]
         for (strategy, way), answer in found.items()
     ]  # fmt: skip
-    shown = Table(*head)
-    for row in table:
-        shown.add_row(*row)
-    Console().print(shown)
-    print("\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *table]))
-    result = {
-        "date": date.today().isoformat(), "hardware": hardware(), "python": platform.python_version(),
-        "torch": torch.__version__, "copy_bytes": sizes,
-        "found": [{"strategy": strategy, "weights": way, **answer} for (strategy, way), answer in found.items()],
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"loading_cpu_{result['date']}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {os.path.relpath(file)}")
+    print_table(head, table)
+    answers = [{"strategy": strategy, "weights": way, **answer} for (strategy, way), answer in found.items()]
+    write_results(
+        "loading_cpu", python=platform.python_version(), torch=torch.__version__, copy_bytes=sizes, found=answers
+    )
 
 
 if __name__ == "__main__":

@@ -11,18 +11,21 @@ and never touches counts in both, as it does on a GPU.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import platform
-from datetime import date
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from scaling import RESULTS, THEORY_SENT, empty_folder, hardware, run, use_two_cores, write_config, write_inputs
+from scaling import THEORY_SENT, run, write_config, write_inputs
 
 from sft_lightning.cli.commands.plan import plan_inputs
 from sft_lightning.estimation.report import PARTS, plan_memory
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+
+from processes import empty_folder, use_two_cores
+from results import markdown_row, write_results
 
 MIB = 2**20
 MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"adapter": {"r": 64, "dropout": 0.0}}}
@@ -43,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     use_two_cores()
     found: list[dict[str, Any]] = []
-    print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}", flush=True)
+    print(f"{markdown_row(HEAD)}\n{markdown_row(['---'] * len(HEAD))}", flush=True)
     for mode in args.modes:
         with empty_folder() as folder:
             write_inputs(folder)
@@ -51,8 +54,8 @@ def main() -> None:
                 answer = run(folder, strategy, 2, MODES[mode])
                 plan = planned(write_config(folder, strategy, 2, MODES[mode]))
                 found.append({"mode": mode, "strategy": strategy, "planned": plan, **answer})
-                print(f"| {' | '.join(row(found[-1]))} |", flush=True)
-    write(found)
+                print(markdown_row(row(found[-1])), flush=True)
+    write_results("plan_memory_cpu", python=platform.python_version(), torch=torch.__version__, ways=found)
 
 
 def row(way: dict[str, Any]) -> list[str]:
@@ -63,19 +66,6 @@ def row(way: dict[str, Any]) -> list[str]:
         f"{total / way['bytes_peak']:.2f}", *(f"{way['planned'][part] / MIB:.0f}" for part in PARTS),
         f"{way['bytes_held'] / MIB:.0f}",
     ]  # fmt: skip
-
-
-def write(found: list[dict[str, Any]]) -> None:
-    """Write the results."""
-    today = date.today().isoformat()
-    result = {
-        "date": today, "hardware": hardware(), "python": platform.python_version(), "torch": torch.__version__,
-        "ways": found,
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"plan_memory_cpu_{today}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {os.path.relpath(file)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import os
 import re
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "peers"))
 
 from job import versions  # noqa: E402
-from processes import empty_folder, hardware  # noqa: E402
+from processes import empty_folder  # noqa: E402
+from results import write_results  # noqa: E402
 
-RESULTS = _HERE / "results"
 REAL_DATA = Path(os.environ.get("SFT_REAL_DATA", _HERE.parent.parent / "shared" / "data")).resolve()
 ADAPTER = {"r": 8, "alpha": 16}
 MODES: dict[str, dict[str, Any]] = {
@@ -160,9 +159,7 @@ def main() -> None:
     rows = [run(task, mode, args.steps) for task in args.tasks for mode in args.modes]
     show(rows)
     used = versions("torch", "transformers", "peft", "bitsandbytes", "lightning")
-    result = {"date": date.today().isoformat(), "hardware": hardware(), "versions": used, "runs": rows}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"real_runs_cpu_{result['date']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_results("real_runs_cpu", versions=used, runs=rows)
 
 
 if __name__ == "__main__":

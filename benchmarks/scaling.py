@@ -25,22 +25,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "peers"))
 
 from numbers_model import text_of, write_model  # noqa: E402
-from processes import empty_folder, hardware, use_two_cores  # noqa: E402
+from processes import empty_folder, use_two_cores  # noqa: E402
+from results import print_table, write_results  # noqa: E402
 
-RESULTS = _HERE / "results"
 VOCABULARY, LENGTH, ROWS, STEPS = 16_000, 512, 4, 5
 GATHERED = {"all_reduce": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
 """What a collective costs a process, in (N-1)/N of its bytes."""
@@ -193,20 +190,11 @@ def main() -> None:
             name: min((run(folder, strategy, n) for _ in range(args.repeats)), key=lambda answer: answer["seconds"])
             for name, strategy, n in ways
         }
-    table = rows(found, model_bytes)
-    shown = Table(*HEAD)
-    for row in table:
-        shown.add_row(*row)
-    Console().print(shown)
-    print("\n".join("| " + " | ".join(row) + " |" for row in [HEAD, ["---"] * len(HEAD), *table]))
-    result = {
-        "date": date.today().isoformat(), "hardware": hardware(), "python": platform.python_version(),
-        "torch": torch.__version__, "model_bytes": model_bytes, "repeats": args.repeats, "ways": found,
-    }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"scaling_cpu_{result['date']}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {os.path.relpath(file)}")
+    print_table(HEAD, rows(found, model_bytes))
+    write_results(
+        "scaling_cpu", python=platform.python_version(), torch=torch.__version__, model_bytes=model_bytes,
+        repeats=args.repeats, ways=found,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

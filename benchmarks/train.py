@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,9 @@ sys.path.insert(0, str(_HERE / "peers"))
 from environments import PEERS, environment  # noqa: E402
 from job import Answer, Job  # noqa: E402
 from numbers_model import text_of, write_model  # noqa: E402
-from processes import NUM_CORES, empty_folder, fastest, hardware, measure, use_two_cores  # noqa: E402
+from processes import NUM_CORES, empty_folder, fastest, measure, use_two_cores  # noqa: E402
+from results import write_results  # noqa: E402
 
-RESULTS = _HERE / "results"
 VOCABULARY = 32_000
 NUM_DOCUMENTS = 256
 MAX_LENGTH = 2048
@@ -155,8 +153,6 @@ def main() -> None:
     args = parser.parse_args()
     ways = run(args)
     result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "hardware": hardware(),
         "python": platform.python_version(),
         "threads": NUM_CORES,
         "dtype": args.dtype,
@@ -166,11 +162,8 @@ def main() -> None:
     }
     if {"ours", "bare"} <= set(ways):
         result["largest_loss_difference_to_bare"] = check_same_losses(ways, args.dtype)
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"train_cpu_{args.dtype}_{result['date']}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n")
+    write_results(f"train_cpu_{args.dtype}", **result)
     show(ways)
-    print(f"written to {os.path.relpath(file)}")
 
 
 if __name__ == "__main__":

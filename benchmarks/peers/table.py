@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from processes import hardware
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +20,7 @@ def show(result: dict[str, Any], peers: Sequence[str]) -> None:
         peers: Names of the peers, whose measurements are lists, fastest first.
     """
     console = Console()
-    console.print(f"{result['num_rows']:,} rows, {result['hardware']}, best of {result['repeats']}", highlight=False)
+    console.print(f"{result['num_rows']:,} rows, {hardware()}, best of {result['repeats']}", highlight=False)
     table = Table("", "seconds", "tokens/s", "ours is … times as fast")
     ratios = result["times_as_fast_as"]
     if "tokenizers" in result:
