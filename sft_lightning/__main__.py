@@ -1,7 +1,7 @@
-"""`python -m sft_lightning`: finds the command without importing anything heavy, then hands over to it.
+"""`python -m sft_lightning`: find the command without importing anything heavy, then run it.
 
-Every module of `sft_lightning.cli.commands` is a command; the first line of its docstring is its help. To add a
-command, add a file.
+A module of `sft_lightning.cli.commands` with a function `main(args)` is a command with the module's name, and the first
+line of the module's docstring is its help. In a module without `main`, every public function is a command.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from sft_lightning import __version__
 from sft_lightning.errors import UserError, did_you_mean
 
-_OF_SEVERAL_PROCESSES = ("fit", "validate", "test", "predict", "prepare")
-"""Commands that a launcher may start several times over; of the others, each would do the whole work."""
+_DISTRIBUTED = ("fit", "validate", "test", "predict", "prepare")
+"""Commands that a launcher may start in several processes. All other commands run in one process and refuse a launcher,
+because each process would do the whole work."""
 
 USAGE = "usage: python -m sft_lightning COMMAND [options]"
 HELP = """
 options:
   -h, --help   show this help; COMMAND --help shows a command's options
   --version    show the version
-  --debug      after COMMAND: show a traceback also for what you got wrong
+  --debug      after COMMAND: show the traceback of a user error too
 
 Start with: python -m sft_lightning fit --config configs/qwen3_8b.yaml"""
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; default: the command line's.
 
     Returns:
-        0 on success, 2 for what the user got wrong, 1 for our own failure.
+        0 on success, 2 for a user error, 1 for a failure of ours.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     commands = find_commands()
@@ -51,59 +53,86 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args[0]
     if name not in commands:
         near = did_you_mean(name, commands)
-        return _wrong(f"unknown command {name!r}.{near} Commands: {', '.join(commands)}.")
-    rank, world_size = _place_among_processes()
-    if world_size > 1 and name not in _OF_SEVERAL_PROCESSES:
-        # The others leave in silence, and without an error for which a launcher would end the one that says it.
-        return 0 if rank else _wrong(_one_process(name, world_size))
-    return _run(name, args[1:])
+        return _user_error(f"unknown command {name!r}.{near} Commands: {', '.join(commands)}.")
+    rank, world_size = _rank_and_world_size()
+    if world_size > 1 and name not in _DISTRIBUTED:
+        # Rank 0 reports it. The others succeed silently: if they failed first, the launcher would kill rank 0.
+        return (
+            0
+            if rank
+            else _user_error(
+                f"{name}: runs in one process, but a launcher started {world_size}; run it without the launcher: "
+                f"python -m sft_lightning {name} ..."
+            )
+        )
+    return _run(commands[name], args[1:])
 
 
-def _place_among_processes() -> tuple[int, int]:
-    """Return this process's number and how many a launcher started: torchrun and its like, or srun.
+def _rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes that torchrun or srun started.
 
-    `WORLD_SIZE` alone says nothing: clusters set it for a container in which nothing has been launched yet.
+    `WORLD_SIZE` alone means nothing: clusters set it for a container in which no launcher has run yet.
     """
     names = ("RANK", "WORLD_SIZE") if "LOCAL_RANK" in os.environ else ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     rank, world_size = (os.environ.get(name, "") for name in names)
     return int(rank or 0), int(world_size or 1)
 
 
-def _one_process(name: str, world_size: int) -> str:
-    return (
-        f"{name}: runs in one process, and was launched in {world_size}, each of which would do the whole work; start "
-        f"it without the launcher: python -m sft_lightning {name} ..."
-    )
+class Command(NamedTuple):
+    """A command, and where it is defined."""
+
+    module: str
+    """Module within `sft_lightning.cli.commands`."""
+
+    function: str
+    """Name of the function that takes the arguments."""
+
+    help: str
+    """One line."""
 
 
-def find_commands() -> Mapping[str, str]:
-    """Return each command's name and its one-line help, read from the files without importing them."""
-    folder = Path(__file__).parent / "cli" / "commands"
-    files = sorted(folder.glob("[!_]*.py"))
-    return {file.stem: (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").split("\n")[0] for file in files}
+def find_commands() -> Mapping[str, Command]:
+    """Return all commands by name, read from the files without importing them."""
+    files = sorted((Path(__file__).parent / "cli" / "commands").glob("[!_]*.py"))
+    return dict(sorted(pair for file in files for pair in _commands_in(file)))
 
 
-def _run(name: str, args: list[str]) -> int:
+def _commands_in(file: Path) -> Iterator[tuple[str, Command]]:
+    tree = ast.parse(file.read_text("utf-8"))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if "main" in functions:
+        yield file.stem, Command(file.stem, "main", _first_line(tree))
+        return
+    for name, node in functions.items():
+        if not name.startswith("_"):
+            yield name, Command(file.stem, name, _first_line(node))
+
+
+def _first_line(node: ast.Module | ast.FunctionDef) -> str:
+    return (ast.get_docstring(node) or "").split("\n")[0]
+
+
+def _run(command: Command, args: list[str]) -> int:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
-    # bitsandbytes says at every import that it could not fetch a kernel from a hub, which it need not.
+    # At every import bitsandbytes warns that it could not download a kernel, which it does not need.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        importlib.import_module(f"sft_lightning.cli.commands.{name}").main(args)
+        getattr(importlib.import_module(f"sft_lightning.cli.commands.{command.module}"), command.function)(args)
     except UserError as error:
         if debug:
             traceback.print_exc()
-        return _wrong(str(error))
+        return _user_error(str(error))
     return 0
 
 
-def _help(commands: Mapping[str, str]) -> str:
+def _help(commands: Mapping[str, Command]) -> str:
     width = max(map(len, commands))
-    lines = [f"  {name:<{width}}  {help_line}" for name, help_line in commands.items()]
-    return "\n".join([USAGE, "", "Fine-tune causal language models, with proof.", "", "commands:", *lines, HELP])
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in commands.items()]
+    return "\n".join([USAGE, "", "Fine-tune causal language models.", "", "commands:", *lines, HELP])
 
 
-def _wrong(message: str) -> int:
+def _user_error(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
 

@@ -49,16 +49,15 @@ ROOMS_OF_THEIR_OWN = {"sft_lightning/errors.py", "sft_lightning/data/templates/t
 """Modules that are small, or long because they are data, on purpose."""
 
 TOO_FULL = {
-    "callbacks", "sft_lightning/merging", "sft_lightning/cli/commands",
+    "callbacks", "sft_lightning/merging",
     "sft_lightning/estimation", "sft_lightning/strategies/zero",
 }  # fmt: skip
 """Folders that still have more than nine modules; each goes with its mending."""
 
 TO_DIVIDE_OR_JOIN = {
     "callbacks/hyper_parameters.py", "callbacks/model_export.py", "callbacks/terminal.py", "callbacks/text_logging.py",
-    "callbacks/timed_checkpoint.py", "sft_lightning/cli/app.py", "sft_lightning/cli/commands/fit.py",
-    "sft_lightning/cli/commands/predict.py", "sft_lightning/cli/commands/test.py",
-    "sft_lightning/cli/commands/validate.py", "sft_lightning/data/batches/streaming.py",
+    "callbacks/timed_checkpoint.py",
+    "sft_lightning/data/batches/streaming.py",
     "sft_lightning/data/datamodule.py", "sft_lightning/estimation/refusals.py",
     "sft_lightning/models/generation/generate.py", "sft_lightning/printable.py",
     "sft_lightning/strategies/staggered_loading.py", "sft_lightning/strategies/zero/cpu_adam.py",

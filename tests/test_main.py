@@ -28,10 +28,13 @@ def test_the_top_level_answers_without_importing_torch(args: list[str], status: 
 def test_help_lists_every_command_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name, line in find_commands().items():
-        assert line
-        assert f"{name} " in shown
-        assert line in shown
+    commands = find_commands()
+    assert {"fit", "validate", "test", "predict", "prepare", "preview", "plan", "compare", "chat", "merge", "selftest",
+            "migrate"} == set(commands)  # fmt: skip
+    for name, command in commands.items():
+        assert f"  {name} " in shown
+        assert command.help
+        assert command.help in shown
 
 
 def test_version_is_the_package_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,12 +58,12 @@ def test_the_module_runs_as_a_program() -> None:
     ("variables", "status"),
     [
         ({"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, 2),
-        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, 0),  # rank 0 says it for all
+        ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, 0),  # rank 0 reports it
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 2),
         ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, 0),
     ],
 )
-def test_a_command_of_one_process_is_not_run_by_several(
+def test_a_launcher_is_refused_by_commands_that_run_in_one_process(
     variables: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in variables.items():
@@ -68,8 +71,8 @@ def test_a_command_of_one_process_is_not_run_by_several(
     assert main(["merge", "--no-such-option"]) == status
     said = capsys.readouterr().err
     if status:
-        assert "merge: runs in one process, and was launched in 2" in said
-        assert "without the launcher: python -m sft_lightning merge" in said
+        assert "merge: runs in one process, but a launcher started 2" in said
+        assert "run it without the launcher: python -m sft_lightning merge" in said
     else:
         assert not said
 
@@ -78,7 +81,7 @@ def test_a_command_of_one_process_is_not_run_by_several(
     "variables",
     [{"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}, {"WORLD_SIZE": "8", "RANK": "3"}, {"SLURM_NTASKS": "16"}],
 )
-def test_a_cluster_that_has_launched_nothing_yet_is_none_of_its_business(
+def test_cluster_variables_without_a_launcher_are_ignored(
     variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in variables.items():

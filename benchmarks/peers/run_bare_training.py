@@ -7,8 +7,9 @@ from job import Answer, Job, peak_memory, run, versions
 from step_times import StepTimes
 from transformers import AutoModelForCausalLM
 
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.commands import prepare
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.training.losses import find_targets, linear_cross_entropy
 

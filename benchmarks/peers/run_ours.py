@@ -13,8 +13,9 @@ import re
 from job import Answer, Job, peak_memory, run, seconds_of, versions
 
 import sft_lightning.data.datamodule
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.commands import prepare
+from sft_lightning.cli.quiet import quiet_libraries
 
 _STORE = re.compile(r"^train/\w+: ([\d,]+) tokens in .*, (built now|found)$", re.MULTILINE)
 """What `prepare` says of a source at its end."""

@@ -11,7 +11,8 @@ from job import Answer, Job, peak_memory, run, versions
 from step_times import StepTimes
 from watch import Watch
 
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
+from sft_lightning.cli.quiet import quiet_libraries
 
 
 def measure(job: Job) -> Answer:

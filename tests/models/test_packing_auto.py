@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from sft_lightning.cli.app import run_trainer
+from sft_lightning.cli.commands.run import fit
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
@@ -117,14 +117,14 @@ def test_before_a_model_decides_rows_are_planned_as_best_fit(make: Make) -> None
 
 @pytest.mark.usefixtures("leaking")
 def test_the_report_of_a_run_is_of_the_packing_that_it_used(fit_args: list[str], tmp_path: Path) -> None:
-    run_trainer("fit", [*fit_args, "--data.packing=auto", "--trainer.max_steps=2"])
+    fit([*fit_args, "--data.packing=auto", "--trainer.max_steps=2"])
     assert json.loads((tmp_path / "run" / "data_report.json").read_text())["rows"] == 24
 
 
 def test_a_continued_run_keeps_what_was_decided(fit_args: list[str], tmp_path: Path, leaking: None) -> None:
     args = [*fit_args, "--data.packing=auto"]
-    run_trainer("fit", [*args, "--trainer.max_steps=2"])
-    run_trainer("fit", [*args, "--trainer.max_steps=3", "--ckpt_path=last"])
+    fit([*args, "--trainer.max_steps=2"])
+    fit([*args, "--trainer.max_steps=3", "--ckpt_path=last"])
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)
     assert checkpoint["global_step"] == 3
     assert checkpoint["SFTDataModule"]["packing"] == "none"

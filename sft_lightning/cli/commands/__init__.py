@@ -1,1 +1,1 @@
-"""One file a command: its docstring's first line is its help, and `main(args)` runs it."""
+"""The commands: each module is one, named like its file; `run` has the four that run a trainer."""

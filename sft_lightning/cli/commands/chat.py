@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from sft_lightning.cli.app import quiet_libraries
 from sft_lightning.cli.parsing import CommandParser
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.conversation import HELP, AnswerStreamer, Conversation
 from sft_lightning.models.generation.generate import GenerationConfig

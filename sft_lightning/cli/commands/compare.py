@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from sft_lightning.cli.app import quiet_libraries
 from sft_lightning.cli.parsing import CommandParser
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.comparison.modes import DecodingOptions, decoding_configs, parse_modes
 from sft_lightning.comparison.page import render_page
 from sft_lightning.comparison.prompts import ComparisonPrompt, builtin_prompts, read_prompts

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.parsing import CommandParser
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.merging.base import read_manifest

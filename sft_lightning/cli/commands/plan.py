@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from jsonargparse import ArgumentParser
 
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError

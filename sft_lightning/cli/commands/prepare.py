@@ -9,7 +9,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.views.report_table import report_tables

@@ -11,7 +11,8 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.text import Text
 
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.formats.registry import Malformed
 from sft_lightning.data.sources.source import SourceConfig, read_records

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from sft_lightning.cli.app import SFTCommandLine, quiet_libraries
+from sft_lightning.cli.app import SFTCommandLine
+from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.errors import UserError
 from sft_lightning.selftest.run_checks import run_checks
 
