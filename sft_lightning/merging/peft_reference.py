@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sft_lightning.compat.transformers import untie_head
 from sft_lightning.merging.base import MergePlan, grow_embeddings
 from sft_lightning.merging.quantized import QuantizedBase
 from sft_lightning.models.adapters.folder import read_config
@@ -119,7 +120,4 @@ def _untie_if_adapted(model: PreTrainedModel, adapter: Path) -> None:
     matched = isinstance(targets, str) and any(end in targets for end in ends)
     if not matched and not ends & {name.rsplit(".", 1)[-1] for name in listed}:
         return
-    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for part in (model.config, model.config.get_text_config()):
-        part.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+    untie_head(model)

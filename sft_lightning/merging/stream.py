@@ -6,13 +6,11 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
+from sft_lightning.compat.transformers import tensor_renamings
 from sft_lightning.errors import UserError
 from sft_lightning.merging.base import MergePlan, grown
 from sft_lightning.merging.layers import LayerMerger, empty_model, tied_names, why_whole
@@ -71,7 +69,7 @@ class _Stream:
         model = empty_model(plan.config, vocab_size=plan.vocab_sizes[0], trust_remote_code=plan.trust_remote_code)
         self._prefix = f"{model.base_model_prefix}."
         self._known = set(model.state_dict())
-        self._renamings = _renamings(model)
+        self._renamings = tensor_renamings(model)
         self._ties = {name: group for group in tied_names(model) for name in group}
         self._embeddings = _embedding_parameters(model)
         self._keys = {name: key for key in tensor_names(plan.folder) if (name := self._name_of(key)) is not None}
@@ -93,7 +91,7 @@ class _Stream:
         """Return what the model calls a tensor of a file; files made from the bare decoder leave the prefix out."""
         renamed = key
         for renaming in self._renamings:
-            renamed = renaming.rename_source_key(renamed)[0]
+            renamed = renaming(renamed)
         return next((name for name in (key, renamed, self._prefix + key) if name in self._known), None)
 
     def write(self, folder: Path) -> Merged:
@@ -153,11 +151,6 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype, merged: Merged
     if dtype == torch.float16 and not bool(rounded.isfinite().all()) and bool(tensor.isfinite().all()):
         raise UserError(f"merge --dtype: float16 cannot hold the values of {name}; choose bfloat16 or float32")
     return rounded
-
-
-def _renamings(model: PreTrainedModel) -> list[Any]:
-    """Return transformers' rules for files whose names differ from the model's, where the tensors do not (GPT-NeoX)."""
-    return [rule for rule in get_model_conversion_mapping(model) if type(rule) is WeightRenaming]
 
 
 def _embedding_parameters(model: PreTrainedModel) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.transformers import attention_of
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import rounding_each_token_alone
 from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
@@ -134,7 +135,7 @@ def describe_leak(model: torch.nn.Module, found: Isolation) -> str:
 def _way_out(model: torch.nn.Module) -> str:
     """Say what to set; another attention helps only where the user chose one, and where there is any."""
     config = getattr(model, "config", None)
-    chosen = getattr(config, "_attn_implementation", None)
+    chosen = None if config is None else attention_of(config)
     ways = ["set data.packing: none", "or data.packing: auto, which packs only where this is proven"]
     if chosen in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
         ways.append("or model.attn_implementation: auto, our attention that keeps documents apart, if the model has it")
@@ -145,7 +146,7 @@ def _kind(model: torch.nn.Module) -> str:
     if not isinstance(model, PreTrainedModel | PeftModel):
         return type(model).__name__
     config = base_model(model).config
-    return f"{config.model_type}, attention {config._attn_implementation}"
+    return f"{config.model_type}, attention {attention_of(config)}"
 
 
 def _length_before(model: torch.nn.Module, max_length: int) -> int:

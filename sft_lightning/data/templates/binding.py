@@ -10,8 +10,8 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from sft_lightning.compat.transformers import compile_chat_template
 from sft_lightning.data.templates.jinja import JinjaTemplate, jinja_template
 from sft_lightning.data.templates.named import NamedTemplate, named_template
 from sft_lightning.data.templates.template import SpecialTokens, Template
@@ -154,7 +154,7 @@ def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> ApplyTemplate:
 def _compile(name: str, tokenizer: PreTrainedTokenizerFast, tools: Sequence[Mapping[str, Any]]) -> Any:
     """Compile the chat template; a tokenizer may have another one for conversations with tools."""
     try:
-        return _compile_jinja_template(tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
+        return compile_chat_template(tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
     except TemplateSyntaxError as error:
         raise UserError(f"data.template: {name}, line {error.lineno} of the template: {error.message}") from error
     except ValueError as error:

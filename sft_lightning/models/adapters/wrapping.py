@@ -106,7 +106,7 @@ def _start_at_quantization_error(wrapped: PeftModel) -> None:
     if not getattr(base, "is_loaded_in_4bit", False):
         raise UserError("model.adapter.init: 'loftq' makes up for a 4-bit base; set model.quantization: {bits: 4}")
     _check_cuda_for_loftq()
-    source = str(cast("PreTrainedModel", base).config._name_or_path)
+    source = str(cast("PreTrainedModel", base).config.name_or_path)
     try:
         replace_lora_weights_loftq(wrapped, model_path=source if Path(source).is_dir() else None)
     except (OSError, ValueError) as error:

@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask
 
+from sft_lightning.compat.transformers import attention_of, calls_registered_attention, set_attention
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.inspection import base_model
 
@@ -45,8 +44,8 @@ def choose_attention(requested: str, config: PretrainedConfig) -> str:
     """
     if requested != "auto":
         return requested
-    family: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return PACKED if family is None or family._supports_attention_backend else "eager"
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return PACKED if family is None or calls_registered_attention(family) else "eager"
 
 
 def keep_documents_apart(model: PreTrainedModel | PeftModel) -> bool:
@@ -60,9 +59,9 @@ def keep_documents_apart(model: PreTrainedModel | PeftModel) -> bool:
     """
     base = base_model(model)
     config = base.config
-    if config._attn_implementation not in ("eager", MASKED) or base._supports_attention_backend or not _attends(base):
+    if attention_of(config) not in ("eager", MASKED) or calls_registered_attention(base) or not _attends(base):
         return False
-    config._attn_implementation = MASKED
+    set_attention(config, MASKED)
     for module in {id(each): each for each in (model, base.base_model)}.values():
         module.register_forward_pre_hook(_note_documents, with_kwargs=True)
         module.register_forward_hook(_forget_documents, with_kwargs=True, always_call=True)
@@ -84,7 +83,9 @@ def document_mask(
     Returns:
         (B, 1, S, kv_length).
     """
-    mask = eager_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, dtype=dtype, **options)
+    mask: torch.Tensor = AttentionMaskInterface()["eager"](
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, dtype=dtype, **options
+    )
     lengths = _document_lengths.get()
     if lengths is None or q_length != kv_length:
         return mask
@@ -109,5 +110,5 @@ def _forget_documents(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
 
 
 # A model that reads its attention from the registry after all gets the one that heeds any mask.
-AttentionInterface.register(MASKED, sdpa_attention_forward)
+AttentionInterface.register(MASKED, AttentionInterface()["sdpa"])
 AttentionMaskInterface.register(MASKED, document_mask)

@@ -7,14 +7,15 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from sft_lightning.compat.transformers import stores_other_tensors
 from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.attention.document_mask import choose_attention
 from sft_lightning.models.base.overrides import ConfigOverrides
@@ -99,9 +100,7 @@ def copies_weights(
         return True
     with clear_load_errors(*_MODEL, name_or_path, _MODEL_FILES):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-    return (
-        bool(config.dtype != getattr(torch, dtype)) or get_checkpoint_conversion_mapping(config.model_type) is not None
-    )
+    return bool(config.dtype != getattr(torch, dtype)) or stores_other_tensors(config.model_type)
 
 
 def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig:
@@ -120,8 +119,8 @@ def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig
 
 def _check_causal(key: str, config: PretrainedConfig) -> None:
     """Check that each token of a model sees only those before it, and that all text goes in on one side."""
-    looks_ahead = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
-    known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
     if config.is_encoder_decoder:
         kind = "an encoder-decoder"
     elif looks_ahead:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
-from transformers.integrations.bitsandbytes import Bnb4bitQuantize
-from transformers.models.falcon import modeling_falcon
 
+from sft_lightning.compat.transformers import plain_falcon_layers, quantizing_on
 from sft_lightning.errors import UserError
 from sft_lightning.models.inspection import bypassed_modules
 
@@ -98,7 +97,8 @@ def load_quantized(
     stored = quantization.to_transformers(dtype, unquantized=bypassed_modules(config))
     if on_host:
         options["device_map"] = {"": "cpu"}
-    with _plain_linear_layers(), _quantized_by(_fastest_device()):
+    falcon = plain_falcon_layers() if config.model_type == "falcon" else nullcontext()
+    with falcon, quantizing_on(_fastest_device()):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name_or_path, config=config, dtype=dtype, quantization_config=stored, **options
         )
@@ -115,36 +115,6 @@ def load_quantized(
 
 def _fastest_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-@contextmanager
-def _quantized_by(device: torch.device) -> Iterator[None]:
-    """Quantize each weight on a device, wherever it is to stay: a CPU takes minutes for what a GPU does in seconds."""
-    operation: Any = Bnb4bitQuantize
-    own = operation.convert
-
-    def convert(self: Any, weights: dict[str, Any], **rest: Any) -> dict[str, torch.Tensor]:
-        [(name, found)] = weights.items()
-        weight: torch.Tensor = found[0] if isinstance(found, list) else found
-        quantized = own(self, {name: weight.to(device)}, **rest)
-        return {key: value.to(weight.device) for key, value in quantized.items()}
-
-    operation.convert = convert
-    try:
-        yield
-    finally:
-        operation.convert = own
-
-
-@contextmanager
-def _plain_linear_layers() -> Iterator[None]:
-    """Build Falcon of plain linear layers: its own kind is one in all but its type, which transformers goes by."""
-    own: Any = modeling_falcon.FalconLinear
-    modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[misc, assignment]
-    try:
-        yield
-    finally:
-        modeling_falcon.FalconLinear = own  # type: ignore[misc]
 
 
 def _keep_weights(model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig as TransformersGenerationConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
+from sft_lightning.compat.transformers import attention_of
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.contrastive import contrastive_search
 from sft_lightning.models.generation.diverse_beam import diverse_beam_search
@@ -287,7 +288,7 @@ def _serving(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     base = base_model(model)
     config: Any = base.config.get_text_config()
     routers = getattr(config, "output_router_logits", False)
-    implementation, defaults = base.config._attn_implementation, base.generation_config
+    implementation, defaults = attention_of(base.config), base.generation_config
     base.generation_config = TransformersGenerationConfig()
     if implementation == "packed":
         base.set_attn_implementation("sdpa")

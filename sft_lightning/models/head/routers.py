@@ -7,7 +7,6 @@ tokens of documents only: padding all looks the same, and would count as one ove
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.transformers import balancing_loss_of
 from sft_lightning.models.inspection import base_model
 from sft_lightning.types import IGNORE_INDEX
 
@@ -51,8 +51,7 @@ def find_router_loss(model: PreTrainedModel | PeftModel) -> RouterLoss | None:
         return None  # its virtual tokens go through the routers too
     base: Any = base_model(model)
     config = base.config.get_text_config()
-    modules = [sys.modules[each.__module__] for each in type(base).__mro__]  # FSDP2 derives a class of its own
-    balance = next((f for each in modules if (f := getattr(each, "load_balancing_loss_func", None))), None)
+    balance = balancing_loss_of(base)
     num_experts, top_k = (getattr(base, name, None) for name in ("num_experts", "num_experts_per_tok"))
     if not getattr(config, "output_router_logits", False) or None in (balance, num_experts, top_k):
         return None

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
+from sft_lightning.compat.transformers import attention_of
 from sft_lightning.data.pairs.collate import PairBatch
 from sft_lightning.data.pairs.datamodule import PairDataModule, PairPart
 from sft_lightning.errors import UserError
@@ -113,8 +114,8 @@ class DPOModule(CausalLMModule):
         model, config = self.language_model, self.base_model.config
         if not self.preference.share_prompts:
             return "as model.preference.share_prompts says"
-        if config._attn_implementation != PACKED:
-            return f"the model's attention is {config._attn_implementation}, which cannot keep the two apart"
+        if attention_of(config) != PACKED:
+            return f"the model's attention is {attention_of(config)}, which cannot keep the two apart"
         if self.embedding_noise is not None:
             return "model.neftune_alpha has noise for each conversation"
         if getattr(config.get_text_config(), "output_router_logits", False):

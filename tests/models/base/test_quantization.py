@@ -116,7 +116,7 @@ def test_falcon_keeps_its_own_layers_where_nothing_is_quantized(tmp_path: Path) 
 def test_a_family_that_transformers_does_not_quantize_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sft_lightning.models.base.quantization._plain_linear_layers", nullcontext)
+    monkeypatch.setattr("sft_lightning.models.base.quantization.plain_falcon_layers", nullcontext)
     saved("falcon", tmp_path)
     with pytest.raises(UserError, match=r"model.quantization: nothing in this falcon model .*FalconLinear"):
         load_quantized(str(tmp_path), QuantizationConfig(), dtype=torch.float32)

@@ -1,0 +1,5 @@
+"""The one place that touches what other libraries do not document: private names, patches, wording of messages.
+
+Each function names what it touches (`names.uses`): a release without it disables one feature, with a message.
+`docs/compatibility.md` lists them all. Nothing here imports its library before it is needed.
+"""
