@@ -28,6 +28,7 @@ from torch.nn.functional import cross_entropy
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.inspection import base_model
 from sft_lightning.training.module import CausalLMModule
@@ -168,13 +169,15 @@ def measure(split: Split, model: Path) -> Measured:
 
 def _data(packing: str, model: Path, batch_size: int = 1) -> SFTDataModule:
     return SFTDataModule(
-        sources={"toy": SourceConfig(path=str(model / "records.json"))},
-        template="alpaca",
-        max_length=_MAX_LENGTH[packing],
-        packing=packing,  # type: ignore[arg-type]
-        batch_size=batch_size,
-        tokenizer_name_or_path=str(model),
-        store_dir=str(model / "stores"),
+        DataSpec(
+            sources={"toy": SourceConfig(path=str(model / "records.json"))},
+            template="alpaca",
+            max_length=_MAX_LENGTH[packing],
+            packing=packing,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            tokenizer_name_or_path=str(model),
+            store_dir=str(model / "stores"),
+        )
     )
 
 

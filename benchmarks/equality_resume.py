@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.training.module import CausalLMModule
@@ -132,11 +133,11 @@ def train(run: Run, model: Path) -> None:
     seed_everything(0, verbose=False)
     folder = run.folder(model)
     source = SourceConfig(path=str(model / "records.json"), streaming=run.streams)
-    data = SFTDataModule(
+    data = SFTDataModule(DataSpec(
         sources={"toy": source}, val_sources={"held": SourceConfig(path=str(model / "records.json"), max_examples=3)},
         template="alpaca", max_length=250, packing="none",
         tokenizer_name_or_path=str(model), store_dir=str(model / "stores"),
-    )  # fmt: skip
+    ))  # fmt: skip
     adapter = None if run.mode == "full" else AdapterConfig(r=4, dropout=0.3 if run.dropout else 0.0)
     bits: dict[str, Literal[4, 8]] = {"qlora": 4, "int8": 8}
     module = CausalLMModule(

@@ -26,6 +26,7 @@ from peft import PeftModel
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter
@@ -84,12 +85,14 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
     """
     torch.manual_seed(0)
     data = SFTDataModule(
-        sources={"toy": SourceConfig(path=str(model / "records.json"))},
-        template="alpaca",
-        max_length=_MAX_LENGTH,
-        packing="auto",
-        tokenizer_name_or_path=str(model),
-        store_dir=str(folder / "stores"),
+        DataSpec(
+            sources={"toy": SourceConfig(path=str(model / "records.json"))},
+            template="alpaca",
+            max_length=_MAX_LENGTH,
+            packing="auto",
+            tokenizer_name_or_path=str(model),
+            store_dir=str(folder / "stores"),
+        )
     )
     module = _Watched(
         model_name_or_path=str(model),

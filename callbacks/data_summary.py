@@ -32,7 +32,7 @@ class DataSummary(Callback):
         self._show_example(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if datamodule_of(trainer).streams:  # what they hold is known only now
+        if datamodule_of(trainer).spec.streams:  # what they hold is known only now
             self._report(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,7 +73,7 @@ class DataSummary(Callback):
 
 def _first_example(data: SFTDataModule) -> list[ShownToken]:
     """Return the tokens of the example that training begins with; none of streamed data."""
-    if data.streams:
+    if data.spec.streams:
         return []
     first = data.plan(0).row(0)[0].tolist()
     return show_tokens(data.planner.corpora.example(*first), data.tokenizer)

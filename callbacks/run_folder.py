@@ -39,7 +39,7 @@ def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:
         "sft_lightning": __version__,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lightning")},
         "base": module.model_name_or_path,
-        "task": datamodule.task,
+        "task": datamodule.spec.task,
         "template": datamodule.template.name,
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
         "optimizer_steps": trainer.global_step,

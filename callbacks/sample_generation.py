@@ -96,7 +96,7 @@ class SampleGeneration(Callback):
         datamodule = datamodule_of(trainer)
         if self.prompts is None:
             return datamodule.sample_prompts(self.num_prompts)
-        role = "text" if datamodule.task == "pretrain" else "user"
+        role = "text" if datamodule.spec.task == "pretrain" else "user"
         turns = [[Message(role, prompt)] for prompt in self.prompts]  # type: ignore[arg-type]
         return [{"prompt": datamodule.template.generation_prompt(turn)} for turn in turns]
 

@@ -39,7 +39,7 @@ class Throughput(Callback):
             peak = peak_tflops(name)
             if peak is None:
                 rank_zero_info(f"throughput/mfu: not logged, because the peak of {name} is not known here")
-            elif not datamodule_of(trainer).streams and not _has_experts(pl_module.base_model.config):
+            elif not datamodule_of(trainer).spec.streams and not _has_experts(pl_module.base_model.config):
                 self._flops_per_second = peak * 1e12
                 self._flops_per_token = flops_per_token(trainer, pl_module)
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import docstring_parser
 
-from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.pairs.spec import PairDataSpec
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference.module import DPOModule
 
@@ -62,9 +62,13 @@ def keys_of(owner: type, prefix: str) -> Iterator[Key]:
 
 
 def _meanings(owner: type) -> Mapping[str, str]:
-    """Return what the docstrings of a class say of its arguments, those of attributes too."""
-    parsed = docstring_parser.parse_from_object(owner)
-    return {each.arg_name: " ".join((each.description or "").split()) for each in parsed.params}
+    """Return what the docstrings of a class and its bases say about arguments and attributes."""
+    parsed = [
+        docstring_parser.parse_from_object(each)
+        for each in reversed(owner.__mro__)
+        if each.__module__.startswith("sft_lightning")
+    ]
+    return {each.arg_name: " ".join((each.description or "").split()) for doc in parsed for each in doc.params}
 
 
 def _without_none(hint: Any) -> Any:
@@ -127,8 +131,7 @@ def _table(keys: Iterator[Key]) -> str:
 
 def _only_in(preference: type, owner: type, prefix: str) -> Iterator[Key]:
     known = {key.name for key in keys_of(owner, prefix)}
-    own = inspect.signature(preference.__init__).parameters
-    return (key for key in keys_of(preference, prefix) if key.name not in known and key.name.split(".")[1] in own)
+    return (key for key in keys_of(preference, prefix) if key.name not in known)
 
 
 def page() -> str:
@@ -136,13 +139,13 @@ def page() -> str:
     parts = [
         _INTRODUCTION,
         f"## model\n\n{_table(keys_of(CausalLMModule, 'model'))}",
-        f"## data\n\n{_table(keys_of(SFTDataModule, 'data'))}",
+        f"## data\n\n{_table(keys_of(DataSpec, 'data'))}",
         "## With `task: dpo`\n\nThe keys above, and:\n\n"
         + _table(
             each
             for preference, owner, prefix in (
                 (DPOModule, CausalLMModule, "model"),
-                (PairDataModule, SFTDataModule, "data"),
+                (PairDataSpec, DataSpec, "data"),
             )
             for each in _only_in(preference, owner, prefix)
         ),

@@ -19,6 +19,7 @@ LAYERS = (
     ("sft_lightning.data.templates",),
     ("sft_lightning.data.tokens",),
     ("sft_lightning.data.plan",),
+    ("sft_lightning.data.spec",),
     ("sft_lightning.data.batches",),
     ("sft_lightning.models.inspection", "sft_lightning.models.probing", "sft_lightning.models.checkpointing"),
     ("sft_lightning.models.attention", "sft_lightning.models.head", "sft_lightning.models.neftune"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse.typing import class_from_function
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,8 +22,8 @@ from sft_lightning.cli.defaults import (
     with_default_callbacks,
 )
 from sft_lightning.cli.parsing import CommandParser, clear_message, known_keys
-from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.datamodule import SFTDataModule, data_from_keys
+from sft_lightning.data.pairs.datamodule import pair_data_from_keys
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.names import check_name, register_strategies
@@ -54,7 +55,7 @@ class SFTCommandLine(LightningCLI):
         is_preference = value_of(args, "task") == "dpo"  # decides which keys there are: known before parsing
         super().__init__(
             DPOModule if is_preference else CausalLMModule,
-            PairDataModule if is_preference else SFTDataModule,
+            class_from_function(pair_data_from_keys if is_preference else data_from_keys),
             args=[command, *args] if run else args,
             run=run,
             seed_everything_default=0,
@@ -129,7 +130,7 @@ class SFTCommandLine(LightningCLI):
             raise TypeError(f"expected an SFTDataModule, found a {type(data).__name__}")
         trainer = self._get(self.config_init, "trainer")
         data.topology = Topology(
-            batch_size=data.batch_size,
+            batch_size=data.spec.batch_size,
             accumulate=trainer["accumulate_grad_batches"],
             world_size=_num_devices(trainer["devices"]) * trainer["num_nodes"],
         )

@@ -73,12 +73,12 @@ def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
         module,
         build_skeleton(module, len(data.tokenizer), inputs.precision),
         precision=inputs.precision,
-        max_length=data.max_length,
+        max_length=data.spec.max_length,
         accumulates=topology.accumulate > 1,
     )
     setup = Setup(
-        batch_size=data.batch_size,
-        max_length=data.max_length,
+        batch_size=data.spec.batch_size,
+        max_length=data.spec.max_length,
         checkpointing=module.gradient_checkpointing is True,
         bits=None if module.quantization is None else module.quantization.bits,
         sharding=sharding_of(inputs.strategy, topology.world_size),
@@ -93,7 +93,7 @@ def _data_lines(inputs: PlanInputs) -> Iterator[str]:
     train = [source for name, source in report.sources.items() if name.startswith("train/")]
     supervised, tokens = sum(s.supervised_tokens for s in train), sum(s.tokens for s in train)
     dropped = sum(sum(source.dropped.values()) for source in train)
-    pairs = f" {sum(source.examples for source in train):,} pairs in" if data.task == "dpo" else ""
+    pairs = f" {sum(source.examples for source in train):,} pairs in" if data.spec.task == "dpo" else ""
     epoch_tokens = int(data.plan(0).rows.lengths.sum())
     yield (
         f"data:{pairs} {report.rows:,} rows of {report.max_length:,} tokens, {report.fill:.1%} full; "

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.pairs.spec import PairDataSpec
+from sft_lightning.data.plan.blending import BlendConfig
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.errors import UserError
@@ -55,11 +56,12 @@ def small_data(origin: SFTDataModule, folder: Path, *, max_row_length: int) -> S
     Raises:
         UserError: If there is no source, or no example in its first records.
     """
-    if not origin.sources:
+    named = origin.spec.sources_of("train")
+    if not named:
         raise UserError("data.sources: no source given, so there is nothing to test on")
-    each = max(1, _EXAMPLES_WANTED // len(origin.sources))
-    sources = {name: _first_records(origin, name, config, each, folder) for name, config in origin.sources.items()}
-    limit = min(max_row_length, origin.max_length)
+    each = max(1, _EXAMPLES_WANTED // len(named))
+    sources = {name: _first_records(origin, name, config, each, folder) for name, config in named.items()}
+    limit = min(max_row_length, origin.spec.max_length)
     probe = _data_module(origin, sources, limit, folder, 1, "none")
     probe.setup("fit")
     lengths = probe.plan(0).rows.lengths
@@ -90,24 +92,26 @@ def _data_module(
     batch_size: int,
     packing: Packing,
 ) -> SFTDataModule:
-    own: dict[str, Any] = {}
-    if isinstance(origin, PairDataModule):
-        own = {"pair_history": origin.pair_history, "max_prompt_length": max(1, row_length // 4)}
-    return type(origin)(
+    pair_keys: dict[str, Any] = (
+        {"max_prompt_length": max(1, row_length // 4)} if isinstance(origin.spec, PairDataSpec) else {}
+    )
+    spec = replace(
+        origin.spec,
         sources=dict(sources),
-        template=origin.template_setting,
-        loss_on=origin.loss_on,
+        val_sources=None,
+        val_fraction=0.0,
+        test_sources=None,
+        predict_sources=None,
+        blend=BlendConfig(),
+        data_split=None,
+        data_split_part=0,
+        compat=None,
         max_length=row_length,
+        min_length=0,
         overlong="truncate",
-        malformed=origin.malformed,
         packing=packing,
         batch_size=batch_size,
         store_dir=str(folder / "stores"),
-        task=origin.task,
-        tokenizer_name_or_path=origin.tokenizer_name_or_path,
-        add_tokens=origin.add_tokens,
-        add_special_tokens=origin.add_special_tokens,
-        trust_remote_code=origin.trust_remote_code,
-        seed=origin.seed,
-        **own,
+        **pair_keys,
     )
+    return type(origin)(spec)

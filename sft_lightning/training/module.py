@@ -227,7 +227,7 @@ class CausalLMModule(LightningModule):
                 self.language_model,
                 len(data.tokenizer),
                 computing_device(self.language_model),  # DeepSpeed moves the model only later
-                max_length=data.max_length,
+                max_length=data.spec.max_length,
                 rope_scaling=self.overrides.rope_scaling,
             )
             rank_zero_info(f"packing: {packing} (auto: {reason})")
@@ -240,7 +240,7 @@ class CausalLMModule(LightningModule):
         decision = decide_checkpointing(
             self.gradient_checkpointing,
             self.base_model.config,
-            tokens=self._data.batch_size * self._data.max_length,
+            tokens=self._data.spec.batch_size * self._data.spec.max_length,
             bytes_per_value=getattr(torch, self.model_dtype).itemsize,
             free_gib=free_memory_gib(self.device),
         )
@@ -255,8 +255,10 @@ class CausalLMModule(LightningModule):
     def _prove_packing(self) -> None:
         data = self._data
         if self.overrides.rope_scaling is not None:
-            check_packing(self.base_model.config, self.overrides.rope_scaling, data.max_length)
-        difference = prove_isolation(self.language_model, len(data.tokenizer), self.device, max_length=data.max_length)
+            check_packing(self.base_model.config, self.overrides.rope_scaling, data.spec.max_length)
+        difference = prove_isolation(
+            self.language_model, len(data.tokenizer), self.device, max_length=data.spec.max_length
+        )
         rank_zero_info(f"packing isolation: proven on this model; packed = separate logits to {difference:.1e}")
 
     def forward(self, batch: Batch) -> LossSums:

@@ -11,13 +11,14 @@ from lightning.pytorch import LightningModule, Trainer
 from callbacks import DataSummary
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.report import DataReport, SourceReport
+from sft_lightning.data.spec import DataSpec
 
 MODULE = cast(LightningModule, None)  # not looked at
 
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Any:
-    data = SFTDataModule()
+    data = SFTDataModule(DataSpec())
     source = SourceReport("train", "alpaca", records=3, examples=2, tokens=20, supervised_tokens=10)
     source.dropped["overlong"], source.dropped_at["overlong"] = 1, ["data/[x].json, record 1"]
     data.report = DataReport({"train/toy": source}, max_length=10, rows=2, optimizer_steps=1, fill=1.0)

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from sft_lightning.cli.commands.run import fit
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.errors import UserError
 from sft_lightning.models import isolation
 from sft_lightning.training.module import CausalLMModule
@@ -27,12 +28,14 @@ def make(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Make:
     def build(**changes: Any) -> tuple[Trainer, CausalLMModule, SFTDataModule]:
         torch.manual_seed(0)
         data = SFTDataModule(
-            sources={"toy": SourceConfig(path=str(alpaca_file))},
-            template="alpaca",
-            max_length=200,
-            tokenizer_name_or_path=str(model_dir),
-            packing=changes.pop("packing", "auto"),
-            store_dir=str(tmp_path / "stores"),
+            DataSpec(
+                sources={"toy": SourceConfig(path=str(alpaca_file))},
+                template="alpaca",
+                max_length=200,
+                tokenizer_name_or_path=str(model_dir),
+                packing=changes.pop("packing", "auto"),
+                store_dir=str(tmp_path / "stores"),
+            )
         )
         options: dict[str, Any] = {"model_name_or_path": str(model_dir), "dtype": "float32"}
         module = CausalLMModule(

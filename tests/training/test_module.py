@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sft_lightning.__main__ import main
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.training.module import CausalLMModule
@@ -40,14 +41,16 @@ def train(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable[..., t
     ) -> tuple[list[Grads], CausalLMModule]:
         torch.manual_seed(0)
         datamodule = SFTDataModule(
-            sources={"toy": SourceConfig(path=str(alpaca_file))},
-            **{
-                "template": "alpaca",
-                "max_length": 200,
-                "tokenizer_name_or_path": str(model_dir),
-                "batch_size": batch_size,
-                **(data or {}),
-            },
+            DataSpec(
+                sources={"toy": SourceConfig(path=str(alpaca_file))},
+                **{
+                    "template": "alpaca",
+                    "max_length": 200,
+                    "tokenizer_name_or_path": str(model_dir),
+                    "batch_size": batch_size,
+                    **(data or {}),
+                },
+            )
         )
         options: dict[str, Any] = {
             "model_name_or_path": str(model_dir),

@@ -49,7 +49,7 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
         raise UserError(f"--mfu: must be above 0 and at most 1 (got {config['mfu']})")
     if given is not None:
         accumulate = data.topology.accumulate
-        data.topology = Topology(batch_size=data.batch_size, accumulate=accumulate, world_size=given)
+        data.topology = Topology(batch_size=data.spec.batch_size, accumulate=accumulate, world_size=given)
     strategy = config["trainer"]["strategy"]  # as it was written, not what was made of it
     check_as_fit(module, sharding_of(strategy, data.topology.world_size))
     return PlanInputs(
@@ -73,9 +73,9 @@ def _add_options(parser: ArgumentParser) -> None:
 
 
 def _read(data: SFTDataModule) -> None:
-    if not data.sources:
+    if not data.spec.sources:
         raise UserError("data.sources: no source given, so there is nothing to plan")
-    if data.streams:
+    if data.spec.streams:
         raise UserError("data.sources: streamed sources are planned while training; leave out `streaming` to plan")
     data.prepare()
 

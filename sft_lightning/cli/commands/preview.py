@@ -56,18 +56,18 @@ def preview(data: SFTDataModule, *, num: int, html: str | None = None) -> None:
     """
     if num < 1:
         raise UserError(f"--num: must be at least 1 (got {num})")
-    if not data.sources:
+    if not data.spec.sources:
         raise UserError("data.sources: no source given, so there is nothing to show")
     page = PreviewPage(
         template=data.template.name,
         stop=data.template.stop,
-        loss_on=data.loss_on,
-        max_length=data.max_length,
+        loss_on=data.spec.loss_on,
+        max_length=data.spec.max_length,
         # With concat no example is too long by itself; of a pair both conversations count together.
-        overlong=None if data.limits.packing == "concat" or data.task == "dpo" else data.limits.overlong,
+        overlong=None if data.spec.packing == "concat" or data.spec.task == "dpo" else data.spec.overlong,
         sources=[
             _show_source(data, split, name, config, num)
-            for split, sources in (("train", data.sources), ("val", data.val_sources))
+            for split, sources in (("train", data.spec.sources_of("train")), ("val", data.spec.sources_of("val")))
             for name, config in sources.items()
         ],
     )

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from sft_lightning.data.plan.blending import BlendConfig, BlendUnit
 from sft_lightning.data.plan.split_examples import Corpus, LengthLimits, make_corpus
-from sft_lightning.data.plan.split_reader import Split
 from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
 from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.data.tokens.examples import ExampleBuilder, RecordLog, marks_of
@@ -166,47 +165,6 @@ def shares(sources: Sequence[SourceConfig], blend: BlendConfig) -> list[float]:
 def share_unit(blend: BlendConfig) -> BlendUnit:
     """Return what the shares of streams are counted in; passes are no share, so there it is tokens."""
     return "tokens" if blend.by == "epochs" else blend.by
-
-
-def check_streamed(
-    sources: Mapping[str, SourceConfig],
-    other: Mapping[Split, Mapping[str, SourceConfig]],
-    *,
-    val_fraction: float,
-    data_split: str | None,
-) -> bool:
-    """Return whether the training sources are streamed; if one is, all are.
-
-    Args:
-        sources: Training sources.
-        other: Sources of the other splits.
-        val_fraction: `data.val_fraction`.
-        data_split: `data.data_split`.
-
-    Raises:
-        UserError: If something else is streamed, or asked for that needs the number of records.
-    """
-    for split, others in other.items():
-        for name, config in others.items():
-            if config.streaming:
-                raise UserError(
-                    f"data.{split}_sources.{name}.streaming: true, but only training sources are streamed; leave it "
-                    "out, and bound the source with max_examples if it is large"
-                )
-    streamed = [name for name, config in sources.items() if config.streaming]
-    if not streamed:
-        return False
-    because = f"does not go with data.sources.{streamed[0]}.streaming, whose number of records is not known"
-    if val_fraction:
-        raise UserError(f"data.val_fraction: {val_fraction} {because}; use data.val_sources instead")
-    if data_split is not None:
-        raise UserError(f"data.data_split: {data_split!r} {because}; divide the files instead")
-    for name, config in sources.items():
-        if config.max_epochs != 1.0:
-            raise UserError(
-                f"data.sources.{name}.max_epochs: {config.max_epochs} {because}; trainer.max_steps ends the run"
-            )
-    return True
 
 
 def describe_streamed(sources: Mapping[str, SourceConfig], blend: BlendConfig) -> str:

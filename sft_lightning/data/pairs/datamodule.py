@@ -14,13 +14,13 @@ import xxhash
 from sft_lightning.data.batches.loader import Collate, EvaluationLoader
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.collate import PairBatch, collate_pairs
-from sft_lightning.data.pairs.examples import PairBuilder, PairHistory
+from sft_lightning.data.pairs.examples import PairBuilder
 from sft_lightning.data.pairs.reader import PairReader
-from sft_lightning.data.pairs.store import PairExample, Shortening
+from sft_lightning.data.pairs.spec import PairDataSpec
+from sft_lightning.data.pairs.store import PairExample
 from sft_lightning.data.plan.epoch_plan import EpochPlan
 from sft_lightning.data.plan.split_examples import Corpus
 from sft_lightning.data.plan.split_reader import Split
-from sft_lightning.errors import UserError
 from sft_lightning.types import TokenizedExample
 
 
@@ -43,61 +43,16 @@ class PairPart:
 class PairDataModule(SFTDataModule):
     """The data of a preference run: `task: dpo`.
 
-    An example is a pair here: `max_length`, packing, blends and reports count both of its conversations together, which
-    share a row. With `packing: none` each has a row of its own in the same micro-batch.
-
     Args:
-        max_prompt_length: With `overlong: truncate`, tokens at the end of a prompt that are kept in any case. A pair is
-            then shortened, as by Firefly, until each answer with its prompt has at most half of `data.max_length`.
-        pair_history: What a rejected answer stands after: `own` (its conversation must have the chosen one's prompt) or
-            `chosen` (the chosen one's earlier turns, whatever its own are; as by Firefly).
-
-    Raises:
-        UserError: If a key does not go with pairs.
+        spec: The YAML's keys under `data`.
     """
 
-    def __init__(self, max_prompt_length: int | None = None, pair_history: PairHistory = "own", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.task = "dpo"
-        self.pair_history: PairHistory = pair_history
-        self._check_keys()
-        self.shortening = self._shortening(max_prompt_length)
-        """How long pairs are shortened; `None`: not at all."""
+    spec: PairDataSpec
+
+    def __init__(self, spec: PairDataSpec) -> None:
+        super().__init__(spec)
         self.shares_prompts = False
         """Whether batches have the prompt of a pair once for both of its answers; for the model to say."""
-
-    def _check_keys(self) -> None:
-        if self.loss_on == "all":
-            raise UserError("data.loss_on: all, but task: dpo compares answers; use assistant or last_turn")
-        if self.limits.packing == "concat":
-            raise UserError("data.packing: concat cuts examples, but a pair is compared whole; use best_fit or none")
-        if self.streams:
-            raise UserError(
-                "data.sources: streamed sources are planned while training, but task: dpo needs its pairs ahead; leave "
-                "out `streaming`"
-            )
-
-    def _shortening(self, max_prompt_length: int | None) -> Shortening | None:
-        truncates = self.limits.overlong == "truncate"
-        if max_prompt_length is None:
-            if truncates:
-                raise UserError(
-                    "data.overlong: truncate, but of a pair the prompt is cut first, and data.max_prompt_length does "
-                    "not say how much of it to keep; set it, or use drop"
-                )
-            return None
-        if not truncates:
-            raise UserError(
-                f"data.max_prompt_length: {max_prompt_length}, but data.overlong: {self.limits.overlong} cuts nothing; "
-                "set data.overlong: truncate, or leave max_prompt_length out"
-            )
-        share = self.limits.max_length // 2
-        if not 1 <= max_prompt_length < share:
-            raise UserError(
-                f"data.max_prompt_length: must be at least 1 and below {share}, an answer's share of data.max_length "
-                f"(half of {self.limits.max_length}), or nothing is left of long answers (got {max_prompt_length})"
-            )
-        return Shortening(share, max_prompt_length)
 
     @functools.cached_property
     def builder(self) -> PairBuilder:
@@ -105,16 +60,21 @@ class PairDataModule(SFTDataModule):
         return PairBuilder(
             tokenizer=self.tokenizer,
             template=self.template,
-            loss_on=self.loss_on,
-            malformed=self.malformed,
-            history=self.pair_history,
+            loss_on=self.spec.loss_on,
+            malformed=self.spec.malformed,
+            history=self.spec.pair_history,
         )
 
     @functools.cached_property
     def reader(self) -> PairReader:
         """What reads and tokenizes the splits."""
         return PairReader(
-            self.sources, self._other, self._split_options, self.builder, self.limits, self.store_dir, self.shortening
+            self.spec.splits,
+            self.spec.split_options,
+            self.builder,
+            self.spec.limits,
+            self.spec.store_folder,
+            self.spec.shortening,
         )
 
     @property
@@ -138,7 +98,7 @@ class PairDataModule(SFTDataModule):
     @property
     def reference_dir(self) -> Path:
         """Where log-probabilities of a reference model are kept: beside the token stores."""
-        return self.store_dir / "references"
+        return self.spec.store_folder / "references"
 
     def _collate(self, example: Callable[[int, int, int], TokenizedExample]) -> Collate:
         pad_token_id = self.pad_token_id
@@ -166,3 +126,8 @@ def _content(corpus: Corpus) -> str:
     digest = xxhash.xxh3_128(corpus.content.encode())
     digest.update(np.ascontiguousarray(corpus.kept).data)
     return digest.hexdigest()
+
+
+def pair_data_from_keys(**keys: Any) -> PairDataModule:
+    """The data of a preference run: `task: dpo`."""  # heads its keys in the help of the command line
+    return PairDataModule(PairDataSpec(**keys))

@@ -18,8 +18,7 @@ class PairReader(SplitReader):
     """Reads and tokenizes the splits of a preference run.
 
     Args:
-        sources: Training sources.
-        other: Sources of the other splits.
+        sources: Sources of each split; with `val_fraction`, those of training are the validation's too.
         options: How records are divided.
         builder: What makes examples.
         limits: Which lengths of pairs, both examples together, are kept.
@@ -29,15 +28,14 @@ class PairReader(SplitReader):
 
     def __init__(
         self,
-        sources: Sources,
-        other: Mapping[Split, Sources],
+        sources: Mapping[Split, Sources],
         options: SplitOptions,
         builder: PairBuilder,
         limits: LengthLimits,
         store_dir: Path,
         shortening: Shortening | None,
     ) -> None:
-        super().__init__(sources, other, options, builder, limits, store_dir / f"pairs_{builder.history}")
+        super().__init__(sources, options, builder, limits, store_dir / f"pairs_{builder.history}")
         self._shortening = shortening
         self._seen_as_pairs: dict[Path, tuple[Prepared, Prepared]] = {}
 

@@ -59,8 +59,7 @@ class SplitReader:
     """Reads and tokenizes the splits of a run.
 
     Args:
-        sources: Training sources.
-        other: Sources of the other splits.
+        sources: Sources of each split; with `val_fraction`, those of training are the validation's too.
         options: How records are divided.
         builder: What makes examples.
         limits: Which lengths are kept.
@@ -69,8 +68,7 @@ class SplitReader:
 
     def __init__(
         self,
-        sources: Sources,
-        other: Mapping[Split, Sources],
+        sources: Mapping[Split, Sources],
         options: SplitOptions,
         builder: ExampleBuilder,
         limits: LengthLimits,
@@ -81,9 +79,9 @@ class SplitReader:
         self._limits = limits
         self._store_dir = store_dir
         self._prepared: dict[int, Prepared] = {}
-        self._sources: dict[Split, Sources] = {"train": sources, **other}
+        self._sources: dict[Split, Sources] = dict(sources)
         if options.val_fraction:
-            self._sources["val"] = sources
+            self._sources["val"] = sources["train"]
 
     def sources(self, split: Split) -> Sources:
         """Return the sources of a split; those of training are divided with `val_fraction`."""

@@ -31,7 +31,7 @@ def check_masks(data: SFTDataModule, num_records: int) -> Iterator[Check]:
     Raises:
         UserError: If a source cannot be read, or a record is wrong and `data.malformed` is `error`.
     """
-    for sources in (data.sources, data.val_sources):
+    for sources in (data.spec.sources_of("train"), data.spec.sources_of("val")):
         for name, config in sources.items():
             conversations = read_conversations(data, name, config, num_records)
             yield _supervised_text(data, name, conversations)
@@ -108,7 +108,7 @@ def _served_prompts(data: SFTDataModule, name: str, conversations: Sequence[Conv
     try:
         for record, messages in conversations:
             template = data.builder.template_for(messages)
-            check_examples(template, data.tokenizer, encoder, [(record.location, messages)], data.loss_on)
+            check_examples(template, data.tokenizer, encoder, [(record.location, messages)], data.spec.loss_on)
     except UserError as error:
         return Check(f"prompts of {name}", False, str(error))
     figure = f"{len(conversations)} records: stop tokens supervised, prompts served as they are trained"

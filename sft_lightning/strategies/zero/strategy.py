@@ -194,7 +194,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
             lr=defaults.get("lr", 0.0),
             weight_decay=defaults.get("weight_decay", 0.0),
             schedule=module.lr_scheduler.name,
-            batch_size=trainer.datamodule.batch_size,
+            batch_size=trainer.datamodule.spec.batch_size,
             accumulate=trainer.accumulate_grad_batches,
             world_size=trainer.world_size,
             gradient_clip_val=trainer.gradient_clip_val or 0.0,

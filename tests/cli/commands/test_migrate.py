@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
@@ -7,8 +8,7 @@ import pytest
 
 from sft_lightning.__main__ import main
 from sft_lightning.cli.commands.migrate import SYSTEMS
-from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference.module import DPOModule
@@ -34,7 +34,7 @@ def test_an_option_stands_once_and_says_why_it_is_left_out(system: str) -> None:
 def test_every_key_of_the_model_and_the_data_exists(system: str) -> None:
     known = {
         "model": {*signature(CausalLMModule.__init__).parameters, *signature(DPOModule.__init__).parameters},
-        "data": {*signature(SFTDataModule.__init__).parameters, *signature(PairDataModule.__init__).parameters},
+        "data": {field.name for field in fields(PairDataSpec)},
     }
     for option in SYSTEMS[system].options:
         for owner, name, *_ in (key.strip().split(".") for key in option.key.split(",") if "." in key):

@@ -26,6 +26,7 @@ from sft_lightning.data.plan.blending import BlendConfig
 from sft_lightning.data.plan.epoch_plan import EpochPlan, Topology
 from sft_lightning.data.plan.split_examples import LengthLimits
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.errors import UserError
@@ -470,7 +471,7 @@ def module(model_dir: Path, alpaca_file: Path) -> Callable[..., SFTDataModule]:
             "max_length": 256,
             "tokenizer_name_or_path": str(model_dir),
         }
-        data = SFTDataModule(**{**options, **changes})
+        data = SFTDataModule(DataSpec(**{**options, **changes}))
         if max_steps is not None:
             data.trainer = SimpleNamespace(
                 max_steps=max_steps, max_epochs=-1, accumulate_grad_batches=accumulate, world_size=1, global_rank=0,
@@ -508,20 +509,6 @@ def test_nothing_is_read_but_the_first_record_before_training(module: Make, tmp_
 def test_a_stream_without_max_steps_is_refused(module: Make) -> None:
     with pytest.raises(UserError, match=r"^trainer.max_steps: not set, but data.sources are streamed"):
         module(max_steps=-1).setup("fit")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"val_fraction": 0.1}, r"data.val_fraction: 0.1 .* use data.val_sources"),
-        ({"data_split": "2,8"}, r"data.data_split: '2,8' does not go with data.sources.toy.streaming"),
-        ({"val_sources": {"v": SourceConfig(path="x", streaming=True)}}, r"data.val_sources.v.streaming: true"),
-        ({"sources": {"a": SourceConfig(path="x", streaming=True, max_epochs=2.0)}}, r"data.sources.a.max_epochs: 2.0"),
-    ],
-)
-def test_what_needs_the_number_of_records_is_refused(changes: dict[str, Any], message: str, module: Make) -> None:
-    with pytest.raises(UserError, match=message):
-        module(**changes)
 
 
 def test_limit_train_batches_is_refused(module: Make) -> None:

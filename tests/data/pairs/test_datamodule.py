@@ -8,7 +8,9 @@ import pytest
 
 from sft_lightning.data.formats.fields import Malformed
 from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.errors import UserError
 
 GOOD = [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": "bad" * (i + 1)} for i in range(4)]
@@ -25,7 +27,7 @@ BROKEN: list[dict[str, Any]] = [
 def make(path: Path, model_dir: Path, rows: list[dict[str, Any]], **changes: Any) -> PairDataModule:
     path.write_text(json.dumps(rows))
     settings = {"template": "alpaca", "max_length": 400, "tokenizer_name_or_path": str(model_dir), **changes}
-    data = PairDataModule(sources={"toy": SourceConfig(path=str(path))}, **settings)
+    data = PairDataModule(PairDataSpec(sources={"toy": SourceConfig(path=str(path))}, **settings))
     data.setup("fit")
     return data
 
@@ -82,29 +84,14 @@ def test_data_without_pairs_is_refused(tmp_path: Path, model_dir: Path) -> None:
         make(tmp_path / "pairs.json", model_dir, [{"instruction": "q", "output": "a"}])
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"loss_on": "all"}, "data.loss_on"),
-        ({"packing": "concat"}, "data.packing"),
-        ({"overlong": "truncate"}, "data.max_prompt_length does not say"),
-        ({"max_prompt_length": 20}, "set data.overlong: truncate"),
-        ({"overlong": "truncate", "max_prompt_length": 200}, "must be at least 1 and below 200"),
-    ],
-)
-def test_keys_that_do_not_go_with_pairs_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
-        PairDataModule(**{"max_length": 400, **changes})
-
-
 def test_the_same_file_makes_other_examples_for_sft(tmp_path: Path, model_dir: Path) -> None:
     from sft_lightning.data.datamodule import SFTDataModule
 
     pairs = make(tmp_path / "pairs.json", model_dir, GOOD, store_dir=str(tmp_path / "stores"))
-    plain = SFTDataModule(
+    plain = SFTDataModule(DataSpec(
         sources={"toy": SourceConfig(path=str(tmp_path / "pairs.json"))}, template="alpaca", max_length=400,
         tokenizer_name_or_path=str(model_dir), store_dir=str(tmp_path / "stores"),
-    )  # fmt: skip
+    ))  # fmt: skip
     plain.setup("fit")
     assert plain.report.sources["train/toy"].supervised_tokens < pairs.report.sources["train/toy"].supervised_tokens
 

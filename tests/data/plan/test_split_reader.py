@@ -40,8 +40,7 @@ def read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Read:
 
         held_out: dict[Split, Any] = {"val": {}} if options.get("val_fraction") else {"val": {"held": source("held")}}
         return SplitReader(
-            {"one": source("one"), "two": source("two")},
-            {**held_out, **(other or {})},
+            {"train": {"one": source("one"), "two": source("two")}, **held_out, **(other or {})},
             SplitOptions(**options),
             builder,
             LengthLimits(**{"max_length": 200, **(limits or {})}),

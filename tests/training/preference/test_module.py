@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
@@ -83,13 +84,15 @@ def train(model_dir: Path, tmp_path: Path) -> Train:
     ) -> Run:
         torch.manual_seed(0)
         datamodule = PairDataModule(
-            **{
-                "sources": {"toy": SourceConfig(path=str(file))},
-                "template": "alpaca",
-                "max_length": 400,
-                "tokenizer_name_or_path": str(model_dir),
-                **(data or {}),
-            }
+            PairDataSpec(
+                **{
+                    "sources": {"toy": SourceConfig(path=str(file))},
+                    "template": "alpaca",
+                    "max_length": 400,
+                    "tokenizer_name_or_path": str(model_dir),
+                    **(data or {}),
+                }
+            )
         )
         options: dict[str, Any] = {
             "model_name_or_path": str(model_dir),
