@@ -27,7 +27,9 @@ from sft_lightning.__main__ import main
 from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.data.formats.deepspeed_chat import dataset_format
 from sft_lightning.data.formats.registry import FORMATS
+from sft_lightning.errors import UserError
 from sft_lightning.strategies.refusals import check_module
+from sft_lightning.strategies.zero.checks import check_float16
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -117,6 +119,15 @@ def needs_float16(config: dict[str, Any]) -> bool:
     return config["trainer"].get("precision") == "16-mixed" and not is_deepspeed(config)
 
 
+def is_float16_missing(config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed runs it in float16, which this CPU does not have."""
+    try:
+        check_float16(config["trainer"].get("precision", "32-true"), on_gpu=False)
+    except UserError:
+        return is_deepspeed(config)
+    return False
+
+
 def has_wandb(config: dict[str, Any]) -> bool:
     return "WandbLogger" in str(config["trainer"].get("logger"))
 
@@ -137,8 +148,13 @@ REPLACED = [
         lambda config: {"trainer.precision": "bf16-mixed"},
     ),
     Replaced(
-        "autocast takes no weights of the other half precision",
-        lambda config: needs_float16(config) and config["model"]["dtype"] == "float16",
+        "DeepSpeed computes in float16 on CPUs that have it (AVX512-FP16): on the others, bfloat16 stands for it",
+        is_float16_missing,
+        lambda config: {"trainer.precision": "bf16-mixed"},
+    ),
+    Replaced(
+        "with bfloat16 in the place of float16, weights and output hooks of float16 do not go together",
+        lambda config: config["model"]["dtype"] == "float16" and (needs_float16(config) or is_float16_missing(config)),
         lambda config: {"model.dtype": "bfloat16"},
     ),
     Replaced(

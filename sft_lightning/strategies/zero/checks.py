@@ -121,6 +121,30 @@ def check_one_type(config: Mapping[str, Any], asked: Asked, *, precision: str, s
         )
 
 
+def check_float16(precision: str, *, on_gpu: bool) -> None:
+    """Check that the devices compute in float16, if that is asked for.
+
+    Args:
+        precision: `trainer.precision`, in its long form, such as `16-mixed`.
+        on_gpu: Whether the processes compute on GPUs; all of them have float16.
+
+    Raises:
+        UserError: If the processes compute on a CPU without float16 (x86: AVX512-FP16).
+    """
+    if on_gpu or precision not in ("16-mixed", "16-true") or _cpu_has_float16():
+        return
+    raise UserError(
+        f"trainer.precision: {precision} is not supported by DeepSpeed on this CPU, which has no float16 arithmetic "
+        f"(AVX512-FP16); set trainer.precision: {precision.replace('16', 'bf16')} or 32-true, or train on a GPU"
+    )
+
+
+def _cpu_has_float16() -> bool:
+    """Ask what DeepSpeed's engine asks after the model is loaded."""
+    accelerator: Any = importlib.import_module("deepspeed.accelerator.cpu_accelerator")
+    return bool(accelerator.CPU_Accelerator().is_fp16_supported())
+
+
 def check_nvme(config: Mapping[str, Any], source: str) -> None:
     """Check that what is offloaded to NVMe can be written there, and that DeepSpeed can do it.
 

@@ -24,7 +24,7 @@ from sft_lightning.strategies.full_tensors import gather_optimizer_state
 from sft_lightning.strategies.refusals import Sharding, asked_of, check_module, check_optimizer
 from sft_lightning.strategies.sharding import keep_quantization_states
 from sft_lightning.strategies.staggered_loading import TIMEOUT, one_process_at_a_time
-from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense
+from sft_lightning.strategies.zero.checks import check_float16, check_nvme, check_one_type, check_sense
 from sft_lightning.strategies.zero.config import FromYaml, asked_config, resolve
 from sft_lightning.strategies.zero.cpu_adam import OnHost
 from sft_lightning.strategies.zero.external import name_external_weights
@@ -120,8 +120,10 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         """Refuse, before any weight is read, what cannot be sharded or offloaded."""
         check_module(model, self.sharding)
         asked, source, world_size = self._asked, self._source, self.num_nodes * self.num_processes
-        check_sense(asked, world_size=world_size, on_gpu=self.root_device.type == "cuda", source=source)
-        check_one_type(asked, asked_of(model), precision=str(self.precision_plugin.precision), source=source)
+        on_gpu, precision = self.root_device.type == "cuda", str(self.precision_plugin.precision)
+        check_sense(asked, world_size=world_size, on_gpu=on_gpu, source=source)
+        check_float16(precision, on_gpu=on_gpu)
+        check_one_type(asked, asked_of(model), precision=precision, source=source)
         check_nvme(asked, source)
         super().connect(model)
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from sft_lightning.__main__ import main
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.strategies.refusals import Asked
 from sft_lightning.strategies.zero import checks as zero_checks
-from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense
+from sft_lightning.strategies.zero.checks import check_float16, check_nvme, check_one_type, check_sense
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
 from sft_lightning.training.module import CausalLMModule
 
@@ -86,6 +87,35 @@ def test_weights_on_nvme_have_the_type_that_is_trained_in(asked: Asked, precisio
     check_one_type(of_zero(stage=3), asked, precision=precision, source="ds.json")
 
 
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+def test_float16_on_a_cpu_without_it_is_refused_with_the_types_that_work(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: False)
+    instead = precision.replace("16", "bf16")
+    said = rf"^trainer\.precision: {precision} .*set trainer\.precision: {instead} or 32-true, or train on a GPU$"
+    with pytest.raises(UserError, match=said):
+        check_float16(precision, on_gpu=False)
+
+
+def test_float16_is_accepted_on_a_gpu_and_on_a_cpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: False)
+    check_float16("16-mixed", on_gpu=True)
+    check_float16("bf16-mixed", on_gpu=False)
+    check_float16("32-true", on_gpu=False)
+    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: True)
+    check_float16("16-mixed", on_gpu=False)
+
+
+@needs_deepspeed
+def test_the_cpus_float16_is_what_deepspeeds_engine_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    for supported in (True, None):  # DeepSpeed's method returns None for no
+        monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self, answer=supported: answer)
+        assert zero_checks._cpu_has_float16() is bool(supported)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("there", [True, False])
 def test_nvme_without_libaio_is_refused_with_the_way_out(
@@ -112,6 +142,23 @@ def test_a_folder_that_is_missing_or_cannot_be_written_is_refused_by_name(
     monkeypatch.setattr(zero_checks, "_DIRECT", os.O_DIRECTORY)  # a flag that every file refuses
     with pytest.raises(UserError, match=r"cannot be written with direct access"):
         check_nvme(on_nvme(tmp_path), "ds.json")
+
+
+@needs_deepspeed
+def test_float16_is_refused_with_exit_status_2_before_any_weight_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, alpaca_file: Path
+) -> None:
+    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: False)
+    options = {
+        "trainer.strategy": "deepspeed_stage_2", "trainer.precision": "16-mixed", "trainer.accelerator": "cpu",
+        "trainer.default_root_dir": tmp_path, "model.model_name_or_path": "no/such/model",
+        "model.tokenizer_name_or_path": "no/such/tokenizer", "data.template": "alpaca",
+        "data.sources": f"{{toy: {{path: {alpaca_file}, format: alpaca}}}}",
+    }  # fmt: skip
+    assert main(["fit", *(f"--{key}={value}" for key, value in options.items())]) == 2
+    said = capsys.readouterr().err
+    assert "trainer.precision: 16-mixed is not supported by DeepSpeed on this CPU" in said
+    assert "Traceback" not in said
 
 
 @needs_deepspeed
