@@ -24,7 +24,7 @@ from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
-from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.module import model_from_keys
 from sft_lightning.types import IGNORE_INDEX
 
 ROWS_PER_STEP = 4
@@ -140,7 +140,7 @@ def train(run: Run, model: Path) -> None:
     ))  # fmt: skip
     adapter = None if run.mode == "full" else AdapterConfig(r=4, dropout=0.3 if run.dropout else 0.0)
     bits: dict[str, Literal[4, 8]] = {"qlora": 4, "int8": 8}
-    module = CausalLMModule(
+    module = model_from_keys(
         model_name_or_path=str(model), dtype="float32", adapter=adapter,
         dropout=0.1 if run.dropout and run.mode == "full" else None,
         quantization=QuantizationConfig(bits=bits[run.mode]) if run.mode in bits else None,

@@ -32,6 +32,7 @@ from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter
 from sft_lightning.models.isolation import Isolation, measure_isolation
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -95,10 +96,12 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
         )
     )
     module = _Watched(
-        model_name_or_path=str(model),
-        dtype="float32",
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
-        **MODES[mode],
+        TrainingSpec(
+            model_name_or_path=str(model),
+            dtype="float32",
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+            **MODES[mode],
+        )
     )
     trainer = Trainer(
         max_steps=2, accumulate_grad_batches=8, accelerator="cpu",

@@ -69,8 +69,8 @@ def _of_the_base(module: CausalLMModule) -> dict[str, Any]:
     """Return what merging has to know of the base that the adapter was trained on, and an adapter does not say."""
     text = module.base_model.config.get_text_config()
     return {
-        "dtype": module.model_dtype,
-        "quantization": None if module.quantization is None else asdict(module.quantization),
+        "dtype": module.spec.dtype,
+        "quantization": None if module.spec.quantization is None else asdict(module.spec.quantization),
         "vocab_size": text.vocab_size,
         "rope_parameters": getattr(text, "rope_parameters", None),
         "max_position_embeddings": getattr(text, "max_position_embeddings", None),

@@ -100,7 +100,7 @@ def _made_with(trainer: Trainer, module: CausalLMModule, loader: PromptLoader) -
     prompts = json.dumps([prompt["prompt"] for prompt in loader.prompts]).encode()
     return {
         "the model": model_fingerprint(module.language_model),
-        "model.generation": asdict(module.generation),
+        "model.generation": asdict(module.spec.generation),
         "trainer.precision": str(trainer.precision),
         "the tokenizer": datamodule_of(trainer).builder.tokenizer_checksum,
         "the prompts": xxhash.xxh3_128(prompts).hexdigest(),

@@ -76,7 +76,7 @@ class Throughput(Callback):
 def flops_per_token(trainer: Trainer, module: CausalLMModule) -> float:
     """Return the operations per token of a run's training, from its model and its plan."""
     documents = datamodule_of(trainer).plan(0).documents
-    is_full = module.adapter is None
+    is_full = module.spec.adapter is None
     num_trained = sum(p.numel() for p in module.language_model.parameters() if p.requires_grad)
     return arithmetic(
         module.base_model.config,

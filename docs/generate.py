@@ -18,8 +18,8 @@ import docstring_parser
 
 from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.spec import DataSpec
-from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.preference.module import PreferenceSpec
+from sft_lightning.training.spec import TrainingSpec
 
 PAGE = Path(__file__).parent / "configuration.md"
 
@@ -46,11 +46,11 @@ class Key(NamedTuple):
 
 
 def keys_of(owner: type, prefix: str) -> Iterator[Key]:
-    """Yield the keys that a class takes, those of the configurations within them after each."""
+    """Yield the keys that a dataclass has, those of the configurations within them after each."""
     meanings = _meanings(owner)
-    hints = typing.get_type_hints(owner if dataclasses.is_dataclass(owner) else owner.__init__)
+    hints = typing.get_type_hints(owner)
     for name, parameter in inspect.signature(owner).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD or _SET_BY_OTHERS.match(meanings.get(name, "")):
+        if _SET_BY_OTHERS.match(meanings.get(name, "")):
             continue
         hint = hints[name]
         inner = _configuration_in(hint)
@@ -138,13 +138,13 @@ def page() -> str:
     """Return the page, as Markdown."""
     parts = [
         _INTRODUCTION,
-        f"## model\n\n{_table(keys_of(CausalLMModule, 'model'))}",
+        f"## model\n\n{_table(keys_of(TrainingSpec, 'model'))}",
         f"## data\n\n{_table(keys_of(DataSpec, 'data'))}",
         "## With `task: dpo`\n\nThe keys above, and:\n\n"
         + _table(
             each
             for preference, owner, prefix in (
-                (DPOModule, CausalLMModule, "model"),
+                (PreferenceSpec, TrainingSpec, "model"),
                 (PairDataSpec, DataSpec, "data"),
             )
             for each in _only_in(preference, owner, prefix)

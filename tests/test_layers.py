@@ -64,7 +64,6 @@ TO_DIVIDE_OR_JOIN = {
     "sft_lightning/models/generation/generate.py", "sft_lightning/printable.py",
     "sft_lightning/strategies/staggered_loading.py", "sft_lightning/strategies/zero/cpu_adam.py",
     "sft_lightning/strategies/zero/precision.py", "sft_lightning/training/module.py",
-    "sft_lightning/training/resume.py",
 }  # fmt: skip
 """Modules that are still too long or too short; each goes with its mending."""
 

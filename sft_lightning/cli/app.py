@@ -28,8 +28,8 @@ from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.names import check_name, register_strategies
 from sft_lightning.training.checkpoint import AtomicCheckpointIO, check_run_folder
-from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.module import CausalLMModule, model_from_keys
+from sft_lightning.training.preference.module import preference_model_from_keys
 
 register_strategies()
 
@@ -54,7 +54,7 @@ class SFTCommandLine(LightningCLI):
         run = self._runs = command in self.subcommands()
         is_preference = value_of(args, "task") == "dpo"  # decides which keys there are: known before parsing
         super().__init__(
-            DPOModule if is_preference else CausalLMModule,
+            class_from_function(preference_model_from_keys if is_preference else model_from_keys),
             class_from_function(pair_data_from_keys if is_preference else data_from_keys),
             args=[command, *args] if run else args,
             run=run,

@@ -12,8 +12,7 @@ from sft_lightning.estimation.memory import Memory, Setup, StepBytes
 from sft_lightning.estimation.simulation import optimizer_bytes, simulate_step
 from sft_lightning.estimation.skeleton import Skeleton, stored_bytes
 from sft_lightning.models.base.quantization import QuantizationConfig
-from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.spec import TrainingSpec
 
 
 class Estimator:
@@ -23,17 +22,26 @@ class Estimator:
     micro-batch, because attention keeps none of its scores.
 
     Args:
-        module: The configuration.
-        skeleton: Its model.
+        spec: The model, and how it is trained.
+        skeleton: That model without weights.
         precision: The trainer's.
         max_length: The configuration's.
         accumulates: Whether gradients wait for a later micro-batch.
+        of_pairs: Whether a step is one of `task: dpo`.
     """
 
     def __init__(
-        self, module: CausalLMModule, skeleton: Skeleton, *, precision: str, max_length: int, accumulates: bool
+        self,
+        spec: TrainingSpec,
+        skeleton: Skeleton,
+        *,
+        precision: str,
+        max_length: int,
+        accumulates: bool,
+        of_pairs: bool = False,
     ) -> None:
-        self._module = module
+        self._spec = spec
+        self._of_pairs = of_pairs
         self.skeleton = skeleton
         """The model, without weights."""
 
@@ -42,7 +50,7 @@ class Estimator:
         self._lengths = (max(1, longest // 2), longest)
         self._accumulates = accumulates
         self.trained_bytes = stored_bytes(skeleton, None)[1]
-        found = optimizer_bytes(skeleton, module.optimizer)
+        found = optimizer_bytes(skeleton, spec.optimizer)
         self.optimizer_is_counted = found is not None
         """Whether the optimizer's states were found by a step; else they are two of each trained parameter."""
         self.optimizer_bytes = 2 * self.trained_bytes if found is None else found
@@ -60,7 +68,7 @@ class Estimator:
         step = self.step(setup.batch_size * setup.max_length, setup.checkpointing, setup.bits, has_gradients=waiting)
         made = 0.0 if waiting else self.trained_bytes  # the simulated peak has them already
         kept = max(0.0, min(step.kept, step.peak - made))  # in full fine-tuning most are gone when gradients are there
-        weights, adapter = (frozen + trained, 0.0) if self._module.adapter is None else (frozen, trained)
+        weights, adapter = (frozen + trained, 0.0) if self._spec.adapter is None else (frozen, trained)
         on_gpu, stepping = not sharding.weights_on_host, not sharding.optimizer_on_host
         return Memory(
             weights=weights / sharding.weights * on_gpu,
@@ -118,12 +126,12 @@ class Estimator:
             precision=self._precision,
             has_gradients=has_gradients,
             int8="cuda" if int8 else None,
-            of_pairs=isinstance(self._module, DPOModule),
+            of_pairs=self._of_pairs,
         )
         return StepBytes(step.kept, step.peak)
 
     def _quantization(self, bits: int | None) -> QuantizationConfig | None:
-        given = self._module.quantization
+        given = self._spec.quantization
         if bits is None:
             return None
         return given if given is not None and given.bits == bits else QuantizationConfig(bits=bits)
@@ -132,7 +140,7 @@ class Estimator:
         """Return the largest weight as it is while it is used, of which a 4-bit model stores no whole copy."""
         if quantization is None or quantization.bits == 8:  # of LLM.int8 the simulated step has it
             return 0.0
-        compute: Literal["float32", "bfloat16", "float16"] = quantization.compute_dtype or self._module.model_dtype
+        compute: Literal["float32", "bfloat16", "float16"] = quantization.compute_dtype or self._spec.dtype
         weights = [p for p in self.skeleton.model.parameters() if id(p) in self.skeleton.linears]
         return float(max((weight.numel() for weight in weights), default=0) * getattr(torch, compute).itemsize)
 

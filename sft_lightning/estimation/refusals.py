@@ -18,8 +18,9 @@ def check_as_fit(module: CausalLMModule, sharding: Sharding) -> None:
     Raises:
         UserError: If PEFT cannot put the adapter on the quantized base, or the strategy cannot shard the model.
     """
-    if module.quantization is not None and module.adapter is not None:
-        check_base_of_adapter(module.adapter, module.quantization, module.model_dtype)
+    spec = module.spec
+    if spec.quantization is not None and spec.adapter is not None:
+        check_base_of_adapter(spec.adapter, spec.quantization, spec.dtype)
     if sharding.kind in ("fsdp2", "zero"):
         refusals.check_module(module, _as_strategy(sharding))
 

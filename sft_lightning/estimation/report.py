@@ -70,20 +70,21 @@ def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
     """Return what tells the memory of a configuration, and the configuration; the data need not be read."""
     module, data, topology = inputs.module, inputs.data, inputs.data.topology
     estimator = Estimator(
-        module,
-        build_skeleton(module, len(data.tokenizer), inputs.precision),
+        module.spec,
+        build_skeleton(module.spec, len(data.tokenizer), inputs.precision),
         precision=inputs.precision,
         max_length=data.spec.max_length,
         accumulates=topology.accumulate > 1,
+        of_pairs=isinstance(module, DPOModule),
     )
     setup = Setup(
         batch_size=data.spec.batch_size,
         max_length=data.spec.max_length,
-        checkpointing=module.gradient_checkpointing is True,
-        bits=None if module.quantization is None else module.quantization.bits,
+        checkpointing=module.spec.gradient_checkpointing is True,
+        bits=None if module.spec.quantization is None else module.spec.quantization.bits,
         sharding=sharding_of(inputs.strategy, topology.world_size),
     )
-    if module.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
+    if module.spec.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
         setup = replace(setup, checkpointing=estimator.memory(setup).total > inputs.gpu_bytes)
     return estimator, setup
 
@@ -135,7 +136,7 @@ def _reference(module: DPOModule, skeleton: Skeleton, inputs: PlanInputs) -> str
     """Say where the reference's log-probabilities come from, and what they take."""
     if not module.preference.has_reference:
         return f"reference model: none, the loss is {module.preference.loss}"
-    choice = choose_reference(module.preference.reference, skeleton.model, module.adapter)
+    choice = choose_reference(module.preference.reference, skeleton.model, module.spec.adapter)
     if choice.kind == "adapter_off":
         return "reference model: adapter_off, a second forward pass at every step, which needs less than the step"
     num_pairs = inputs.data.plan(0).documents.shape[0]
@@ -159,14 +160,14 @@ def _fit_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, skeleton:
 def _change_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, budget: float) -> Iterator[str]:
     module = inputs.module
     yield "changes, the cheapest first, each with those before it:"
-    can_quantize = module.from_config is None
-    for change in changes(setup, has_adapter=module.adapter is not None, can_quantize=can_quantize):
+    can_quantize = module.spec.from_config is None
+    for change in changes(setup, has_adapter=module.spec.adapter is not None, can_quantize=can_quantize):
         total: Memory = estimator.memory(change.setup)
         fits = total.total <= budget
         yield f"  {change.words}: {total.total / GIB:.2f} GiB{', fits' if fits else ''}"
         if fits:
             return
-    hint = "" if module.adapter is not None else "; model.adapter trains a thousandth of the parameters"
+    hint = "" if module.spec.adapter is not None else "; model.adapter trains a thousandth of the parameters"
     yield f"  nothing of this makes it fit: take a smaller model or a larger GPU{hint}"
 
 
@@ -184,12 +185,12 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
     data, module = inputs.data, inputs.module
     rows = data.plan(0).rows
     lengths = rows.documents[:, 2] - rows.documents[:, 1]
-    num_adapter = 0 if module.adapter is None else sum(parameter.numel() for parameter in skeleton.trainable)
+    num_adapter = 0 if module.spec.adapter is None else sum(parameter.numel() for parameter in skeleton.trainable)
     per_token = arithmetic(
         skeleton.base.config,
         num_matmul=skeleton.num_matmul,
         num_adapter=num_adapter,
-        full=module.adapter is None,
+        full=module.spec.adapter is None,
         document_length=mean_document_length(lengths),
     )
     tokens = int(rows.lengths.sum() * (1 - _shared(inputs)))
@@ -220,7 +221,7 @@ def _asks_reference(module: CausalLMModule, skeleton: Skeleton) -> bool:
     """Whether every step has a second forward pass."""
     if not isinstance(module, DPOModule) or not module.preference.has_reference:
         return False
-    return choose_reference(module.preference.reference, skeleton.model, module.adapter).kind == "adapter_off"
+    return choose_reference(module.preference.reference, skeleton.model, module.spec.adapter).kind == "adapter_off"
 
 
 def _duration(seconds: float) -> str:

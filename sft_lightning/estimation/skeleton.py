@@ -24,7 +24,7 @@ from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.inspection import base_model
-from sft_lightning.training.module import CausalLMModule
+from sft_lightning.models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,37 @@ class Skeleton:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
-def build_skeleton(module: CausalLMModule, vocab_size: int, precision: str = "32-true") -> Skeleton:
+def build_skeleton(spec: ModelSpec, vocab_size: int, precision: str = "32-true") -> Skeleton:
     """Build the model of a configuration without its weights: only its `config.json` is read.
 
     Args:
-        module: The configuration.
+        spec: The model.
         vocab_size: Tokens of the tokenizer.
         precision: The trainer's.
 
     Raises:
         UserError: If the model's configuration cannot be read, or the adapter does not fit the model.
     """
-    values = _config_values(module, vocab_size)
+    values = _config_values(spec, vocab_size)
     with torch.device("meta"):
         base = load_model(
             None,
             from_config=values,
-            dtype=module.model_dtype,
+            dtype=spec.dtype,
             attn_implementation="auto",
             quantization=None,
             vocab_size=vocab_size,
-            overrides=module.overrides,
+            overrides=spec.overrides,
         )
         base.train()
         names = linear_names(base)
         layers = [m for name, m in base.named_modules() if name in names and isinstance(m, torch.nn.Linear)]
         num_matmul = num_matrix_entries(base)
         model: PreTrainedModel | PeftModel = base
-        if module.adapter is not None:
-            model = add_adapter(base, _plain_start(module.adapter))
-        elif module.trainable is not None:
-            train_only(base, module.trainable)
+        if spec.adapter is not None:
+            model = add_adapter(base, _plain_start(spec.adapter))
+        elif spec.trainable is not None:
+            train_only(base, spec.trainable)
         if precision in _TRUE_PRECISION:
             torch.nn.Module.to(model, _TRUE_PRECISION[precision])
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -114,22 +114,22 @@ def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
                     tensors[name] = of(tensor)  # type: ignore[assignment]  # a parameter for a parameter
 
 
-def _config_values(module: CausalLMModule, vocab_size: int) -> dict[str, Any]:
-    if module.from_config is not None:
-        return module.from_config
-    if module.model_name_or_path is None:
+def _config_values(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    if spec.from_config is not None:
+        return spec.from_config
+    if spec.model_name_or_path is None:
         raise UserError("model: set either model_name_or_path or from_config")
     try:
-        config = AutoConfig.from_pretrained(module.model_name_or_path, trust_remote_code=module.trust_remote_code)
+        config = AutoConfig.from_pretrained(spec.model_name_or_path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.model_name_or_path: cannot read the configuration of {module.model_name_or_path!r}: "
+            f"model.model_name_or_path: cannot read the configuration of {spec.model_name_or_path!r}: "
             f"{str(error).strip().splitlines()[0]}; a folder with its config.json is enough"
         ) from error
     values: dict[str, Any] = config.to_dict()
     for key in ("torch_dtype", "dtype", "quantization_config", "architectures", "transformers_version"):
         values.pop(key, None)
-    multiple = module.pad_to_multiple_of or 1
+    multiple = spec.pad_to_multiple_of or 1
     if "vocab_size" in values:
         rows = max(values["vocab_size"], vocab_size)
         values["vocab_size"] = -(-rows // multiple) * multiple

@@ -1,100 +1,99 @@
-"""The model of a run: the base, loaded and as large as its tokenizer, and what trains on it."""
+"""The model of a run: the base, resized to its tokenizer, with its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.continuation import differences
 from sft_lightning.models.adapters.trainable import train_only
 from sft_lightning.models.adapters.wrapping import add_adapter, check_base_of_adapter
-from sft_lightning.models.base.loading import DTypeName, load_model
-from sft_lightning.models.base.overrides import ConfigOverrides
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
+from sft_lightning.models.spec import ModelSpec
+
+
+def load_base(spec: ModelSpec, vocab_size: int, *, on_host: bool = False) -> PreTrainedModel:
+    """Load the base model, or build it from scratch; without an adapter, as many rows as its files have.
+
+    Args:
+        spec: The model.
+        vocab_size: Number of tokens of the tokenizer.
+        on_host: Load quantized weights into CPU memory, as all other weights are, for a strategy that shards them.
+
+    Raises:
+        UserError: If the model cannot be loaded, or a key does not apply to it.
+    """
+    return load_model(
+        spec.model_name_or_path,
+        from_config=spec.from_config,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        quantization=spec.quantization,
+        vocab_size=vocab_size,
+        overrides=spec.overrides,
+        trust_remote_code=spec.trust_remote_code,
+        on_host=on_host,
+    )
+
+
+def resize_vocabulary(base: PreTrainedModel, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Give the base a row for each token of the tokenizer, and return the ids of tokens that it did not embed before.
+
+    Args:
+        base: The model, without an adapter.
+        spec: What the base was loaded by.
+        tokenizer: With the added tokens.
+
+    Raises:
+        UserError: If the tokenizer has more tokens than the base embeds, and the YAML did not ask for that.
+    """
+    return resize_embeddings(
+        base,
+        tokenizer,
+        spec.added_tokens,
+        pad_to_multiple_of=spec.pad_to_multiple_of,
+        any_size=spec.resize_vocabulary,
+    )
 
 
 def assemble_model(
-    name_or_path: str | None,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    from_config: dict[str, Any] | None,
-    dtype: DTypeName,
-    attn_implementation: str,
-    trust_remote_code: bool,
-    overrides: ConfigOverrides,
-    quantization: QuantizationConfig | None,
-    added_tokens: Sequence[str],
-    pad_to_multiple_of: int | None,
-    resize_vocabulary: bool,
-    adapter: AdapterConfig | None,
-    trainable: Sequence[str] | None,
-    on_host: bool,
-    say: Callable[[str], None],
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, *, log: Callable[[str], None], on_host: bool = False
 ) -> PreTrainedModel | PeftModel:
-    """Load a base, embed the tokenizer's tokens, and put the adapter on it or freeze what does not train.
+    """Load a base, resize it to the tokenizer, and attach the adapter or freeze what does not train.
 
     Args:
-        name_or_path: Folder or Hub id of the base.
+        spec: The model.
         tokenizer: With the added tokens.
-        from_config: Instead of a base: `model_type` and that model's configuration keys.
-        dtype: Type of the weights that are not quantized.
-        attn_implementation: `auto`, or a name that transformers knows.
-        trust_remote_code: Run code that comes with the model.
-        overrides: What to change in the model's configuration.
-        quantization: How the base is stored; `None` as it is.
-        added_tokens: What the tokenizer was given that the model may not embed.
-        pad_to_multiple_of: What the number of embedded tokens is rounded up to.
-        resize_vocabulary: Take a tokenizer that has more tokens than the model embeds.
-        adapter: The adapter; `None` for none.
-        trainable: Without an adapter: what trains; `None` for all.
-        on_host: Leave quantized weights in host memory too, as all others are; for whoever shards them.
-        say: Hears what was done that the user did not ask for by name.
+        log: Called with a line for each change that the user did not ask for by name.
+        on_host: As for `load_base`.
 
     Raises:
         UserError: If keys contradict each other or the model.
     """
-    if quantization is not None and adapter is not None:
-        check_base_of_adapter(adapter, quantization, dtype)
-    base = load_model(
-        name_or_path,
-        from_config=from_config,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        quantization=quantization,
-        vocab_size=len(tokenizer),
-        overrides=overrides,
-        trust_remote_code=trust_remote_code,
-        on_host=on_host,
-    )
+    if spec.quantization is not None and spec.adapter is not None:
+        check_base_of_adapter(spec.adapter, spec.quantization, spec.dtype)
+    base = load_base(spec, len(tokenizer), on_host=on_host)
     rows, names = num_rows(base), embedding_names(base)
-    unknown = resize_embeddings(
-        base, tokenizer, added_tokens, pad_to_multiple_of=pad_to_multiple_of, any_size=resize_vocabulary
-    )
+    unknown = resize_vocabulary(base, spec, tokenizer)
     if num_rows(base) != rows:
-        say(f"vocabulary: {rows} → {num_rows(base)} rows; the new ones are the mean of the old ones")
-    model = _choose_what_trains(base, adapter, trainable, unknown, say)
+        log(f"vocabulary: {rows} → {num_rows(base)} rows; new rows start at the mean of the old ones")
+    model = _choose_what_trains(base, spec, unknown, log)
     check_new_tokens_train(base, unknown, names)
     return model
 
 
 def _choose_what_trains(
-    base: PreTrainedModel,
-    adapter: AdapterConfig | None,
-    trainable: Sequence[str] | None,
-    added_token_ids: list[int],
-    say: Callable[[str], None],
+    base: PreTrainedModel, spec: ModelSpec, added_token_ids: list[int], log: Callable[[str], None]
 ) -> PreTrainedModel | PeftModel:
-    """Put the adapter on the base, or freeze what `trainable` does not name."""
-    if adapter is None:
-        if trainable is not None:
-            train_only(base, trainable)
+    """Attach the adapter to the base, or freeze what `trainable` does not name."""
+    if spec.adapter is None:
+        if spec.trainable is not None:
+            train_only(base, spec.trainable)
         return base
-    adapted = add_adapter(base, adapter, added_token_ids=added_token_ids)
-    for line in differences(adapted, adapter):
-        say(line)
+    adapted = add_adapter(base, spec.adapter, added_token_ids=added_token_ids)
+    for line in differences(adapted, spec.adapter):
+        log(line)
     return adapted

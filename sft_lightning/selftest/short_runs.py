@@ -69,8 +69,8 @@ class Run:
             dtypes.add(torch.bfloat16)
         elif precision.startswith("16"):
             dtypes.add(torch.float16)
-        if self.module.quantization is not None:
-            dtypes.add(getattr(torch, self.module.quantization.compute_dtype or self.module.model_dtype))
+        if self.module.spec.quantization is not None:
+            dtypes.add(getattr(torch, self.module.spec.quantization.compute_dtype or self.module.spec.dtype))
         return dtypes
 
 

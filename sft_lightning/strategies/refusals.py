@@ -70,11 +70,12 @@ def refusal(asked: Asked, sharding: Sharding) -> str | None:
 
 def asked_of(module: Any) -> Asked:
     """Return what a `CausalLMModule` that has loaded nothing yet will ask."""
-    quantization, adapter = getattr(module, "quantization", None), getattr(module, "adapter", None)
+    spec = getattr(module, "spec", None)
+    quantization, adapter = getattr(spec, "quantization", None), getattr(spec, "adapter", None)
     peft_config = getattr(adapter, "peft_config", None)
     return Asked(
         quantization_bits=None if quantization is None else quantization.bits,
-        dtype=getattr(module, "model_dtype", "float32"),
+        dtype=getattr(spec, "dtype", "float32"),
         only_adapter=True if adapter is None else adapter.only_adapter,
         prompt_learning=bool(getattr(peft_config, "is_prompt_learning", False)),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,27 +21,27 @@ from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import base_names
 from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.attention.document_mask import keep_documents_apart
-from sft_lightning.models.base.loading import DTypeName, copies_weights
-from sft_lightning.models.base.overrides import ConfigOverrides
-from sft_lightning.models.base.quantization import QuantizationConfig, store_as_bytes
-from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
+from sft_lightning.models.base.loading import copies_weights
+from sft_lightning.models.base.quantization import store_as_bytes
+from sft_lightning.models.base.rope import check_packing
 from sft_lightning.models.checkpointing import (
-    check_checkpointing,
     decide_checkpointing,
     enable_gradient_checkpointing,
     free_memory_gib,
 )
 from sft_lightning.models.compiling import compile_layers
-from sft_lightning.models.generation.generate import GenerationConfig, generate
+from sft_lightning.models.generation.generate import generate
 from sft_lightning.models.head.sharded import InnerHead, find_inner_head
 from sft_lightning.models.head.whole import Head, find_head
 from sft_lightning.models.inspection import base_model, computing_device, is_sharded
 from sft_lightning.models.isolation import choose_packing, prove_isolation
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.training.checkpoint import (
+    align_progress,
     check_trainable_state,
     gather_random_states,
     random_state,
+    reopen_epoch,
     set_random_state,
     trainable_state,
 )
@@ -51,14 +51,13 @@ from sft_lightning.training.losses import LossSums
 from sft_lightning.training.metrics import SourceMeans, TokenMeans
 from sft_lightning.training.nonfinite import NonfiniteLosses, nonfinite_error
 from sft_lightning.training.optim import (
-    LRScheduleConfig,
     build_optimizer,
     check_float16,
     clip_gradients,
     lr_factor,
     parameter_groups,
 )
-from sft_lightning.training.resume import align_progress, reopen_epoch
+from sft_lightning.training.spec import TrainingSpec
 from sft_lightning.types import Batch
 
 
@@ -66,91 +65,14 @@ class CausalLMModule(LightningModule):
     """A causal language model that is fine-tuned in full or by an adapter.
 
     Args:
-        model_name_or_path: Folder or Hub id of the base model.
-        from_config: Instead of it: `model_type` and that model's configuration keys, to build one from scratch.
-        tokenizer_name_or_path: Folder or Hub id of the tokenizer; default: the model's.
-        dtype: Type of the weights as loaded. Full fine-tuning wants float32 with `trainer.precision: bf16-mixed`.
-        attn_implementation: `auto` for attention that keeps the documents of a row apart, or a name that transformers
-            knows.
-        trust_remote_code: Run code that comes with the model.
-        rope_scaling: Stretch rotary position embeddings to a longer context; `null` for the model's own.
-        dropout: Probability of every dropout that the model has; `null` for the model's own.
-        add_tokens: Tokens that the tokenizer lacks; new rows of the embeddings start at the mean of the old ones.
-        add_special_tokens: The same, left out of decoded answers.
-        resize_vocabulary: Take a tokenizer that has more tokens than the model embeds, without `add_tokens`.
-        pad_to_multiple_of: Round the number of embedded tokens up to a multiple, such as 8.
-        quantization: How the frozen base is stored; `null` as it is. Needs an adapter.
-        adapter: The LoRA adapter to train; `null` for full fine-tuning.
-        trainable: Without an adapter: regular expressions, found in the names of the parameters that train; all others
-            are frozen. `null` trains all.
-        neftune_alpha: Noise on the embeddings while training, within ±alpha / sqrt(document length · width).
-        gradient_checkpointing: Recompute activations: `true`, `false`, `auto`, off while they fit, or a number k: those
-            of every k-th decoder layer.
-        torch_compile: Compile the decoder layers, each by itself.
-        max_nonfinite_losses: Optimizer steps in a row whose loss is NaN or infinite that stop the run; `null` never.
-        optimizer: Class and arguments; the command line's default is fused AdamW at 2e-4.
-        lr_scheduler: How the learning rate changes over the planned optimizer steps.
-        generation: How `predict` generates answers.
-
-    Raises:
-        UserError: If the base is quantized and nothing on top of it trains, or keys contradict each other.
+        spec: The model, and how it is trained.
     """
 
-    def __init__(
-        self,
-        model_name_or_path: str | None = None,
-        from_config: dict[str, Any] | None = None,
-        tokenizer_name_or_path: str | None = None,
-        dtype: DTypeName = "bfloat16",
-        attn_implementation: str = "auto",
-        trust_remote_code: bool = False,
-        rope_scaling: RopeScalingConfig | None = None,
-        dropout: float | None = None,
-        add_tokens: list[str] | None = None,
-        add_special_tokens: list[str] | None = None,
-        resize_vocabulary: bool = False,
-        pad_to_multiple_of: int | None = None,
-        quantization: QuantizationConfig | None = None,
-        adapter: AdapterConfig | None = None,
-        trainable: list[str] | None = None,
-        neftune_alpha: float | None = None,
-        gradient_checkpointing: bool | int | Literal["auto"] = "auto",
-        torch_compile: bool = False,
-        max_nonfinite_losses: int | None = 5,
-        optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW,
-        lr_scheduler: LRScheduleConfig = LRScheduleConfig(),  # noqa: B008 (frozen)
-        generation: GenerationConfig = GenerationConfig(),  # noqa: B008 (frozen)
-    ) -> None:
+    def __init__(self, spec: TrainingSpec) -> None:
         super().__init__()
-        if quantization is not None and adapter is None:
-            raise UserError("model.quantization: quantized weights cannot be trained; set model.adapter too")
-        if trainable is not None and adapter is not None:
-            raise UserError(
-                "model.trainable: chooses what trains without an adapter; beside one, set "
-                "model.adapter.modules_to_save, or model.adapter.only_adapter: false"
-            )
-        self.model_name_or_path = model_name_or_path
-        self.from_config = from_config
-        self.tokenizer_name_or_path = tokenizer_name_or_path
-        self.model_dtype = dtype
-        self.attn_implementation = attn_implementation
-        self.trust_remote_code = trust_remote_code
-        self.overrides = ConfigOverrides(rope_scaling=rope_scaling, dropout=dropout)
-        self.added_tokens = [*(add_tokens or []), *(add_special_tokens or [])]
-        self.resize_vocabulary = resize_vocabulary
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.quantization = quantization
-        self.adapter = adapter
-        self.trainable = trainable
-        self.embedding_noise = EmbeddingNoise(neftune_alpha) if neftune_alpha is not None else None
-        check_checkpointing(gradient_checkpointing)
-        self.gradient_checkpointing = gradient_checkpointing
-        self.torch_compile = torch_compile
-        self.nonfinite_losses = NonfiniteLosses(max_nonfinite_losses)
+        self.spec = spec
+        self.nonfinite_losses = NonfiniteLosses(spec.max_nonfinite_losses)
         self.loss_scale = LossScale()
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.generation = generation
         self.model: PreTrainedModel | PeftModel | None = None
         self._random_state: dict[str, Any] | None = None  # of a checkpoint, until the first step continues it
         self._step_random_state: dict[str, Any] | None = None  # before the optimizer step that is under way
@@ -162,28 +84,18 @@ class CausalLMModule(LightningModule):
         """Load the model once, whichever stages follow."""
         if self.model is not None:
             return
+        spec = self.spec
         self.model = assemble_model(
-            self.model_name_or_path,
+            spec,
             self._data.tokenizer,
-            from_config=self.from_config,
-            dtype=self.model_dtype,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-            overrides=self.overrides,
-            quantization=self.quantization,
-            added_tokens=self.added_tokens,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            resize_vocabulary=self.resize_vocabulary,
-            adapter=self.adapter,
-            trainable=self.trainable,
+            log=rank_zero_info,
             on_host=getattr(self.trainer.strategy, "shards_weights", False),
-            say=rank_zero_info,
         )
         if self.trainer.precision.endswith("-true"):
             store_as_bytes(self.model)  # the trainer casts everything else
-        if self.embedding_noise is not None:
-            self.embedding_noise.attach(self.base_model)
-        if self.attn_implementation == "auto" and keep_documents_apart(self.model):
+        if spec.neftune_alpha is not None:
+            EmbeddingNoise(spec.neftune_alpha).attach(self.base_model)
+        if spec.attn_implementation == "auto" and keep_documents_apart(self.model):
             family = self.base_model.config.model_type
             rank_zero_info(f"attention: {family}'s own, with a mask that keeps documents apart")
 
@@ -191,10 +103,10 @@ class CausalLMModule(LightningModule):
     def copies_weights(self) -> bool:
         """Whether `configure_model` is about to make weights of its own, where it could map those in the files."""
         return self.model is None and copies_weights(
-            self.model_name_or_path,
-            dtype=self.model_dtype,
-            quantization=self.quantization,
-            trust_remote_code=self.trust_remote_code,
+            self.spec.model_name_or_path,
+            dtype=self.spec.dtype,
+            quantization=self.spec.quantization,
+            trust_remote_code=self.spec.trust_remote_code,
         )
 
     @property
@@ -228,7 +140,7 @@ class CausalLMModule(LightningModule):
                 len(data.tokenizer),
                 computing_device(self.language_model),  # DeepSpeed moves the model only later
                 max_length=data.spec.max_length,
-                rope_scaling=self.overrides.rope_scaling,
+                rope_scaling=self.spec.rope_scaling,
             )
             rank_zero_info(f"packing: {packing} (auto: {reason})")
         data.decide_packing(packing)
@@ -238,24 +150,24 @@ class CausalLMModule(LightningModule):
         if self._data.packs:
             self._prove_packing()
         decision = decide_checkpointing(
-            self.gradient_checkpointing,
+            self.spec.gradient_checkpointing,
             self.base_model.config,
             tokens=self._data.spec.batch_size * self._data.spec.max_length,
-            bytes_per_value=getattr(torch, self.model_dtype).itemsize,
+            bytes_per_value=getattr(torch, self.spec.dtype).itemsize,
             free_gib=free_memory_gib(self.device),
         )
         rank_zero_info(f"gradient checkpointing: {'on' if decision.enabled else 'off'} ({decision.reason})")
         if decision.enabled:
             enable_gradient_checkpointing(self.base_model, decision.every)
-        if self.torch_compile:
+        if self.spec.torch_compile:
             rank_zero_info(
                 f"torch_compile: {compile_layers(self.base_model)} decoder layers, compiled in the first steps"
             )
 
     def _prove_packing(self) -> None:
         data = self._data
-        if self.overrides.rope_scaling is not None:
-            check_packing(self.base_model.config, self.overrides.rope_scaling, data.spec.max_length)
+        if self.spec.rope_scaling is not None:
+            check_packing(self.base_model.config, self.spec.rope_scaling, data.spec.max_length)
         difference = prove_isolation(
             self.language_model, len(data.tokenizer), self.device, max_length=data.spec.max_length
         )
@@ -320,7 +232,7 @@ class CausalLMModule(LightningModule):
         self._stop_at_nonfinite_losses()
 
     def _stop_at_nonfinite_losses(self) -> None:
-        limit = self.nonfinite_losses.limit
+        limit = self.spec.max_nonfinite_losses
         if limit is None:
             return
         found = self.nonfinite_losses.found.to(self.device)
@@ -346,19 +258,19 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
         self._decide_packing()
-        adapter = self.adapter or AdapterConfig()
+        adapter = self.spec.adapter or AdapterConfig()
         groups = parameter_groups(
             self.language_model.named_parameters(),
             base_names=base_names(self.language_model),
             base_lr=adapter.base_lr,
             lora_plus_ratio=adapter.lora_plus_ratio,
         )
-        optimizer = build_optimizer(self.optimizer, groups)
+        optimizer = build_optimizer(self.spec.optimizer, groups)
         if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed has masters and a scale of its own
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             check_float16(optimizer, scales_loss=scaler is not None)
         num_steps = self._data.num_optimizer_steps
-        schedule = LambdaLR(optimizer, lambda step: lr_factor(self.lr_scheduler, step, num_steps))
+        schedule = LambdaLR(optimizer, lambda step: lr_factor(self.spec.lr_scheduler, step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # --- evaluation ------------------------------------------------------------------------------------------------
@@ -414,7 +326,7 @@ class CausalLMModule(LightningModule):
             data.tokenizer,
             [example["prompt"] for example in batch],
             stop_token_id=data.stop_token_id,
-            config=self.generation,
+            config=self.spec.generation,
         )
         return [{**example, "answer": answer} for example, answer in zip(batch, answers, strict=True)]
 
@@ -443,3 +355,8 @@ class CausalLMModule(LightningModule):
         """Load what trains; the base is loaded from where it came from."""
         check_trainable_state(self, state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+
+def model_from_keys(**keys: Any) -> CausalLMModule:
+    """A causal language model that is fine-tuned in full or with an adapter."""  # heads its keys in the help
+    return CausalLMModule(TrainingSpec(**keys))

@@ -12,14 +12,9 @@ class NonfiniteLosses:
 
     Args:
         limit: `model.max_nonfinite_losses`; `None` never finds one.
-
-    Raises:
-        UserError: If the limit is below 1.
     """
 
     def __init__(self, limit: int | None) -> None:
-        if limit is not None and limit < 1:
-            raise UserError(f"model.max_nonfinite_losses: must be at least 1, or null for no limit (got {limit})")
         self.limit = limit
         self._in_a_row: torch.Tensor | None = None
         self._found: torch.Tensor | None = None

@@ -13,7 +13,7 @@ from sft_lightning.estimation.sharding import Sharding, fsdp2, sharding_of, zero
 from sft_lightning.estimation.simulation import simulate_step
 from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -29,11 +29,11 @@ BUCKET = 500_000_000
 
 
 def estimator(adapter: AdapterConfig | None = None, precision: str = "32-true") -> Estimator:
-    module = CausalLMModule(
+    spec = TrainingSpec(
         from_config=SHAPE, tokenizer_name_or_path="none", dtype="float32", adapter=adapter, optimizer=torch.optim.AdamW
     )
-    skeleton = build_skeleton(module, 1000, precision)
-    return Estimator(module, skeleton, precision=precision, max_length=32, accumulates=False)
+    skeleton = build_skeleton(spec, 1000, precision)
+    return Estimator(spec, skeleton, precision=precision, max_length=32, accumulates=False)
 
 
 def memory(estimator: Estimator, sharding: Sharding, bits: int | None = None) -> Memory:
@@ -108,8 +108,8 @@ def test_in_8_bits_every_layer_keeps_its_input() -> None:
 
 def test_a_state_space_models_long_rows_are_on_the_line_through_short_ones() -> None:
     shape = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    module = CausalLMModule(from_config=shape, tokenizer_name_or_path="none", dtype="float32")
-    found = Estimator(module, build_skeleton(module, 100), precision="32-true", max_length=4096, accumulates=False)
+    spec = TrainingSpec(from_config=shape, tokenizer_name_or_path="none", dtype="float32")
+    found = Estimator(spec, build_skeleton(spec, 100), precision="32-true", max_length=4096, accumulates=False)
     kept = [found.step(tokens, False, None, has_gradients=True).kept for tokens in (1024, 2048, 4096)]
     assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]))
     assert kept[0] > 0

@@ -15,9 +15,10 @@ from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.base.loading import DTypeName
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.inspection import base_model
-from sft_lightning.training.module import CausalLMModule
+from sft_lightning.models.spec import ModelSpec
 
 SHAPES: dict[str, dict[str, Any]] = {
     "narrow": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 6, "num_attention_heads": 4},
@@ -31,8 +32,8 @@ def shape(name: str) -> dict[str, Any]:
     return {"model_type": "llama", "vocab_size": 2000, "max_position_embeddings": 1024, **SHAPES[name]}
 
 
-def module(name: str, adapter: AdapterConfig | None) -> CausalLMModule:
-    return CausalLMModule(from_config=shape(name), tokenizer_name_or_path="none", dtype="float32", adapter=adapter)
+def spec(name: str, adapter: AdapterConfig | None, dtype: DTypeName = "float32") -> ModelSpec:
+    return ModelSpec(from_config=shape(name), tokenizer_name_or_path="none", dtype=dtype, adapter=adapter)
 
 
 def real_peak(name: str, adapter: AdapterConfig | None, rows: int, length: int, checkpointing: bool) -> int:
@@ -71,9 +72,7 @@ def int8_model(name: str, folder: Path) -> PreTrainedModel:
 def test_a_simulated_step_of_8_bits_takes_what_bitsandbytes_takes_on_the_cpu(
     name: str, checkpointing: bool, tmp_path: Path
 ) -> None:
-    configuration = module(name, AdapterConfig(r=8))
-    configuration.model_dtype = "bfloat16"
-    skeleton = build_skeleton(configuration, 2000)
+    skeleton = build_skeleton(spec(name, AdapterConfig(r=8), "bfloat16"), 2000)
     options: Any = {"batch_size": 2, "max_length": 256, "gradient_checkpointing": checkpointing}
     simulated = simulate_step(skeleton, **options, int8="cpu")
     plain = simulate_step(skeleton, **options)
@@ -88,7 +87,7 @@ def test_a_simulated_step_of_8_bits_takes_what_bitsandbytes_takes_on_the_cpu(
 def test_a_simulated_step_takes_what_a_real_one_takes(
     name: str, adapter: AdapterConfig | None, checkpointing: bool
 ) -> None:
-    skeleton = build_skeleton(module(name, adapter), 2000)
+    skeleton = build_skeleton(spec(name, adapter), 2000)
     simulated = simulate_step(skeleton, batch_size=2, max_length=256, gradient_checkpointing=checkpointing)
     real = real_peak(name, adapter, 2, 256, checkpointing)
     print(f"{name} {adapter is None} {checkpointing}: {simulated.peak / real - 1:+.2%} of {real / 2**20:.1f} MiB")

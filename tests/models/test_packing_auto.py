@@ -18,7 +18,7 @@ from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.errors import UserError
 from sft_lightning.models import isolation
-from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.module import CausalLMModule, model_from_keys
 
 Make = Callable[..., tuple[Trainer, CausalLMModule, SFTDataModule]]
 
@@ -38,7 +38,7 @@ def make(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Make:
             )
         )
         options: dict[str, Any] = {"model_name_or_path": str(model_dir), "dtype": "float32"}
-        module = CausalLMModule(
+        module = model_from_keys(
             optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-2),
             **{**options, **{key: changes.pop(key) for key in list(changes) if not key.startswith("trainer_")}},
         )

@@ -13,7 +13,7 @@ from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.strategies.fsdp2 import FSDP2
 from sft_lightning.strategies.refusals import Asked, Sharding, check_optimizer, refusal
-from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.module import model_from_keys
 
 FSDP = Sharding("fsdp2", 3)
 OFFLOAD = Sharding("fsdp2_offload", 3)
@@ -78,8 +78,10 @@ def test_every_way_out_is_itself_let_through() -> None:
 
 
 def test_a_module_is_refused_when_it_is_connected_and_has_loaded_nothing() -> None:
-    module = CausalLMModule(
-        "no/such/model", quantization=QuantizationConfig(bits=8), adapter=AdapterConfig(target_modules="all-linear")
+    module = model_from_keys(
+        model_name_or_path="no/such/model",
+        quantization=QuantizationConfig(bits=8),
+        adapter=AdapterConfig(target_modules="all-linear"),
     )
     with pytest.raises(UserError, match=r"model\.quantization\.bits: 8, but trainer\.strategy fsdp2"):
         FSDP2().connect(module)

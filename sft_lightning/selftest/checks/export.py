@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.models.adapters.quantized import keep_input_dtype
+from sft_lightning.models.assembly import load_base, resize_vocabulary
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.base.loading import load_model
-from sft_lightning.models.base.vocabulary import resize_embeddings
 from sft_lightning.models.export.write import export_adapter, export_model
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.evaluation import Answers, answers, batch_of, documents_of_row
@@ -37,7 +36,7 @@ def check_export(run: Run, folder: Path) -> Check:
     try:
         if isinstance(model, PeftModel):
             report = export_adapter(model, data.tokenizer, folder, {"made_by": "selftest"}, precision=precision)
-            if module.from_config is not None:
+            if module.spec.from_config is not None:
                 figure = f"logits under PEFT differ by {report.logit_difference or 0.0:.1e}; the base is from_config, "
                 return Check("export", True, f"{figure}random at every start, so it was not loaded a second time")
         else:
@@ -73,38 +72,20 @@ def compare(live: Answers, again: Answers, tolerance: float) -> Check:
 
 def load_plainly(module: CausalLMModule, data: SFTDataModule, folder: Path) -> torch.nn.Module:
     """Return the configuration's base, loaded anew, with the adapter in a folder on it through PEFT alone."""
-    base = load_model(
-        module.model_name_or_path,
-        from_config=None,
-        dtype=module.model_dtype,
-        attn_implementation=module.attn_implementation,
-        quantization=module.quantization,
-        vocab_size=len(data.tokenizer),
-        overrides=module.overrides,
-        trust_remote_code=module.trust_remote_code,
-    )
-    _resize(base, module, data.tokenizer)
+    base = load_base(module.spec, len(data.tokenizer))
+    resize_vocabulary(base, module.spec, data.tokenizer)
     wrapped: torch.nn.Module = PeftModel.from_pretrained(base, str(folder))
     keep_input_dtype(wrapped)
     return wrapped
 
 
-def _resize(base: PreTrainedModel, module: CausalLMModule, tokenizer: PreTrainedTokenizerFast) -> None:
-    resize_embeddings(
-        base,
-        tokenizer,
-        module.added_tokens,
-        pad_to_multiple_of=module.pad_to_multiple_of,
-        any_size=module.resize_vocabulary,
-    )
-
-
 def load_whole(module: CausalLMModule, folder: Path) -> torch.nn.Module:
     """Return the model in a folder, as transformers loads it."""
+    spec = module.spec
     options: dict[str, Any] = {
         "dtype": "auto",
-        "attn_implementation": PACKED if module.attn_implementation == "auto" else module.attn_implementation,
-        "trust_remote_code": module.trust_remote_code,
+        "attn_implementation": PACKED if spec.attn_implementation == "auto" else spec.attn_implementation,
+        "trust_remote_code": spec.trust_remote_code,
     }
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
     return model

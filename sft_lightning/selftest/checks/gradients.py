@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,6 @@ def _sampled(parameter: torch.Tensor) -> torch.Tensor:
 
 def switch_off_chance(module: CausalLMModule) -> None:
     """Make a loaded model a function of its input: no dropout, no noise, no loss of the routers' own."""
-    module.embedding_noise = None
     for layer in module.language_model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
@@ -102,7 +101,7 @@ class GradientSession:
             switch_off_chance(module)
             return GradientRecorder(params, gradient)
 
-        module.optimizer = record
+        module.spec = replace(module.spec, optimizer=record)
         self.run = self._runner.fit(
             self._small.module(batch_size=batch_size, packing=packing),
             max_steps=1,
@@ -126,7 +125,7 @@ class GradientSession:
 
     def _load(self) -> CausalLMModule:
         module = self._runner.module()
-        module.embedding_noise = None  # before the model is made, which would get its hook
+        module.spec = replace(module.spec, neftune_alpha=None)  # before the model is made, which would get its hook
         return module
 
 

@@ -41,7 +41,7 @@ def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Ch
 
 def can_isolate(run: Run, packing: Packing) -> bool:
     """Whether documents of a row are to be isolated: rows are packed, or could be without another attention."""
-    return packing != "none" or run.module.attn_implementation in ("auto", PACKED)
+    return packing != "none" or run.module.spec.attn_implementation in ("auto", PACKED)
 
 
 def _packed_loss(run: Run, small: SmallData) -> Check:

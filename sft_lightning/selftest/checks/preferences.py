@@ -30,7 +30,7 @@ def check_start(run: Run, config: PreferenceConfig) -> Check:
     if not config.has_reference:
         return Check(name, None, f"the loss {config.loss} has no reference model to start at")
     module = run.module
-    if config.reference == "adapter_off" and module.adapter is not None and module.adapter.path is not None:
+    if config.reference == "adapter_off" and module.spec.adapter is not None and module.spec.adapter.path is not None:
         return Check(name, None, "model.preference.reference: adapter_off compares with the base, not with the start")
     found, expected = float(run.trainer.callback_metrics["train/loss"]), start_loss(config)
     what = f"{found:.6f}, {'log 2' if config.loss == 'sigmoid' else f'{expected:.6f}'} expected: relative difference"

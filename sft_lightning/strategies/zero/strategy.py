@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,7 +178,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         self.config = resolve(config, self._from_yaml(None), source=self._source)
         if offload_of(self.config, OFFLOAD_OPTIMIZER):
             module: Any = self.lightning_module
-            module.optimizer = OnHost(module.optimizer)
+            module.spec = replace(module.spec, optimizer=OnHost(module.spec.optimizer))
 
     def _init_optimizers(self) -> tuple[Optimizer, Any]:
         with gathered_in_forward(self._module):  # the module asks its model what can be packed
@@ -195,7 +196,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
             optimizer=type(optimizer).__name__ if optimizer is not None else "AdamW",
             lr=defaults.get("lr", 0.0),
             weight_decay=defaults.get("weight_decay", 0.0),
-            schedule=module.lr_scheduler.name,
+            schedule=module.spec.lr_scheduler.name,
             batch_size=trainer.datamodule.spec.batch_size,
             accumulate=trainer.accumulate_grad_batches,
             world_size=trainer.world_size,

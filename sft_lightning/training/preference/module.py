@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from sft_lightning.training.preference.reference import (
     table_key,
 )
 from sft_lightning.training.preference.sharing import measure_sharing, shared_fraction
+from sft_lightning.training.spec import TrainingSpec
 
 
 class Answers(NamedTuple):
@@ -44,6 +46,18 @@ class Answers(NamedTuple):
     """The routers' loss of a mixture of experts, its coefficient included."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSpec(TrainingSpec):
+    """A model, and how it is trained with `task: dpo`.
+
+    Raises:
+        UserError: If keys contradict each other, or a value is out of range.
+    """
+
+    preference: PreferenceConfig = PreferenceConfig()  # noqa: RUF009 (frozen)
+    """What is learned from a pair."""
+
+
 class DPOModule(CausalLMModule):
     """A causal language model that learns to prefer one answer to another, in full or by an adapter: `task: dpo`.
 
@@ -51,15 +65,14 @@ class DPOModule(CausalLMModule):
     step's loss is the sum over its pairs divided by their weight, which the plan knows.
 
     Args:
-        preference: What is learned from a pair.
-
-    Raises:
-        UserError: If the base is quantized and nothing on top of it trains, or keys contradict each other.
+        spec: The model, and how it is trained.
     """
 
-    def __init__(self, preference: PreferenceConfig = PreferenceConfig(), **kwargs: Any) -> None:  # noqa: B008 (frozen)
-        super().__init__(**kwargs)
-        self.preference = preference
+    spec: PreferenceSpec
+
+    def __init__(self, spec: PreferenceSpec) -> None:
+        super().__init__(spec)
+        self.preference = spec.preference
         self._reference: ReferenceChoice | None = None
         self._start = ""  # fingerprint of the model before training
         self._tables: dict[str, torch.Tensor] = {}
@@ -75,7 +88,7 @@ class DPOModule(CausalLMModule):
         super().configure_model()
         if not self.preference.has_reference:
             return
-        self._reference = choose_reference(self.preference.reference, self.language_model, self.adapter)
+        self._reference = choose_reference(self.preference.reference, self.language_model, self.spec.adapter)
         rank_zero_info(f"reference model: {self._reference.kind} ({self._reference.reason})")
         if self._reference.kind == "precomputed":
             self._start = fingerprint(self.language_model)
@@ -116,7 +129,7 @@ class DPOModule(CausalLMModule):
             return "as model.preference.share_prompts says"
         if attention_of(config) != PACKED:
             return f"the model's attention is {attention_of(config)}, which cannot keep the two apart"
-        if self.embedding_noise is not None:
+        if self.spec.neftune_alpha is not None:
             return "model.neftune_alpha has noise for each conversation"
         if getattr(config.get_text_config(), "output_router_logits", False):
             return "the routers' loss counts a prompt with each of its answers"
@@ -137,7 +150,7 @@ class DPOModule(CausalLMModule):
             return  # found before
         of_parts: dict[str, list[torch.Tensor]] = {}
         for part in self._pairs.parts():
-            key = table_key(self._start, part.content, str(self.trainer.precision), self.attn_implementation)
+            key = table_key(self._start, part.content, str(self.trainer.precision), self.spec.attn_implementation)
             key = self.trainer.strategy.broadcast(key)  # of sharded models every rank has another fingerprint
             if key not in self._tables:
                 self._tables[key] = self._find_table(part, key)
@@ -269,3 +282,8 @@ class DPOModule(CausalLMModule):
         super().on_load_checkpoint(checkpoint)
         self._tables |= checkpoint.get("reference_log_probs", {})
         self._find_references()
+
+
+def preference_model_from_keys(**keys: Any) -> DPOModule:
+    """A causal language model that learns to prefer one answer to another."""  # heads its keys in the help
+    return DPOModule(PreferenceSpec(**keys))

@@ -20,7 +20,7 @@ from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.training.optim import LRScheduleConfig
 from sft_lightning.training.preference.losses import PreferenceConfig
-from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.preference.module import DPOModule, PreferenceSpec
 
 PAIRS = [
     {"prompt": f"{i} and {i}?", "chosen": f"{i} and {i} is {2 * i}" + "." * (i % 5), "rejected": "No" + "!" * (i % 3)}
@@ -101,7 +101,8 @@ def train(model_dir: Path, tmp_path: Path) -> Train:
             "lr_scheduler": LRScheduleConfig(name="constant"),
             **model,
         }
-        module = Watched(optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0), **options)
+        optimizer = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)}
+        module = Watched(PreferenceSpec(**optimizer, **options))
         watch = module.watch = Watch()
         settings: dict[str, Any] = {
             "max_epochs": 1, "accumulate_grad_batches": 2, "logger": False, "enable_checkpointing": False,
@@ -311,7 +312,7 @@ def test_a_checkpoint_is_validated_against_the_model_before_training(kind: str, 
     for file in run.data.reference_dir.glob("*.npy"):
         file.unlink()
     model = {"adapter": AdapterConfig(r=4, dropout=0.1), **KINDS[kind]}
-    module = DPOModule(model_name_or_path=fresh.module.model_name_or_path, dtype="float32", **model)
+    module = DPOModule(replace(fresh.module.spec, **model))
     settings: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accumulate_grad_batches": 2}
     [found] = Trainer(accelerator="cpu", **settings).validate(
         module, fresh.data, ckpt_path=tmp_path / "end.ckpt", verbose=False

@@ -1,0 +1,59 @@
+"""TrainingSpec: the model, and how it is trained; every key under `model` but those of `task: dpo`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.checkpointing import check_checkpointing
+from sft_lightning.models.generation.generate import GenerationConfig
+from sft_lightning.models.neftune import EmbeddingNoise
+from sft_lightning.models.spec import ModelSpec
+from sft_lightning.training.optim import LRScheduleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec(ModelSpec):
+    """A model, and how it is trained, evaluated and asked for answers.
+
+    Raises:
+        UserError: If keys contradict each other, or a value is out of range.
+    """
+
+    neftune_alpha: float | None = None
+    """NEFTune: noise on the embeddings while training, within ±alpha / sqrt(document length · width)."""
+
+    gradient_checkpointing: bool | int | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: `true`, `false`, `auto` (only if they do not fit into memory), or a
+    number k to recompute every k-th decoder layer."""
+
+    torch_compile: bool = False
+    """Compile the decoder layers, each by itself."""
+
+    max_nonfinite_losses: int | None = 5
+    """Stop after this many optimizer steps in a row with a NaN or infinite loss; `null` for no limit."""
+
+    optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW
+    """Class and arguments; the command line's default is fused AdamW at 2e-4."""
+
+    lr_scheduler: LRScheduleConfig = LRScheduleConfig()  # noqa: RUF009 (frozen)
+    """How the learning rate changes over the planned optimizer steps."""
+
+    generation: GenerationConfig = GenerationConfig()  # noqa: RUF009 (frozen)
+    """How `predict` generates answers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neftune_alpha is not None:
+            EmbeddingNoise(self.neftune_alpha)  # checks the range
+        check_checkpointing(self.gradient_checkpointing)
+        if self.max_nonfinite_losses is not None and self.max_nonfinite_losses < 1:
+            raise UserError(
+                "model.max_nonfinite_losses: must be at least 1, or null for no limit "
+                f"(got {self.max_nonfinite_losses})"
+            )
