@@ -1,10 +1,51 @@
-"""The first optimizer step in the logs, where every curve begins."""
+"""Where curves begin: the validation before training, and the first optimizer step."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.run_outputs import datamodule_of
+from sft_lightning.errors import UserError
+from sft_lightning.training.checkpoint import random_state, set_random_state
+
+
+class EvaluateFirst(Callback):
+    """Runs the validation once before the first optimizer step: `val/*` at step 0.
+
+    Not among the default callbacks: name it in `trainer.callbacks`. The run's random state is left as it is, so the
+    same bits are learned with it and without. A continued run has its step 0 behind it, and evaluates no second time.
+    An `EarlyStopping` counts the evaluation like any other.
+
+    Raises:
+        UserError: If there is nothing to validate on.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not datamodule_of(trainer).val_names:
+            raise UserError(
+                "callbacks.EvaluateFirst: there is nothing to validate on; set data.val_sources or data.val_fraction"
+            )
+        if not trainer.limit_val_batches:
+            raise UserError(
+                "callbacks.EvaluateFirst: trainer.limit_val_batches is 0, which switches validation off; remove one of "
+                "the two"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step:
+            return
+        state, connector = random_state(), trainer._logger_connector
+        first = connector._first_loop_iter
+        # As Lightning does between two training batches (`_TrainingEpochLoop.on_advance_end`).
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        connector._first_loop_iter = first
+        set_random_state(state)
 
 
 class FirstStep(Callback):

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from callbacks.run_folder import datamodule_of
+from callbacks.run_outputs import datamodule_of
 
 
 class RunProgress(ProgressBar):

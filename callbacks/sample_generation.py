@@ -10,13 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 from rich.markup import escape
 
-from callbacks.run_folder import datamodule_of, run_folder
-from callbacks.terminal import console
-from callbacks.text_logging import fenced, log_text
+from callbacks.run_outputs import datamodule_of, fenced, log_text, run_folder
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.generate import GenerationConfig, generate
 from sft_lightning.strategies.names import is_sharded
+from sft_lightning.terminal import make_console
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import Message
 
@@ -115,7 +114,7 @@ class SampleGeneration(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        out = console()
+        out = make_console()
         out.print(f"[bold]samples at optimizer step {trainer.global_step}[/bold]")
         for row in rows:
             out.print(f"  [dim]prompt[/dim] {escape(repr(row['prompt'][-100:]))}")

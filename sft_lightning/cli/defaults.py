@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 import callbacks as observers
+from callbacks.checkpoints import default_checkpoints
 from sft_lightning.strategies.preemption import Preemption
 
 DEFAULT_OPTIMIZER: dict[str, Any] = {
@@ -57,16 +58,3 @@ def with_default_callbacks(given: Any, *, progress_bar: bool, checkpoints: bool)
         if not any(isinstance(callback, kind) for callback in found):
             found.append(default)
     return [*found, *default_checkpoints(found)] if checkpoints else found
-
-
-def default_checkpoints(given: Sequence[Callback]) -> list[Callback]:
-    """Return callbacks that save at the end of each epoch and, in long epochs, every 30 minutes.
-
-    The user's own `ModelCheckpoint` replaces both; the user's `TimedCheckpoint` replaces only the timed one.
-    """
-    own = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
-    if not all(isinstance(callback, observers.TimedCheckpoint) for callback in own):
-        return []
-    timed = [] if own else [observers.TimedCheckpoint()]
-    # Both write `last.ckpt`: with a version counter the second would write `last-v1.ckpt`.
-    return [ModelCheckpoint(filename="{step}", save_last=True, enable_version_counter=False), *timed]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sft_lightning.comparison.results import Comparison, ModelResult, Response, Summary, summarize
 from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
-from sft_lightning.printable import printable
+from sft_lightning.terminal import printable
 
 COLUMNS = ("model", "mode", "answers", "tokens", "ended", "repetition", "changed")
 REFERENCE_COLUMNS = ("reference perplexity", "exact match", "ROUGE-L")

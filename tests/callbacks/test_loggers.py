@@ -23,6 +23,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 TAGS = {"train/loss", "train/lr", "train/grad_norm", "throughput/tokens_per_second", "val/loss", "val/loss/toy",
         "val/perplexity", "val/perplexity/toy"}  # fmt: skip
+EVERY_TAG = TAGS | {"throughput/supervised_fraction", "val/token_accuracy"}
 
 
 def text(events: EventAccumulator, tag: str) -> str:
@@ -106,3 +107,14 @@ def test_weights_and_biases_offline_gets_numbers_and_texts(
         "--trainer.logger.offline=true", f"--trainer.logger.save_dir={tmp_path / 'run'}")  # fmt: skip
     assert {"train/loss", "run/config", "run/example", "run/data_report", "samples/0"} <= seen
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_tensorboard_has_every_promised_tag_for_every_step(fit: Callable[..., Path]) -> None:
+    run = fit("--data.val_fraction=0.2", "--trainer.accumulate_grad_batches=2")
+    events = EventAccumulator(str(next(run.glob("events*")))).Reload()
+    assert set(events.Tags()["scalars"]) >= EVERY_TAG
+    steps = json.loads((run / "data_report.json").read_text())["optimizer_steps"]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(steps))
+    assert all(event.value > 0 for event in events.Scalars("throughput/tokens_per_second"))
+    shares = [event.value for event in events.Scalars("throughput/supervised_fraction")]
+    assert all(0 < share < 1 for share in shares)

@@ -14,7 +14,7 @@ from sft_lightning.models.generation.conversation import HELP, AnswerStreamer, C
 from sft_lightning.models.generation.generate import GenerationConfig
 from sft_lightning.models.generation.serving import Device, LoadOptions, ServedDType, ServedModel, load_served
 from sft_lightning.models.inspection import base_model
-from sft_lightning.printable import printable
+from sft_lightning.terminal import printable
 
 with contextlib.suppress(ImportError):  # not on every platform; with it, the prompt can be edited and recalled
     import readline  # noqa: F401

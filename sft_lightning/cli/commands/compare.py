@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from sft_lightning.cli.parsing import CommandParser
 from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.comparison.modes import DecodingOptions, decoding_configs, parse_modes
@@ -20,6 +18,7 @@ from sft_lightning.comparison.text_reports import json_lines, markdown_text, pri
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
 from sft_lightning.models.generation.serving import LoadOptions
+from sft_lightning.terminal import make_console
 
 _REPEATED = {
     "finetuned": "A fine-tuned model: folder or Hub id; repeat for several.",
@@ -118,7 +117,7 @@ def compare(
         UserError: If a model cannot be loaded or refuses a prompt.
     """
     comparison = compare_models(models, prompts, configs, load, run)
-    print_comparison(comparison, Console(width=None if Console().is_terminal else 140))
+    print_comparison(comparison, make_console())
     files.write(comparison)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
 from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
+from sft_lightning.terminal import make_console
 from sft_lightning.views.report_table import report_tables
 
 
@@ -41,7 +41,7 @@ def prepare(data: SFTDataModule, *, rebuild: bool = False, report: str | None = 
         UserError: If there is no source, or a source cannot be used.
     """
     stores = data.prepare(rebuild=rebuild)
-    console = Console(width=None if Console().is_terminal else 100)
+    console = make_console()
     for part in report_tables(data.report):
         console.print(part, markup=False)
     for name, prepared in stores.items():

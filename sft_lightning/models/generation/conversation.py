@@ -9,7 +9,7 @@ from transformers.generation.streamers import TextStreamer
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.generate import GenerationConfig
 from sft_lightning.models.generation.serving import Answer, ServedModel
-from sft_lightning.printable import printable
+from sft_lightning.terminal import printable
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system message and forgets, /quit ends"
 

@@ -1,4 +1,4 @@
-"""The adapter as others load it, beside every checkpoint kept and at the end of the run."""
+"""Exports: the adapter beside every checkpoint and at the end of the run, or the whole model at the end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from peft import PeftModel
 
-from callbacks.run_folder import datamodule_of, run_folder, run_manifest
-from sft_lightning.models.export.write import AdapterReport, export_adapter
+from callbacks.run_outputs import datamodule_of, run_folder, run_manifest
+from sft_lightning.models.export.write import AdapterReport, export_adapter, export_model
 from sft_lightning.training.checkpoint import AtomicCheckpointIO
 from sft_lightning.training.module import CausalLMModule
 
@@ -54,6 +54,20 @@ class AdapterExport(Callback):
                 f"{report.zeros[0]}…"
             )
         return report
+
+
+class ModelExport(Callback):
+    """Writes `model/`: what `AutoModelForCausalLM.from_pretrained` loads, tokenizer included. Idle with an adapter."""
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, CausalLMModule) or isinstance(pl_module.language_model, PeftModel):
+            return
+        folder = run_folder(trainer) / "model"
+        export_model(
+            pl_module.language_model, datamodule_of(trainer).tokenizer, folder, run_manifest(trainer, pl_module)
+        )
+        rank_zero_info(f"model: {folder} (opened again: its values are those of the trained model)")
 
 
 def _proven(report: AdapterReport) -> str:

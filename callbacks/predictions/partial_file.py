@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -82,6 +83,47 @@ class PartialPredictions:
         else:
             self.path.write_bytes(self._header)
         return self.path.open("a", encoding="utf-8")
+
+
+def part_paths(target: Path, world_size: int) -> list[Path]:
+    """Return the file that each process writes, by rank.
+
+    Args:
+        target: The file of all predictions.
+        world_size: Number of processes.
+    """
+    if world_size == 1:
+        return [target.with_name(f"{target.name}.partial")]
+    return [target.with_name(f"{target.name}.partial-{rank}-of-{world_size}") for rank in range(world_size)]
+
+
+def join_parts(parts: Sequence[Path], batch_size: int, target: Path) -> None:
+    """Write the predictions of all processes to one file, in the order of the data, and remove the parts.
+
+    The file appears when it is complete.
+
+    Args:
+        parts: The files of the processes; batch n was answered by process n modulo their number.
+        batch_size: Rows per batch.
+        target: The file to write.
+    """
+    files = [path.open(encoding="utf-8") for path in parts]
+    joined = target.with_name(f"{target.name}.joined")
+    try:
+        for file in files:
+            next(file)  # the header
+        with joined.open("w", encoding="utf-8") as out:
+            for number in count():
+                rows = list(islice(files[number % len(files)], batch_size))
+                if not rows:
+                    break
+                out.writelines(rows)
+    finally:
+        for file in files:
+            file.close()
+    joined.replace(target)
+    for path in parts:
+        path.unlink()
 
 
 def _whole_lines(path: Path) -> list[bytes]:

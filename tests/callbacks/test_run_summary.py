@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -50,3 +51,12 @@ def test_a_validation_within_a_fit_reports_nothing_again(trainer: Any, capsys: p
 def test_validate_and_test_report_too(trainer: Any, hook: str) -> None:
     getattr(DataSummary(), hook)(trainer, MODULE)
     assert read(trainer)["sources"]
+
+
+def test_a_run_shows_and_writes_its_report(fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit("--trainer.max_steps=1")
+    shown = capsys.readouterr().out
+    assert "train/toy" in shown
+    assert "optimizer steps per epoch" in shown
+    report = json.loads((run / "data_report.json").read_text())
+    assert report["sources"]["train/toy"]["examples"] == 24

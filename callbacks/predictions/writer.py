@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import count, islice
-from pathlib import Path
 from typing import Any, TextIO
 
 import xxhash
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.partial_predictions import PartialPredictions
-from callbacks.run_folder import datamodule_of, run_folder
+from callbacks.predictions.partial_file import PartialPredictions, join_parts, part_paths
+from callbacks.run_outputs import datamodule_of, run_folder
 from sft_lightning.data.batches.generation_prompts import PromptLoader
 from sft_lightning.models.export.fingerprint import model_fingerprint
 from sft_lightning.training.module import CausalLMModule
@@ -37,11 +35,12 @@ class PredictionWriter(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CausalLMModule):
             raise TypeError(f"PredictionWriter works with a CausalLMModule, not {type(pl_module).__name__}")
-        folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
+        target = run_folder(trainer) / _NAME
+        target.parent.mkdir(parents=True, exist_ok=True)
         loader = _loader(trainer)
-        partial = PartialPredictions(_parts(folder, trainer.world_size)[trainer.global_rank])
-        partial.check_alone(_parts(folder, trainer.world_size))
+        parts = part_paths(target, trainer.world_size)
+        partial = PartialPredictions(parts[trainer.global_rank])
+        partial.check_alone(parts)
         partial.check_made_with(_made_with(trainer, pl_module, loader))
         trainer.strategy.barrier("predictions checked")  # before one process writes what another would refuse
         loader.num_answered, num_rows = partial.whole_batches(loader.batch_lengths)
@@ -68,9 +67,9 @@ class PredictionWriter(Callback):
         self._close()
         trainer.strategy.barrier("predictions written")
         if trainer.is_global_zero:
-            folder = run_folder(trainer)
-            _join(_parts(folder, trainer.world_size), _loader(trainer).batch_size, folder / _NAME)
-            rank_zero_info(f"predictions: {folder / _NAME}")
+            target = run_folder(trainer) / _NAME
+            join_parts(part_paths(target, trainer.world_size), _loader(trainer).batch_size, target)
+            rank_zero_info(f"predictions: {target}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
@@ -88,13 +87,6 @@ def _loader(trainer: Trainer) -> PromptLoader:
     return loader
 
 
-def _parts(folder: Path, world_size: int) -> list[Path]:
-    """Return where each process writes."""
-    if world_size == 1:
-        return [folder / f"{_NAME}.partial"]
-    return [folder / f"{_NAME}.partial-{rank}-of-{world_size}" for rank in range(world_size)]
-
-
 def _made_with(trainer: Trainer, module: CausalLMModule, loader: PromptLoader) -> dict[str, Any]:
     """Return what answers depend on, under the words in which a change of it is told."""
     prompts = json.dumps([prompt["prompt"] for prompt in loader.prompts]).encode()
@@ -106,24 +98,3 @@ def _made_with(trainer: Trainer, module: CausalLMModule, loader: PromptLoader) -
         "the prompts": xxhash.xxh3_128(prompts).hexdigest(),
         "data.batch_size": loader.batch_size,
     }
-
-
-def _join(parts: Sequence[Path], batch_size: int, target: Path) -> None:
-    """Write the rows of all processes in the order of the data, whole or not at all."""
-    files = [path.open(encoding="utf-8") for path in parts]
-    joined = target.with_suffix(".jsonl.joined")
-    try:
-        for file in files:
-            next(file)  # the line that says what they were made with
-        with joined.open("w", encoding="utf-8") as out:
-            for number in count():
-                rows = list(islice(files[number % len(files)], batch_size))
-                if not rows:
-                    break
-                out.writelines(rows)
-    finally:
-        for file in files:
-            file.close()
-    joined.replace(target)
-    for path in parts:
-        path.unlink()

@@ -1,11 +1,12 @@
-"""A checkpoint every so many minutes, so that a run of one long epoch can be killed and loses little."""
+"""When checkpoints are saved: every so many minutes, and at the end of each epoch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -31,3 +32,16 @@ class TimedCheckpoint(ModelCheckpoint):
         """Save, if it is time to and an optimizer step has ended."""
         if not trainer.fit_loop._should_accumulate():
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def default_checkpoints(given: Sequence[Callback]) -> list[Callback]:
+    """Return callbacks that save at the end of each epoch and, in long epochs, every 30 minutes.
+
+    The user's own `ModelCheckpoint` replaces both; the user's `TimedCheckpoint` replaces only the timed one.
+    """
+    own = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+    if not all(isinstance(callback, TimedCheckpoint) for callback in own):
+        return []
+    timed = [] if own else [TimedCheckpoint()]
+    # Both write `last.ckpt`: with a version counter the second would write `last-v1.ckpt`.
+    return [ModelCheckpoint(filename="{step}", save_last=True, enable_version_counter=False), *timed]

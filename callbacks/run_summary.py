@@ -1,23 +1,42 @@
-"""What became of the data: tables in the terminal, `data_report.json`, and text in the loggers."""
+"""What a run starts from, in the terminal, in files and in the loggers: its configuration and its data."""
 
 from __future__ import annotations
 
 import json
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.text import Text
 
-from callbacks.run_folder import datamodule_of, run_folder
-from callbacks.terminal import console
-from callbacks.text_logging import fenced, log_text
+from callbacks.run_outputs import datamodule_of, fenced, log_text, run_folder
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.terminal import make_console
 from sft_lightning.views.highlight import ShownToken, show_tokens
 from sft_lightning.views.marked_text import FRAME, around_the_first_answer, marked_text
 from sft_lightning.views.report_table import report_tables
 
 _TOKENS_IN_THE_TERMINAL = 256
 """Of the example; the loggers get all of them."""
+
+
+class HyperParameters(Callback):
+    """Gives the run's `config.yaml` to the loggers: as text (`run/config`), and as values where they keep them.
+
+    A trainer without the command line has no such file, and logs none.
+    """
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        file = run_folder(trainer) / "config.yaml"
+        if not file.is_file():
+            return
+        text = file.read_text(encoding="utf-8")
+        log_text(trainer, "run/config", fenced(text, "yaml"))
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):  # which would draw a point of no metric for them
+                logger.log_hyperparams(yaml.safe_load(text))
 
 
 class DataSummary(Callback):
@@ -45,7 +64,7 @@ class DataSummary(Callback):
     @rank_zero_only
     def _report(self, trainer: Trainer) -> None:
         report = datamodule_of(trainer).report
-        out = console()
+        out = make_console()
         for part in report_tables(report):
             out.print(part, markup=False, highlight=False)
         folder = run_folder(trainer)
@@ -62,7 +81,7 @@ class DataSummary(Callback):
             return
         num_supervised = sum(token.weight > 0 for token in tokens)
         counts = f"{len(tokens):,} tokens, {num_supervised:,} of them supervised"
-        out = console()
+        out = make_console()
         shown = around_the_first_answer(tokens, _TOKENS_IN_THE_TERMINAL)
         part = f"; tokens {shown[0].position:,} to {shown[-1].position:,}" if len(shown) < len(tokens) else ""
         marked = "green" if out.is_terminal else "between " + " and ".join(FRAME)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from callbacks.run_outputs import datamodule_of, fenced, run_folder
+
+
+def trainer_with(logger: Any, root: Path) -> Trainer:
+    return cast(Trainer, SimpleNamespace(logger=logger, default_root_dir=str(root)))
+
+
+def test_outputs_go_to_the_loggers_folder(tmp_path: Path) -> None:
+    assert run_folder(trainer_with(TensorBoardLogger(tmp_path, name="a", version="b"), tmp_path)) == tmp_path / "a/b"
+    assert run_folder(trainer_with(CSVLogger(tmp_path, name="", version=""), Path("other"))) == tmp_path
+
+
+def test_without_a_logger_outputs_go_to_the_trainers_root(tmp_path: Path) -> None:
+    assert run_folder(trainer_with(None, tmp_path)) == tmp_path
+    assert run_folder(trainer_with(SimpleNamespace(), tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize(("text", "fence"), [("plain", "```"), ("a `word`", "```"), ("```python\n```", "````")])
+def test_a_text_with_fences_of_its_own_gets_a_longer_fence(text: str, fence: str) -> None:
+    assert fenced(text, "yaml") == f"{fence}yaml\n{text}\n{fence}"
+
+
+def test_another_data_module_is_an_error() -> None:
+    with pytest.raises(TypeError, match="SFTDataModule, not NoneType"):
+        datamodule_of(cast(Trainer, SimpleNamespace()))
