@@ -53,7 +53,6 @@ ROOMS_OF_THEIR_OWN = {
 """Modules that are small, or long because they are data, on purpose."""
 
 TOO_FULL = {
-    "sft_lightning/merging",
     "sft_lightning/estimation", "sft_lightning/strategies/zero",
 }  # fmt: skip
 """Folders that still have more than nine modules; each goes with its mending."""

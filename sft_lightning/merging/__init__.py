@@ -1,1 +1,1 @@
-"""Adapters merged into their base, shard by shard, and what proves it."""
+"""Merge adapters into their base, shard by shard, and verify the result against plain PEFT."""

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a merged model: tokenizer, generation configuration, model card, manifest."""
+"""The files beside the weights of a merged model: tokenizer, generation configuration, model card, manifest."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from sft_lightning.merging.base import MergePlan, read_manifest
 from sft_lightning.merging.meta_checkpoint import write_meta_checkpoint
-from sft_lightning.merging.model_card import model_card
-from sft_lightning.merging.report import MergeReport
+from sft_lightning.merging.plan import MergePlan, read_manifest
+from sft_lightning.merging.report import MergeReport, model_card
 from sft_lightning.models.base.weight_files import tensor_names, weight_files
 from sft_lightning.models.export.write import MANIFEST
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def load_tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
-    """Return the last adapter's tokenizer, chat template included, or the base's; `None` if neither has one."""
+def load_merged_tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
+    """Return the last adapter's tokenizer with its chat template, or the base's; `None` if neither has one."""
     for folder in (plan.adapters[-1], plan.folder):
         if any((folder / name).is_file() for name in _TOKENIZER_FILES):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -29,8 +28,14 @@ def load_tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
     return None
 
 
-def copy_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the tokenizer, and copy the base's generation configuration and code."""
+def write_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Save the tokenizer, and copy the base's generation configuration and code.
+
+    Args:
+        plan: What is merged into what.
+        folder: The folder of the merged model.
+        tokenizer: The tokenizer; `None` for none.
+    """
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     names = ["generation_config.json", *(path.name for path in plan.folder.glob("*.py"))]
@@ -39,8 +44,14 @@ def copy_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenize
             shutil.copyfile(plan.folder / name, folder / name)
 
 
-def describe(folder: Path, plan: MergePlan, report: MergeReport) -> None:
-    """Write the manifest and the model card beside merged weights."""
+def write_manifest_and_card(plan: MergePlan, folder: Path, report: MergeReport) -> None:
+    """Write `run_manifest.json` and `README.md` beside merged weights.
+
+    Args:
+        plan: What was merged into what.
+        folder: The folder of the merged model.
+        report: What the merge did.
+    """
     manifest = {
         "base": plan.name,
         "merged_into": report.base,
@@ -53,8 +64,15 @@ def describe(folder: Path, plan: MergePlan, report: MergeReport) -> None:
     (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")
 
 
-def rearrange_for_meta(plan: MergePlan, folder: Path, config: PretrainedConfig, num_ranks: int) -> None:
-    """Put the weights into Meta's layout, with the tokenizer that its code reads; leave out what transformers reads."""
+def convert_to_meta_layout(plan: MergePlan, folder: Path, config: PretrainedConfig, num_ranks: int) -> None:
+    """Replace transformers' weight and configuration files by Meta's, and add the SentencePiece tokenizer.
+
+    Args:
+        plan: What was merged into what.
+        folder: The folder of the merged model, changed in place.
+        config: The merged model's configuration.
+        num_ranks: Files that the weights are divided into.
+    """
     write_meta_checkpoint(folder, folder, config, num_ranks=num_ranks)
     for file in [*weight_files(folder), *folder.glob("*.index.json"), *folder.glob("*config.json")]:
         if file.name != "tokenizer_config.json":

@@ -1,7 +1,7 @@
-"""One adapter's change to one weight of the base at a time, by PEFT's own layer arithmetic.
+"""Merge an adapter into one weight of the base at a time, with the arithmetic of PEFT's own layers.
 
-PEFT's layers are built around a model whose weights take no memory: every weight is one zero, looked at from every
-position. A real weight is put into its layer, merged there by PEFT, taken out and forgotten.
+PEFT wraps a model whose weights take no memory: each is a single zero, expanded to its shape. A real weight is put
+into its layer, merged there by PEFT, and taken out again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LAYER_BY_LAYER = ("LORA", "IA3", "LOHA", "LOKR")
 
 
 def empty_model(config: PretrainedConfig, *, vocab_size: int, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return a model whose float32 weights are all zero and take no memory; tied ones are one.
+    """Build a model whose float32 weights are all zero and take no memory; tied weights are one parameter.
 
     Args:
-        config: The base's.
+        config: The base's configuration.
         vocab_size: Rows of the embeddings.
         trust_remote_code: Run code that comes with the model.
     """
@@ -47,20 +47,20 @@ def empty_model(config: PretrainedConfig, *, vocab_size: int, trust_remote_code:
     return model  # type: ignore[no-any-return]
 
 
-def tied_names(model: torch.nn.Module) -> list[list[str]]:
-    """Return the names of every parameter that has several, the first one first."""
+def tied_parameter_names(model: torch.nn.Module) -> list[list[str]]:
+    """Return groups of names that share one parameter, each in the order of the model's modules."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     return [group for group in names.values() if len(group) > 1]
 
 
-def why_whole(folder: Path) -> str | None:
-    """Return why an adapter cannot be merged weight by weight; `None` if it can be."""
+def reason_for_whole_model(folder: Path) -> str | None:
+    """Return why an adapter can only be merged into the whole model; `None` if weight by weight is possible."""
     config = read_config(folder)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in _LAYER_BY_LAYER:
-        return f"{kind} adapters are merged by PEFT on the whole model"
+        return f"PEFT merges {kind} adapters only into the whole model"
     if getattr(config, "init_lora_weights", None) in CHANGE_BASE:
         return f"init_lora_weights {config.init_lora_weights!r} changes the base before the update is added"
     for option in ("target_parameters", "layer_replication"):
@@ -70,11 +70,11 @@ def why_whole(folder: Path) -> str | None:
 
 
 class LayerMerger:
-    """An adapter, ready to be merged into weights that come one by one.
+    """Merges one adapter into weights that are given one by one.
 
     Args:
         model: From `empty_model`; changed in place.
-        folder: The adapter.
+        folder: The adapter's folder.
 
     Raises:
         UserError: If the adapter does not fit the model.
@@ -84,26 +84,26 @@ class LayerMerger:
         self.ties = bool(getattr(read_config(folder), "ensure_weight_tying", False))
         """Whether tied weights were trained as one."""
 
-        ties = tied_names(model)
+        ties = tied_parameter_names(model)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         candidates = base_tensors(read_weights(folder), model)
-        for name in candidates:  # PEFT copies them into the model, which needs room for them
+        for name in candidates:  # PEFT copies them into the model, which needs memory of its own for them
             parameter = model.get_parameter(name)
             parameter.data = torch.zeros(parameter.shape)
         self._model: PeftModel = attach_adapter(model, folder)
         self._replaced = {name: tensor for name, tensor in candidates.items() if not self._is_saved(name)}
-        for name in list(self._replaced):  # what is loaded into one name of a tied weight is loaded into all
+        for name in list(self._replaced):  # a value that is loaded under one name of a tied weight is loaded under all
             for other in (other for group in ties if name in group for other in group if not self._is_saved(other)):
                 self._replaced.setdefault(other, self._replaced[name])
         self.changed = {name for name in names if self._changes(name)}
-        """Names of the base's weights that the adapter changes."""
+        """Names of the base's parameters that the adapter changes."""
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """Return a base weight with the adapter in it.
+        """Return a base weight with the adapter merged into it, in float32 and of the same shape.
 
         Args:
             name: One of `changed`.
-            weight: In float32.
+            weight: The base's value in float32, in the shape of the parameter.
         """
         weight = self._replaced[name].float() if name in self._replaced else weight
         module, attribute = self._find(name)
@@ -116,7 +116,7 @@ class LayerMerger:
             return _merge_in_layer(module, attribute, weight)
         if name in self._replaced:
             return weight
-        trained: torch.Tensor = getattr(module, attribute)  # inside a module that was saved whole
+        trained: torch.Tensor = getattr(module, attribute)  # inside a module that was saved in full
         return trained.detach().float()
 
     def _changes(self, name: str) -> bool:
@@ -124,30 +124,30 @@ class LayerMerger:
             return True
         module, attribute = self._find(name)
         if isinstance(module, ParamWrapper):
-            raise TypeError(f"{name}: {type(module).__name__} is merged on the whole model")
+            raise TypeError(f"{name}: {type(module).__name__} can only be merged into the whole model")
         if isinstance(module, BaseTunerLayer):
             return attribute == "weight" or _adapts_bias(module)
         return isinstance(module, TrainableTokensWrapper) or self._is_saved(name)
 
     def _is_saved(self, name: str) -> bool:
-        """Whether a parameter is that of a module that was saved whole, or inside one."""
+        """Whether a parameter belongs to a module that was saved in full (`modules_to_save`)."""
         module: Any = self._model.get_base_model()
         for part in name.split(".")[:-1]:
-            module = _inside(module)._modules[part]
+            module = _unwrap(module)._modules[part]
             if isinstance(module, ModulesToSaveWrapper):
                 return True
         return False
 
     def _find(self, name: str) -> tuple[torch.nn.Module, str]:
-        """Return the module that has a parameter of the base, a wrapper around it included, and its name there."""
+        """Return the module that owns a base parameter, or PEFT's wrapper around it, and the parameter's name there."""
         *path, attribute = name.split(".")
         module: Any = self._model.get_base_model()
         for part in path:
-            module = _inside(module)._modules[part]
+            module = _unwrap(module)._modules[part]
         return module, attribute
 
 
-def _inside(module: Any) -> Any:
+def _unwrap(module: Any) -> Any:
     if isinstance(module, ModulesToSaveWrapper):
         return module.modules_to_save[ADAPTER]
     if isinstance(module, TrainableTokensWrapper):
@@ -160,7 +160,7 @@ def _adapts_bias(layer: Any) -> bool:
 
 
 def _merge_in_layer(layer: Any, attribute: str, weight: torch.Tensor) -> torch.Tensor:
-    """Put a weight into a layer, merge, take it out; what else the layer holds is zero meanwhile."""
+    """Put a weight into a layer, merge, and take it out; the layer's other parameters are zero meanwhile."""
     own = {name: parameter.data for name, parameter in layer.get_base_layer().named_parameters(recurse=False)}
     try:
         for name, parameter in layer.get_base_layer().named_parameters(recurse=False):

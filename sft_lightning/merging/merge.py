@@ -1,4 +1,4 @@
-"""Adapters into their base: a plain Hugging Face folder, proven by loading it again."""
+"""Merge adapters into their base: a plain Hugging Face folder, verified by loading it again."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from transformers import PreTrainedTokenizerBase
 
 from sft_lightning.errors import UserError
-from sft_lightning.merging.base import MergePlan, plan_merge
-from sft_lightning.merging.checks import Difference, Trained, ask_trained, check_answers
-from sft_lightning.merging.companions import copy_companions, describe, load_tokenizer, rearrange_for_meta
+from sft_lightning.merging.companions import (
+    convert_to_meta_layout,
+    load_merged_tokenizer,
+    write_companions,
+    write_manifest_and_card,
+)
 from sft_lightning.merging.meta_checkpoint import check_meta_format
-from sft_lightning.merging.peft_reference import load_float32, reference_logits
-from sft_lightning.merging.report import BaseName, MergeReport
-from sft_lightning.merging.stream import Merged, merge_weights
+from sft_lightning.merging.peft_reference import compare_with_reference, load_float32, reference_logits
+from sft_lightning.merging.plan import MergePlan, plan_merge
+from sft_lightning.merging.quantized import TrainedModel, load_trained_model
+from sft_lightning.merging.report import LogitDifference, MergeBase, MergeReport
+from sft_lightning.merging.stream import MergedWeights, merge_weights
 from sft_lightning.models.adapters.folder import AdapterError
 from sft_lightning.models.base.quantization import QuantizationConfig
-from sft_lightning.models.base.weight_files import parse_size
 from sft_lightning.models.export.write import replaced_folder
 from sft_lightning.models.inspection import max_positions
-from sft_lightning.models.probing import answers, logits_of, mean_divergence, random_ids
+from sft_lightning.models.probing import logits_of, mean_divergence, next_token_log_probs, random_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,34 +37,34 @@ class MergeOptions:
     """How to merge.
 
     Raises:
-        UserError: If the size is none, or the number of files is of another format.
+        UserError: If the size cannot be read, or `model_parallel_size` does not fit the format.
     """
 
     model_name_or_path: str | None = None
     """Base model; default: the one that the adapters name."""
 
     base: Literal["auto", "original", "dequantized"] = "auto"
-    """For an adapter that was trained on a quantized base: merge into the `original` weights, or into the
-    `dequantized` ones that it was trained on; `auto`: what diverges less from the trained model, measured."""
+    """For an adapter trained on a quantized base: merge into the `original` weights, or into the `dequantized` ones
+    that it was trained on; `auto` measures both and keeps the one that diverges less from the trained model."""
 
     quantization: QuantizationConfig | None = None
     """How the base was quantized in training; default: as the adapter's `run_manifest.json` says."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the written weights; `auto`: as the base stores each."""
+    """Type of the written weights; `auto` keeps the type that the base stores for each."""
 
     max_shard_size: str = "5GB"
-    """Largest file of weights."""
+    """Largest file of weights, such as 5GB or 500MB."""
 
     format: Literal["huggingface", "pth"] = "huggingface"
-    """`pth`: a Llama as Meta's own code reads it, `consolidated.NN.pth` and `params.json`."""
+    """`pth`: a Llama in the layout of Meta's own code, `consolidated.NN.pth` and `params.json`."""
 
     model_parallel_size: int = 1
-    """Of `pth`: into how many files the weights are divided, one for each GPU that Meta's code runs on."""
+    """With `format` pth: number of files that the weights are divided into, one for each GPU that Meta's code uses."""
 
     verify: bool = True
     """Load the result again and compare it with the base under its adapters. This takes memory for the whole model in
-    float32, which merging itself does not."""
+    float32; merging itself does not."""
 
     trust_remote_code: bool = False
     """Run code that comes with the model."""
@@ -68,16 +73,34 @@ class MergeOptions:
         parse_size(self.max_shard_size)
         if self.model_parallel_size != 1 and self.format != "pth":
             raise UserError(
-                f"merge --model_parallel_size: {self.model_parallel_size} is of --format pth, and the format is "
-                f"{self.format}; remove it, or set the format"
+                f"merge --model_parallel_size: {self.model_parallel_size} is only valid with --format pth (got "
+                f"{self.format}); remove it, or set the format"
             )
+
+
+def parse_size(size: str) -> int:
+    """Return the bytes of a size such as `5GB`, `500MB` or `2GiB`; a plain number is bytes.
+
+    Raises:
+        UserError: If it is not a size above zero.
+    """
+    try:
+        # In upper case: for accelerate, a small b is bits.
+        num_bytes = int(size) if size.isdecimal() else convert_file_size_to_int(size.upper())
+    except (ValueError, OverflowError):
+        num_bytes = 0
+    if num_bytes <= 0:
+        raise UserError(f"merge --max_shard_size: must be a size such as 5GB or 500MB (got {size!r})")
+    return num_bytes
 
 
 @dataclass
 class _Candidate:
+    """The adapters merged into one of the bases."""
+
     folder: Path
-    merged: Merged
-    difference: Difference | None = None
+    weights: MergedWeights
+    difference: LogitDifference | None = None
     divergence: float | None = None
 
 
@@ -95,7 +118,7 @@ def merge_adapters(
     Args:
         adapters: PEFT adapter folders.
         output_dir: Folder to write; replaced as a whole, or not at all.
-        options: How.
+        options: How to merge.
         rows: Token ids of the user's data, to measure divergence on; default: a few built-in texts.
 
     Raises:
@@ -121,85 +144,86 @@ def _merge(
     )
     if options.format == "pth":
         check_meta_format(plan.config, plan.vocab_sizes[-1], options.model_parallel_size)
-    choices = _choices(plan, options)
-    tokenizer = load_tokenizer(plan)
+    bases = _bases_to_try(plan, options)
+    tokenizer = load_merged_tokenizer(plan)
     with replaced_folder(output_dir) as target:
-        trained = ask_trained(plan, choices, tokenizer, rows)
+        trained = load_trained_model(plan, bases, tokenizer, rows)
         tried = {
-            choice: _try(plan, target / choice, trained, choice, tokenizer, verify=options.verify) for choice in choices
+            base: _merge_into(plan, target / base, trained, base, tokenizer, verify=options.verify) for base in bases
         }
-        best = min(tried, key=lambda choice: tried[choice].divergence or 0) if options.base == "auto" else options.base
+        best = min(tried, key=lambda base: tried[base].divergence or 0) if options.base == "auto" else options.base
         report = _report(output_dir, options, best, tried)
-        _keep(target, tried[best].folder)
-        describe(target, plan, report)
+        _keep_only(target, tried[best].folder)
+        write_manifest_and_card(plan, target, report)
         if options.format == "pth":
-            rearrange_for_meta(plan, target, tried[best].merged.config, options.model_parallel_size)
+            convert_to_meta_layout(plan, target, tried[best].weights.config, options.model_parallel_size)
     return report
 
 
-def _choices(plan: MergePlan, options: MergeOptions) -> list[BaseName]:
-    """Return the bases to merge into: both, to be compared, where training saw another than the stored one."""
+def _bases_to_try(plan: MergePlan, options: MergeOptions) -> list[MergeBase]:
+    """Return the bases to merge into: both, to compare them, if the adapter was trained on a quantized base."""
     if plan.quantization is None:
         if options.base == "dequantized":
             raise UserError(
-                "merge --base: 'dequantized' is for an adapter of a quantized base, and nothing says that "
-                f"{str(plan.adapters[-1])!r} is one; say how it was quantized, with --quantization.bits 4"
+                "merge --base: dequantized requires an adapter that was trained on a quantized base, but the run "
+                f"manifest of {str(plan.adapters[-1])!r} does not say how it was quantized; set it, such as by "
+                "--quantization.bits 4, or use original"
             )
         return ["original"]
     measured = options.verify and len(plan.adapters) == 1
     if options.base == "auto" and not measured:
         why = "several adapters have no one trained model" if options.verify else "--verify is false"
-        raise UserError(f"merge --base: original or dequantized cannot be decided by measuring, because {why}; set it")
+        raise UserError(f"merge --base: auto cannot measure which base is better, because {why}; set it")
     return ["original", "dequantized"] if measured or options.base == "auto" else [options.base]
 
 
-def _try(
+def _merge_into(
     plan: MergePlan,
     folder: Path,
-    trained: Trained,
-    choice: BaseName,
+    trained: TrainedModel,
+    base: MergeBase,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     verify: bool,
 ) -> _Candidate:
-    """Write one merged model, and measure it."""
+    """Write the model merged into one base, and measure it."""
     folder.mkdir()
-    quantized = trained.quantized if choice == "dequantized" else None
+    quantized = trained.base if base == "dequantized" else None
     candidate = _Candidate(folder, merge_weights(plan, folder, quantized))
-    copy_companions(plan, folder, tokenizer)
+    write_companions(plan, folder, tokenizer)
     if verify:
         probe = random_ids(plan.vocab_sizes[1], rows=2, length=min(32, max_positions(plan.config)))
-        reference = reference_logits(plan, quantized, probe, candidate.merged.dtypes)
-        model = load_float32(folder, plan)  # what was written, not what a coarse type computes
-        candidate.difference = check_answers(reference, logits_of(model, probe))
-        if trained.answers:
-            candidate.divergence = mean_divergence(trained.answers, answers(model, trained.rows))
+        reference = reference_logits(plan, quantized, probe, candidate.weights.dtypes)
+        model = load_float32(folder, plan)  # compares the written weights, without the rounding of a coarser type
+        candidate.difference = compare_with_reference(reference, logits_of(model, probe))
+        if trained.log_probs:
+            candidate.divergence = mean_divergence(trained.log_probs, next_token_log_probs(model, trained.rows))
     return candidate
 
 
-def _names(dtypes: Mapping[str, torch.dtype]) -> str:
+def _type_names(dtypes: Mapping[str, torch.dtype]) -> str:
     return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
 
 
 def _report(
-    output_dir: Path, options: MergeOptions, best: BaseName, tried: Mapping[BaseName, _Candidate]
+    output_dir: Path, options: MergeOptions, best: MergeBase, tried: Mapping[MergeBase, _Candidate]
 ) -> MergeReport:
     chosen = tried[best]
     return MergeReport(
         output_dir=output_dir,
         base=best,
-        dtype=_names(chosen.merged.dtypes),
+        dtype=_type_names(chosen.weights.dtypes),
         difference=chosen.difference,
-        divergences={name: c.divergence for name, c in tried.items() if c.divergence is not None},
-        whole=chosen.merged.whole,
-        left_out=chosen.merged.left_out,
-        untied=chosen.merged.untied,
+        divergences={base: c.divergence for base, c in tried.items() if c.divergence is not None},
+        whole_model_reason=chosen.weights.whole_model_reason,
+        left_out=chosen.weights.left_out,
+        untied=chosen.weights.untied,
         format=options.format,
     )
 
 
-def _keep(target: Path, chosen: Path) -> None:
-    """Leave the chosen folder's files in `target`, and nothing else."""
+def _keep_only(target: Path, chosen: Path) -> None:
+    """Move the chosen folder's files up into `target`, and delete everything else in it."""
     for path in list(target.iterdir()):
         if path != chosen:
             shutil.rmtree(path)

@@ -11,7 +11,12 @@ from sft_lightning.models.adapters.continuation import differences
 from sft_lightning.models.adapters.trainable import train_only
 from sft_lightning.models.adapters.wrapping import add_adapter, check_base_of_adapter
 from sft_lightning.models.base.loading import load_model
-from sft_lightning.models.base.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
+from sft_lightning.models.base.vocabulary import (
+    check_new_tokens_train,
+    embedding_names,
+    num_embeddings,
+    resize_embeddings,
+)
 from sft_lightning.models.spec import ModelSpec
 
 
@@ -76,10 +81,10 @@ def assemble_model(
     if spec.quantization is not None and spec.adapter is not None:
         check_base_of_adapter(spec.adapter, spec.quantization, spec.dtype)
     base = load_base(spec, len(tokenizer), on_host=on_host)
-    rows, names = num_rows(base), embedding_names(base)
+    rows, names = num_embeddings(base), embedding_names(base)
     unknown = resize_vocabulary(base, spec, tokenizer)
-    if num_rows(base) != rows:
-        log(f"vocabulary: {rows} → {num_rows(base)} rows; new rows start at the mean of the old ones")
+    if num_embeddings(base) != rows:
+        log(f"vocabulary: {rows} → {num_embeddings(base)} rows; new rows start at the mean of the old ones")
     model = _choose_what_trains(base, spec, unknown, log)
     check_new_tokens_train(base, unknown, names)
     return model

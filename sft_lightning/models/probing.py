@@ -1,4 +1,4 @@
-"""What two models are compared on: token ids, the logits they get, and how far two answers are apart."""
+"""Token ids to ask models with, the logits that they answer, and how far two answers differ."""
 
 from __future__ import annotations
 
@@ -13,21 +13,38 @@ PROBE_TEXTS = (
     "def mean(values: list[float]) -> float:\n    return sum(values) / len(values)\n",
     "Write a short letter to a friend.\n\nDear Anna,\n\nthank you for your letter. I was glad to hear from you.",
 )
-"""Text for a comparison where a run's own data is not at hand."""
+"""Texts for a comparison where the run's own data is not available."""
 
 
 def random_ids(vocab_size: int, *, rows: int, length: int) -> torch.Tensor:
-    """Return (rows, length) token ids, the same at every call."""
+    """Return the same random token ids at every call, (rows, length).
+
+    Args:
+        vocab_size: Ids are below it.
+        rows: Number of rows.
+        length: Tokens per row.
+    """
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBE_TEXTS) -> list[list[int]]:
-    """Return the token ids of each text."""
+def tokenize_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = PROBE_TEXTS) -> list[list[int]]:
+    """Return the token ids of each text.
+
+    Args:
+        tokenizer: A tokenizer.
+        texts: What to tokenize.
+    """
     return [tokenizer(text).input_ids for text in texts]
 
 
-def cut_rows(rows: Sequence[Sequence[int]], max_tokens: int = 512, max_length: int = 256) -> list[list[int]]:
-    """Return the first rows, each cut at `max_length`, until there are `max_tokens`: every one costs a vocabulary."""
+def truncate_rows(rows: Sequence[Sequence[int]], max_tokens: int = 512, max_length: int = 256) -> list[list[int]]:
+    """Return the first rows, truncated, so that their logits fit in memory.
+
+    Args:
+        rows: Token ids.
+        max_tokens: Tokens of all rows together.
+        max_length: Tokens per row.
+    """
     cut: list[list[int]] = []
     for row in rows:
         room = max_tokens - sum(map(len, cut))
@@ -38,20 +55,34 @@ def cut_rows(rows: Sequence[Sequence[int]], max_tokens: int = 512, max_length: i
 
 @torch.no_grad()
 def logits_of(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Return (B, S, vocabulary) logits in float32."""
+    """Return float32 logits, (B, S, vocabulary).
+
+    Args:
+        model: A causal language model.
+        input_ids: Token ids, (B, S).
+    """
     logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
     return logits.float()
 
 
-def answers(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Return the log-probabilities of the next token, (S, vocabulary) for each row."""
+def next_token_log_probs(model: torch.nn.Module, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return the log-probabilities of the next token, (S, vocabulary) for each row.
+
+    Args:
+        model: A causal language model.
+        rows: Token ids.
+    """
     return [torch.log_softmax(logits_of(model, torch.tensor([list(row)]))[0], dim=-1) for row in rows]
 
 
 def mean_divergence(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
     """Return KL(reference ‖ other) in nats per token, the mean over all positions of all rows.
 
-    Where the vocabularies differ in padding rows, the reference's are compared.
+    If `other` has more tokens in its vocabulary, such as padding rows, they are left out.
+
+    Args:
+        reference: Log-probabilities, (S, vocabulary) for each row.
+        other: Log-probabilities, (S, vocabulary or more) for each row.
     """
     total = 0.0
     for p, q in zip(reference, other, strict=True):

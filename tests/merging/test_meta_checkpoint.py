@@ -42,14 +42,14 @@ def saved(folder: Path, config: PretrainedConfig) -> Path:
 
 
 def written(folder: Path, config: LlamaConfig, num_ranks: int = 1) -> list[dict[str, torch.Tensor]]:
-    """The ranks' tensors of a random Llama; its safetensors lie in `source` beside them."""
+    """The ranks' tensors of a random Llama; its safetensors are in `source` beside them."""
     folder.mkdir(exist_ok=True)
     files = write_meta_checkpoint(saved(folder / "source", config), folder, config, num_ranks=num_ranks)
     return [torch.load(file, weights_only=True) for file in files]
 
 
 def joined(ranks: list[dict[str, torch.Tensor]], config: LlamaConfig, source: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the source, put together from the ranks' slices by concatenation alone."""
+    """Every tensor of the source, joined from the ranks' slices by concatenation."""
     names = {name for file in source.glob("*.safetensors") for name in load_file(file)}
     found = {}
     for name in names:
@@ -103,7 +103,7 @@ def test_metas_own_arithmetic_gives_the_same_logits_with_fewer_key_value_heads(t
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_the_files_put_together_are_the_source_to_the_last_bit(num_ranks: int, tmp_path: Path) -> None:
+def test_the_files_joined_together_are_the_source_to_the_last_bit(num_ranks: int, tmp_path: Path) -> None:
     config = llama()
     ranks = written(tmp_path, config, num_ranks)
     assert len(list(tmp_path.glob("consolidated.*.pth"))) == num_ranks
@@ -127,7 +127,7 @@ def test_ranks_divide_each_matrix_as_fairscale_does(tmp_path: Path) -> None:
         "attention.wo.weight": (64, 32), "feed_forward.w1.weight": (48, 64), "feed_forward.w2.weight": (64, 48),
         "feed_forward.w3.weight": (48, 64), "attention_norm.weight": (64,), "ffn_norm.weight": (64,),
     }  # fmt: skip
-    assert last["output.weight"].shape == (26, 64)  # what does not divide goes to the last
+    assert last["output.weight"].shape == (26, 64)  # the last rank takes the remainder
     assert torch.equal(first["norm.weight"], last["norm.weight"])
 
 
@@ -150,7 +150,7 @@ def test_metas_code_computes_the_width_that_the_model_has(dim: int, width: int) 
     assert params["rope_theta"] == 5e5
 
 
-def test_llama_3s_scaled_positions_are_said() -> None:
+def test_llama_3s_position_scaling_is_in_the_parameters() -> None:
     rope = {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -162,24 +162,32 @@ def test_llama_3s_scaled_positions_are_said() -> None:
 @pytest.mark.parametrize(
     ("config", "num_ranks", "said"),
     [
-        (AutoConfig.for_model("mistral"), 1, "this is a mistral model; use huggingface"),
-        (llama(attention_bias=True), 1, "has no place for the model's biases"),
+        (
+            AutoConfig.for_model("mistral"),
+            1,
+            r"only available for Llama models \(got a mistral model\)",
+        ),
+        (llama(attention_bias=True), 1, "cannot represent a model with biases in linear layers"),
         (llama(head_dim=16), 1, "heads of 16 values"),
-        (llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}), 1, "'linear' scaling"),
-        (llama(), 3, "model_parallel_size: 3 does not divide the model's num_attention_heads of 8"),
-        (llama(), 8, "8 does not divide the model's num_key_value_heads of 4"),
-        (llama(), 0, "model_parallel_size: 0"),
-        (llama(vocab_size=128_256), 2, "Llama 3 .* divides its embeddings otherwise; use 1"),
+        (
+            llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            1,
+            "'linear' position",
+        ),
+        (llama(), 3, r"must divide the model's num_attention_heads of 8 \(got 3\)"),
+        (llama(), 8, r"must divide the model's num_key_value_heads of 4 \(got 8\)"),
+        (llama(), 0, r"must divide .* \(got 0\)"),
+        (llama(vocab_size=128_256), 2, "must be 1 for Llama 3, whose embeddings are divided in another way"),
     ],
 )
-def test_what_metas_format_has_no_place_for_is_refused(config: Any, num_ranks: int, said: str) -> None:
+def test_a_model_that_metas_layout_cannot_represent_is_refused(config: Any, num_ranks: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
         check_meta_format(config, config.vocab_size, num_ranks)
 
 
-def test_a_file_that_is_not_the_source_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_differs_from_the_source_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meta_checkpoint, "_interleaved", lambda weight, heads: weight)
-    with pytest.raises(RuntimeError, match=r"wq\.weight was written with other values"):
+    with pytest.raises(RuntimeError, match=r"written values of .*wq\.weight differ from the merged"):
         written(tmp_path, llama())
 
 
@@ -217,11 +225,11 @@ def test_another_family_is_refused_before_anything_is_written(tmp_path: Path) ->
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = saved(tmp_path / "base", AutoConfig.for_model("qwen2", vocab_size=51, **shape, num_key_value_heads=1))
     add_adapter(AutoModelForCausalLM.from_pretrained(base), AdapterConfig(r=2)).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="this is a qwen2 model"):
+    with pytest.raises(UserError, match="got a qwen2 model"):
         merge_adapters([str(tmp_path / "adapter")], str(tmp_path / "merged"), MergeOptions(format="pth"))
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_number_of_files_without_the_format_is_refused() -> None:
-    with pytest.raises(UserError, match="model_parallel_size: 2 is of --format pth"):
+def test_several_files_without_the_format_are_refused() -> None:
+    with pytest.raises(UserError, match="model_parallel_size: 2 is only valid with --format pth"):
         MergeOptions(model_parallel_size=2)

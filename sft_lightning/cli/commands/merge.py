@@ -15,10 +15,9 @@ from sft_lightning.cli.parsing import CommandParser
 from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
-from sft_lightning.merging.base import read_manifest
 from sft_lightning.merging.merge import MergeOptions, merge_adapters
-from sft_lightning.merging.model_card import run_folder_of
-from sft_lightning.merging.report import MergeReport
+from sft_lightning.merging.plan import read_manifest
+from sft_lightning.merging.report import MergeReport, run_folder_of
 
 _OF_THE_DATA = ("seed_everything", "task", "model", "data")
 NUM_EXAMPLES = 8
@@ -73,8 +72,8 @@ def _lines(report: MergeReport, num_examples: int) -> Iterator[str]:
     for base, divergence in report.divergences.items():
         chosen = ", which was written" if base == report.base else ""
         yield f"KL(trained ‖ merged into the {base} base) on {on}: {divergence:.3e} nats per token{chosen}"
-    if report.whole is not None:
-        yield f"the whole model was in memory: {report.whole}"
+    if report.whole_model_reason is not None:
+        yield f"the whole model was in memory: {report.whole_model_reason}"
     if report.untied:
         yield "the head is no longer tied to the embeddings, because training changed one of them (tie_word_embeddings)"
     if report.left_out:

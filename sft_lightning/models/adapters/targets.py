@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sft_lightning.errors import UserError, did_you_mean
-from sft_lightning.models.base.vocabulary import tied_names
+from sft_lightning.models.base.vocabulary import tied_embedding_names
 from sft_lightning.models.inspection import bypassed_modules
 
 PRESETS = ("all-linear", "attention", "mlp", "mamba")
@@ -27,7 +27,7 @@ def resolve_preset(model: PreTrainedModel, preset: str) -> list[str]:
     linear = linear_names(model)
     attention = {name for name in linear if _inside_attention(model, name)}
     mamba = {name for name in linear if name.endswith(".in_proj")}
-    if not tied_names(model):
+    if not tied_embedding_names(model):
         mamba.add(_name_of(model, model.get_input_embeddings()))
     is_mamba = bool(bypassed_modules(model.config))
     wanted = {
@@ -97,11 +97,12 @@ def check_targets(model: PreTrainedModel, key: str, targets: str | Collection[st
             f"{key}: {model.config.model_type} reads the weight of {', '.join(sorted(bypassed))} past the module, so "
             "an adapter there would not train; use the preset 'mamba', or 'in_proj'"
         )
-    tied = sorted(set(matched) & set(tied_names(model)))
-    if tied:
+    tied = tied_embedding_names(model)
+    if adapted := sorted(set(matched) & set(tied)):
+        others = " and ".join(sorted({*tied} - {adapted[0]}))
         raise UserError(
-            f"{key}: {tied[0]} shares its matrix with {' and '.join(sorted({*tied_names(model)} - {tied[0]}))}, and an "
-            "adapter on it could not be merged; train it in full by modules_to_save"
+            f"{key}: {adapted[0]} shares its matrix with {others}, so an adapter on it cannot be merged; train it in "
+            "full by modules_to_save"
         )
 
 

@@ -17,7 +17,7 @@ from sft_lightning.models.adapters.quantized import check_quantized_base, prepar
 from sft_lightning.models.adapters.targets import PRESETS, check_names, check_targets, resolve_preset
 from sft_lightning.models.adapters.trainable import train_base
 from sft_lightning.models.base.quantization import QuantizationConfig
-from sft_lightning.models.base.vocabulary import embedding_names, tied_names
+from sft_lightning.models.base.vocabulary import embedding_names, tied_embedding_names
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, *, added_token_ids: Sequence[int] = ()) -> PeftModel:
@@ -79,7 +79,7 @@ def _resolve(model: PreTrainedModel, config: AdapterConfig, added_token_ids: Seq
             raise UserError("model.adapter.trainable_token_indices: 'added', but model.add_tokens adds none")
         peft_config.trainable_token_indices = {name: list(added_token_ids) for name in embedding_names(model)}
     trained_in_full = getattr(peft_config, "modules_to_save", None) or []
-    tied = any(name.endswith(module) for name in tied_names(model) for module in trained_in_full)
+    tied = any(name.endswith(module) for name in tied_embedding_names(model) for module in trained_in_full)
     if tied and hasattr(peft_config, "ensure_weight_tying"):
         peft_config.ensure_weight_tying = True  # else PEFT would train two copies of what is one matrix
     return cast("PeftConfig", peft_config)

@@ -1,11 +1,9 @@
-"""Weight files of a Hugging Face folder, read and written shard by shard: one file's tensors in memory at most."""
+"""The weight files of a Hugging Face folder, read and written tensor by tensor, with one file in memory at most."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -17,26 +15,13 @@ from sft_lightning.errors import UserError
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(size: str) -> int:
-    """Return the bytes of a size such as `5GB`, `500MB` or `2GiB`.
-
-    Raises:
-        UserError: If it is none, or not above zero.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
-    if match is None or match[2].upper() not in _UNITS or not float(match[1]):
-        raise UserError(f"--max_shard_size: {size!r} is no size; write it as 5GB or 500MB")
-    return max(int(float(match[1]) * _UNITS[match[2].upper()]), 1)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files with a model's weights: safetensors before `.bin`, a single file before an index.
+    """Return a model's weight files: safetensors before `.bin`, and a single file before shards with an index.
 
     Raises:
-        UserError: If there are none, or one that the index names is missing.
+        UserError: If there are none, or a shard is missing.
     """
     for single, index in zip(_SINGLE, _INDEXES, strict=True):
         if (folder / single).is_file():
@@ -45,19 +30,19 @@ def weight_files(folder: Path) -> list[Path]:
             files = [folder / name for name in sorted(set(_weight_map(folder / index).values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise UserError(f"{folder / index}: names {missing[0]}, which is not there; download the base again")
+                raise UserError(f"{folder / index}: the file {missing[0]} is missing; download the model again")
             return files
-    raise UserError(f"{folder}: holds no weights: none of {', '.join(_SINGLE + _INDEXES)} is there")
+    raise UserError(f"{folder}: there are no weights; expected one of {', '.join(_SINGLE + _INDEXES)}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return the file of every tensor."""
+    """Return the file name of every tensor."""
     weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return weight_map
 
 
 def tensor_names(folder: Path) -> set[str]:
-    """Return the names of all tensors in a folder's weight files; no tensor is read."""
+    """Return the names of all tensors in a folder's weight files, without reading the tensors."""
     return {name for file in weight_files(folder) for name in _names_in(file)}
 
 
@@ -69,7 +54,7 @@ def _names_in(file: Path) -> list[str]:
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a weight file's tensors one by one; each is read when it is asked for."""
+    """Yield the names and tensors of a weight file; each tensor is read when it is yielded."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as reader:
             for name in reader.keys():  # noqa: SIM118 (no mapping)
@@ -86,29 +71,18 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6 is no zip file
+        state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6 is not a zip file
     return state
 
 
-@dataclass(frozen=True)
-class WrittenWeights:
-    """What a `ShardWriter` wrote."""
-
-    num_files: int
-    num_tensors: int
-    num_parameters: int
-    total_size: int
-    """Bytes of all tensors."""
-
-
 class ShardWriter:
-    """Writes tensors as `model.safetensors`, or as shards with their index, as `save_pretrained` names them.
+    """Writes tensors as `model.safetensors`, or as shards with an index, under the names that `save_pretrained` uses.
 
-    A tensor that is larger than a shard may be gets a file of its own. Use it as a context manager; the files have
-    their names when it ends.
+    A tensor that is larger than `max_shard_size` gets a file of its own. Use the writer as a context manager; the files
+    get their final names when it ends without an error.
 
     Args:
-        folder: Where the files go.
+        folder: The folder to write to.
         max_shard_size: Bytes per file at most.
     """
 
@@ -129,21 +103,20 @@ class ShardWriter:
             self._finish()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Take a tensor; files are written as they fill."""
+        """Add a tensor; a file is written when it is full.
+
+        Args:
+            name: The tensor's name.
+            tensor: A tensor of any shape; it is copied.
+        """
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._max_shard_size:
             self._flush()
-        # safetensors refuses views and shared memory, and a view would keep all of what it looks at alive.
+        # safetensors refuses views and shared memory, and a view would keep its whole storage alive.
         self._pending[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._pending_bytes += size
         self._total_size += size
         self._num_parameters += tensor.numel()
-
-    @property
-    def written(self) -> WrittenWeights:
-        """What there is so far."""
-        tensors = sum(len(names) for names in self._files)
-        return WrittenWeights(len(self._files), tensors, self._num_parameters, self._total_size)
 
     def _flush(self) -> None:
         if self._pending:

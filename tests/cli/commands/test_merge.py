@@ -74,7 +74,7 @@ def test_what_the_report_says_beyond_the_usual_is_printed(
         dtype="float32",
         difference=None,
         divergences={},
-        whole="PiSSA",
+        whole_model_reason="PiSSA",
         left_out=["inv_freq"],
         untied=True,
         format="pth",
@@ -100,7 +100,10 @@ def test_what_the_report_says_beyond_the_usual_is_printed(
             ["--adapter", "a", "--output_dir", "out", "--base", "models/mine"],
             "must be one of 'auto', 'original', 'dequantized'",
         ),
-        (["--adapter", "a", "--output_dir", "out", "--max_shard_size", "big"], "'big' is no size"),
+        (
+            ["--adapter", "a", "--output_dir", "out", "--max_shard_size", "big"],
+            "must be a size such as 5GB or 500MB (got 'big')",
+        ),
         (["--adapter", "a", "--output_dir", "out", "--max_shards_size", "5GB"], "Did you mean 'max_shard_size'?"),
     ],
 )

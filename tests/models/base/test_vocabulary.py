@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PhiConfig, PreTraine
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
-from sft_lightning.models.base.vocabulary import check_new_tokens_train, embedding_names, num_rows, resize_embeddings
+from sft_lightning.models.base.vocabulary import (
+    check_new_tokens_train,
+    embedding_names,
+    num_embeddings,
+    resize_embeddings,
+)
 from sft_lightning.tokenizer import load_tokenizer
 
 NEW = ["<tool>", "<think>", "newword"]
@@ -38,10 +43,10 @@ def test_new_rows_are_the_mean_of_the_old_ones(
     before = [m.weight.detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     ids = resize_embeddings(model, extended, NEW, pad_to_multiple_of=multiple)
     assert ids == [rows, rows + 1, rows + 2]
-    assert num_rows(model) == -(-len(extended) // (multiple or 1)) * (multiple or 1) == model.config.vocab_size
+    assert num_embeddings(model) == -(-len(extended) // (multiple or 1)) * (multiple or 1) == model.config.vocab_size
     for module, old in zip((model.get_input_embeddings(), model.get_output_embeddings()), before, strict=True):
         assert torch.equal(module.weight[:rows], old)
-        assert torch.equal(module.weight[rows:], old.mean(0).expand(num_rows(model) - rows, -1))
+        assert torch.equal(module.weight[rows:], old.mean(0).expand(num_embeddings(model) - rows, -1))
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
 
 
@@ -79,7 +84,7 @@ def test_a_foreign_tokenizer_is_refused_unless_asked_for(extended: PreTrainedTok
         resize_embeddings(tiny(50), extended, NEW)
     model = tiny(50)
     assert resize_embeddings(model, extended, [], any_size=True) == list(range(50, len(extended)))
-    assert num_rows(model) == len(extended)
+    assert num_embeddings(model) == len(extended)
 
 
 def test_a_multiple_below_one_is_refused(extended: PreTrainedTokenizerFast) -> None:

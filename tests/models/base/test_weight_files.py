@@ -8,22 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.weight_files import ShardWriter, parse_size, read_tensors, tensor_names, weight_files
+from sft_lightning.models.base.weight_files import ShardWriter, read_tensors, tensor_names, weight_files
 
 TENSORS = {f"layer.{i}.weight": torch.full((4, 8), float(i)) for i in range(5)}  # 128 bytes each
-
-
-@pytest.mark.parametrize(
-    ("size", "num_bytes"), [("5GB", 5 * 10**9), ("500mb", 500 * 10**6), ("1.5 GiB", 3 * 2**29), ("12", 12)]
-)
-def test_sizes_are_read_as_transformers_writes_them(size: str, num_bytes: int) -> None:
-    assert parse_size(size) == num_bytes
-
-
-@pytest.mark.parametrize("size", ["", "5 apples", "GB", "-1GB", "0GB"])
-def test_what_is_no_size_is_refused(size: str) -> None:
-    with pytest.raises(UserError, match="max_shard_size"):
-        parse_size(size)
 
 
 def test_few_tensors_make_one_file_without_an_index(tmp_path: Path) -> None:
@@ -53,7 +40,7 @@ def test_a_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path: Path) -> 
     assert len(weight_files(tmp_path)) == 3
 
 
-def test_nothing_has_a_final_name_after_an_error(tmp_path: Path) -> None:
+def test_no_file_has_its_final_name_after_an_error(tmp_path: Path) -> None:
     def fail() -> None:
         with ShardWriter(tmp_path, 130) as writer:
             writer.add("a", torch.zeros(100))
@@ -86,19 +73,19 @@ def test_every_kind_of_file_is_read(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_safetensors_are_read_where_both_are_there(tmp_path: Path) -> None:
+def test_safetensors_are_preferred_to_bin_files(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "model.safetensors")
     torch.save({}, tmp_path / "pytorch_model.bin")
     assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="there are no weights"):
         weight_files(tmp_path)
 
 
-def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"names model-00001-of-00001.safetensors, which is not there"):
+    with pytest.raises(UserError, match=r"the file model-00001-of-00001.safetensors is missing"):
         weight_files(tmp_path)

@@ -1,4 +1,4 @@
-"""The base that adapters are merged into: where it is, and what training changed of it."""
+"""What is merged into what: the adapters, the base with its configuration, and the rows of the embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.folder import read_config, read_weights
@@ -20,21 +20,21 @@ from sft_lightning.models.base.weight_files import weight_files
 from sft_lightning.models.export.write import MANIFEST
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head", "embed_out")
-_OF_A_MODEL = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py", "*.jinja"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py", "*.jinja"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """What is merged into what, decided before a weight is read."""
+    """What is merged into what, decided before any weight is read."""
 
     name: str
-    """The base, as it was named."""
+    """The base, as the user or the adapter names it."""
 
     folder: Path
     """The base on this machine."""
 
     config: PretrainedConfig
-    """The base's configuration, with what training changed of it."""
+    """The base's configuration, with the changes that training made to it."""
 
     adapters: list[Path]
     """Adapter folders, in the order in which they are merged."""
@@ -43,16 +43,16 @@ class MergePlan:
     """Rows of the embeddings before the first adapter, and after each."""
 
     quantization: QuantizationConfig | None
-    """How the base was stored while the adapter trained."""
+    """How the base was quantized while the adapter trained; `None` if it was not."""
 
     training_dtype: torch.dtype
     """Type of the weights that were not quantized, while the adapter trained."""
 
     dtype: torch.dtype | None
-    """Type of the written weights; `None`: as the base stores each."""
+    """Type of the written weights; `None` keeps the type that the base stores for each."""
 
     max_shard_size: int
-    """Bytes per written file at most."""
+    """Largest file of weights, in bytes."""
 
     trust_remote_code: bool = False
     """Run code that comes with the model."""
@@ -69,6 +69,14 @@ def plan_merge(
 ) -> MergePlan:
     """Decide what is merged into what.
 
+    Args:
+        adapters: PEFT adapter folders, in order.
+        model_name_or_path: The base; default: the one that the adapters name.
+        quantization: How the base was quantized in training; default: as the last adapter's run manifest says.
+        dtype: Type of the written weights; `None` keeps the stored types.
+        max_shard_size: Largest file of weights, in bytes.
+        trust_remote_code: Run code that comes with the model.
+
     Raises:
         UserError: If a folder is not an adapter, the adapters have different bases, or the base cannot be merged into.
     """
@@ -79,7 +87,7 @@ def plan_merge(
     config = _read_base_config(name, folder, trust_remote_code)
     manifest = read_manifest(folders[-1])
     vocab_sizes = _vocab_sizes(config.get_text_config().vocab_size, folders)
-    _as_trained(config, manifest)
+    _apply_training_changes(config, manifest)
     if quantization is None and manifest.get("quantization"):
         quantization = QuantizationConfig(**manifest["quantization"])
     return MergePlan(
@@ -97,7 +105,7 @@ def plan_merge(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what the run that made an adapter says of itself; empty for an adapter from elsewhere."""
+    """Return the `run_manifest.json` of an exported folder; empty if there is none."""
     file = folder / MANIFEST
     manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return manifest
@@ -109,7 +117,7 @@ def _common_base(adapters: Sequence[Path]) -> str:
         raise UserError(f"merge --adapter: the adapters have different bases: {', '.join(sorted(bases))}")
     base = bases.pop()
     if not base:
-        raise UserError(f"merge --model_name_or_path: needed, because {adapters[0]} names no base model")
+        raise UserError(f"merge --model_name_or_path: required, because {adapters[0]} names no base model")
     return base
 
 
@@ -117,11 +125,11 @@ def _local_folder(name: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     try:
-        return Path(snapshot_download(name, allow_patterns=_OF_A_MODEL))
+        return Path(snapshot_download(name, allow_patterns=_MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"merge --model_name_or_path: cannot load a model from {name!r}, neither a folder here nor to be "
+            f"merge --model_name_or_path: cannot load a model from {name!r}: there is no such folder, and it cannot be "
             f"downloaded: {reason}"
         ) from error
 
@@ -135,14 +143,14 @@ def _read_base_config(name: str, folder: Path, trust_remote_code: bool) -> Pretr
         ) from error
     if getattr(config, "quantization_config", None):
         raise UserError(
-            f"merge --model_name_or_path: {name!r} holds quantized weights, which an update cannot be added to; "
-            "name the model that they were made from"
+            f"merge --model_name_or_path: {name!r} contains quantized weights, which cannot be merged into; name the "
+            "model that was quantized"
         )
     return cast("PretrainedConfig", config)
 
 
-def _as_trained(config: PretrainedConfig, manifest: dict[str, Any]) -> None:
-    """Write what the run changed of the configuration, such as a longer context, into it."""
+def _apply_training_changes(config: PretrainedConfig, manifest: dict[str, Any]) -> None:
+    """Write the run's changes of the configuration, such as a longer context, into it."""
     text = config.get_text_config()
     for key in ("rope_parameters", "max_position_embeddings"):
         if manifest.get(key) is not None and hasattr(text, key):
@@ -153,45 +161,25 @@ def _vocab_sizes(rows: int, adapters: Sequence[Path]) -> list[int]:
     """Return the embeddings' rows before the first adapter, and those that each adapter was trained with.
 
     Raises:
-        UserError: If an adapter has fewer than there are before it.
+        UserError: If an adapter was trained with fewer rows than the model has before it.
     """
     sizes = [rows]
     for adapter in adapters:
-        wanted = read_manifest(adapter).get("vocab_size") or _rows_in(adapter, sizes[-1])
+        wanted = read_manifest(adapter).get("vocab_size") or _embedding_rows(adapter, default=sizes[-1])
         if wanted < sizes[-1]:
             raise UserError(
-                f"merge --adapter: {str(adapter)!r} was trained with {wanted} tokens, and what it is merged into has "
-                f"{sizes[-1]}; merge the adapters in the order of their vocabularies, or check the base"
+                f"merge --adapter: {str(adapter)!r} was trained with {wanted} tokens, but the model that it is merged "
+                f"into has {sizes[-1]}; merge the adapters in the order of their vocabulary sizes, or check the base"
             )
         sizes.append(wanted)
     return sizes
 
 
-def _rows_in(adapter: Path, rows: int) -> int:
-    """Return the embedding rows that an adapter's own tensors speak of; `rows` if they speak of none."""
+def _embedding_rows(adapter: Path, default: int) -> int:
+    """Return the rows of the embeddings that an adapter saved; `default` if it saved none."""
     found = [
         len(tensor)
         for key, tensor in read_weights(adapter).items()
         if key.endswith(tuple(f"{name}.weight" for name in _EMBEDDINGS))
     ]
-    return max(found, default=rows)
-
-
-def grown(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return an embedding with new rows at the mean of those that it has, as training made them."""
-    missing = rows - len(tensor)
-    if missing <= 0:
-        return tensor
-    mean = tensor.float().mean(0, keepdim=True).to(tensor.dtype)
-    return torch.cat([tensor, mean.expand(missing, *tensor.shape[1:])])
-
-
-def grow_embeddings(model: PreTrainedModel, rows: int) -> None:
-    """Give a model's embeddings as many rows, the new ones at the mean of the old ones."""
-    old = len(next(model.get_input_embeddings().parameters()))
-    if old == rows:
-        return
-    model.resize_token_embeddings(rows, mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        for parameter in module.parameters() if module is not None else ():
-            parameter.data = grown(parameter.data[:old], rows)
+    return max(found, default=default)
