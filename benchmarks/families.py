@@ -177,7 +177,7 @@ def _packing(row: Sequence[Outcome]) -> str:
 
 
 def _attention(name: str) -> str:
-    return {"packed": "ours", "masked_documents": "its own, our mask"}.get(name, "its own")
+    return {"packed": "ours", "document_mask": "its own, our mask"}.get(name, "its own")
 
 
 def _loss(row: Sequence[Outcome]) -> str:

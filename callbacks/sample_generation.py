@@ -13,7 +13,8 @@ from rich.markup import escape
 from callbacks.run_outputs import datamodule_of, fenced, log_text, run_folder
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.generate import GenerationConfig, generate
+from sft_lightning.models.generation.config import GenerationConfig
+from sft_lightning.models.generation.generate import generate
 from sft_lightning.strategies.names import is_sharded
 from sft_lightning.terminal import make_console
 from sft_lightning.training.module import CausalLMModule

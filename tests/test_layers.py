@@ -60,7 +60,6 @@ TOO_FULL = {
 TO_DIVIDE_OR_JOIN = {
     "sft_lightning/data/batches/streaming.py",
     "sft_lightning/data/datamodule.py", "sft_lightning/estimation/refusals.py",
-    "sft_lightning/models/generation/generate.py",
     "sft_lightning/strategies/staggered_loading.py", "sft_lightning/strategies/zero/cpu_adam.py",
     "sft_lightning/strategies/zero/precision.py", "sft_lightning/training/module.py",
 }  # fmt: skip

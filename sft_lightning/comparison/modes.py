@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from sft_lightning.errors import UserError, one_of
-from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
 
 ALL_MODES: tuple[DecodingMode, ...] = get_args(DecodingMode)
 
@@ -98,7 +98,7 @@ def answers_of(mode: DecodingMode, config: GenerationConfig, num_return_sequence
     """
     if num_return_sequences < 1:
         raise UserError(f"--num_return_sequences: must be at least 1 (got {num_return_sequences})")
-    most = config.most_answers()
+    most = config.max_answers()
     if most == 1:
         return 1
     if most is not None and num_return_sequences > most:

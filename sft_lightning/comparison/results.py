@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sft_lightning.comparison.metrics import exact_match, repetition_rate, rouge_l
 from sft_lightning.comparison.perplexity import ReferenceLoss, mean_perplexity
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
 from sft_lightning.models.generation.serving import Answer
 
 Role = Literal["baseline", "finetuned", "adapter"]

@@ -16,8 +16,8 @@ from sft_lightning.comparison.perplexity import reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
 from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, Response, Role, make_response
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
-from sft_lightning.models.generation.serving import LoadOptions, ServedModel, base_of_adapter, load_served
+from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.serving import LoadOptions, ServedModel, base_named_by_adapter, load_served_model
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare_models(
     for number, model in enumerate(models, start=1):
         _say(f"model {number} of {len(models)}: {model.adapter or model.path}")
         _note_other_base(model)
-        served = load_served(f"--{'baseline' if model.adapter else model.role}", model.path, model.adapter, load)
+        served = load_served_model(f"--{'baseline' if model.adapter else model.role}", model.path, model.adapter, load)
         results.append(_ask(served, model, prompts, configs, options))
         del served
         gc.collect()
@@ -92,7 +92,7 @@ def _ask(
     options: RunOptions,
 ) -> ModelResult:
     ids = [
-        served.encode_turns(prompt.turns)
+        served.encode_messages(prompt.turns)
         if served.has_template and not prompt.is_plain
         else served.encode_text(prompt.text)
         for prompt in prompts
@@ -142,7 +142,7 @@ def _labels(paths: Sequence[str]) -> list[str]:
 
 def _note_other_base(model: ComparedModel) -> None:
     if model.adapter is not None:
-        trained_on = base_of_adapter("--baseline", model.adapter)
+        trained_on = base_named_by_adapter("--baseline", model.adapter)
         if trained_on != model.path:
             _say(f"note: {model.adapter} was trained on {trained_on}; here it is put on the baseline, {model.path}")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sft_lightning.comparison.results import Comparison, ModelResult, Response, Summary, summarize
-from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
 from sft_lightning.terminal import printable
 
 COLUMNS = ("model", "mode", "answers", "tokens", "ended", "repetition", "changed")

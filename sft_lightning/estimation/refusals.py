@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sft_lightning.estimation.sharding import Sharding
-from sft_lightning.models.adapters.wrapping import check_base_of_adapter
+from sft_lightning.models.adapters.wrapping import check_adapter_on_quantized_base
 from sft_lightning.strategies import refusals
 from sft_lightning.training.module import CausalLMModule
 
@@ -20,7 +20,7 @@ def check_as_fit(module: CausalLMModule, sharding: Sharding) -> None:
     """
     spec = module.spec
     if spec.quantization is not None and spec.adapter is not None:
-        check_base_of_adapter(spec.adapter, spec.quantization, spec.dtype)
+        check_adapter_on_quantized_base(spec.adapter, spec.quantization, spec.dtype)
     if sharding.kind in ("fsdp2", "zero"):
         refusals.check_module(module, _as_strategy(sharding))
 

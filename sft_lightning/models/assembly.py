@@ -7,9 +7,9 @@ from collections.abc import Callable
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sft_lightning.models.adapters.continuation import differences
+from sft_lightning.models.adapters.continuation import describe_overrides
 from sft_lightning.models.adapters.trainable import train_only
-from sft_lightning.models.adapters.wrapping import add_adapter, check_base_of_adapter
+from sft_lightning.models.adapters.wrapping import add_adapter, check_adapter_on_quantized_base
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.vocabulary import (
     check_new_tokens_train,
@@ -20,13 +20,13 @@ from sft_lightning.models.base.vocabulary import (
 from sft_lightning.models.spec import ModelSpec
 
 
-def load_base(spec: ModelSpec, vocab_size: int, *, on_host: bool = False) -> PreTrainedModel:
+def load_base(spec: ModelSpec, vocab_size: int, *, on_cpu: bool = False) -> PreTrainedModel:
     """Load the base model, or build it from scratch; without an adapter, as many rows as its files have.
 
     Args:
         spec: The model.
         vocab_size: Number of tokens of the tokenizer.
-        on_host: Load quantized weights into CPU memory, as all other weights are, for a strategy that shards them.
+        on_cpu: Load quantized weights into CPU memory, as all other weights are, for a strategy that shards them.
 
     Raises:
         UserError: If the model cannot be loaded, or a key does not apply to it.
@@ -40,7 +40,7 @@ def load_base(spec: ModelSpec, vocab_size: int, *, on_host: bool = False) -> Pre
         vocab_size=vocab_size,
         overrides=spec.overrides,
         trust_remote_code=spec.trust_remote_code,
-        on_host=on_host,
+        on_cpu=on_cpu,
     )
 
 
@@ -65,7 +65,7 @@ def resize_vocabulary(base: PreTrainedModel, spec: ModelSpec, tokenizer: PreTrai
 
 
 def assemble_model(
-    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, *, log: Callable[[str], None], on_host: bool = False
+    spec: ModelSpec, tokenizer: PreTrainedTokenizerFast, *, log: Callable[[str], None], on_cpu: bool = False
 ) -> PreTrainedModel | PeftModel:
     """Load a base, resize it to the tokenizer, and attach the adapter or freeze what does not train.
 
@@ -73,14 +73,14 @@ def assemble_model(
         spec: The model.
         tokenizer: With the added tokens.
         log: Called with a line for each change that the user did not ask for by name.
-        on_host: As for `load_base`.
+        on_cpu: As for `load_base`.
 
     Raises:
         UserError: If keys contradict each other or the model.
     """
     if spec.quantization is not None and spec.adapter is not None:
-        check_base_of_adapter(spec.adapter, spec.quantization, spec.dtype)
-    base = load_base(spec, len(tokenizer), on_host=on_host)
+        check_adapter_on_quantized_base(spec.adapter, spec.quantization, spec.dtype)
+    base = load_base(spec, len(tokenizer), on_cpu=on_cpu)
     rows, names = num_embeddings(base), embedding_names(base)
     unknown = resize_vocabulary(base, spec, tokenizer)
     if num_embeddings(base) != rows:
@@ -99,6 +99,6 @@ def _choose_what_trains(
             train_only(base, spec.trainable)
         return base
     adapted = add_adapter(base, spec.adapter, added_token_ids=added_token_ids)
-    for line in differences(adapted, spec.adapter):
+    for line in describe_overrides(adapted, spec.adapter):
         log(line)
     return adapted

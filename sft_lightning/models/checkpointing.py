@@ -89,7 +89,7 @@ def free_memory_gib(device: torch.device) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
 
 
-def check_checkpointing(setting: bool | int | Literal["auto"]) -> None:
+def check_checkpointing_setting(setting: bool | int | Literal["auto"]) -> None:
     """Check `model.gradient_checkpointing` before anything is loaded.
 
     Raises:
@@ -102,7 +102,7 @@ def check_checkpointing(setting: bool | int | Literal["auto"]) -> None:
         )
 
 
-def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+def recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """Return the layers that can be recomputed, or compiled, one by one, in order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
@@ -120,7 +120,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int
     Raises:
         UserError: If the model cannot do this, or not for some layers alone.
     """
-    layers = decoder_layers(model)
+    layers = recomputable_layers(model)
     if every > max(1, len(layers)):
         raise UserError(
             f"model.gradient_checkpointing: {every}, but this {model.config.model_type} model has {len(layers)} "

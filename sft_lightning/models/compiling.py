@@ -9,7 +9,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED, HiddenLengths, packed_attention
-from sft_lightning.models.checkpointing import decoder_layers
+from sft_lightning.models.checkpointing import recomputable_layers
 
 
 def compile_layers(model: PreTrainedModel) -> int:
@@ -28,7 +28,7 @@ def compile_layers(model: PreTrainedModel) -> int:
     Raises:
         UserError: If the model has no layers to compile one by one.
     """
-    layers = decoder_layers(model)
+    layers = recomputable_layers(model)
     if not layers:
         raise UserError(
             f"model.torch_compile: this {model.config.model_type} model has no decoder layers that transformers marks "

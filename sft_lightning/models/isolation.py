@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from sft_lightning.compat.transformers import attention_of
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.quantization import rounding_each_token_alone
+from sft_lightning.models.base.quantization import without_int8_outliers
 from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
 from sft_lightning.models.inspection import base_model, evaluating, max_positions
 
@@ -36,7 +36,7 @@ class Isolation:
     """What rounding may do to either."""
 
     @property
-    def proven(self) -> bool:
+    def verified(self) -> bool:
         """Whether documents do not see each other; not if anything is NaN."""
         return self.leak <= self.tolerance and self.difference <= self.tolerance
 
@@ -60,7 +60,7 @@ def measure_isolation(
     generator = torch.Generator().manual_seed(0)
     first, other = torch.randint(vocab_size, (2, 1, before), generator=generator).to(device)
     second = torch.randint(vocab_size, (1, _LENGTH), generator=generator).to(device)
-    with evaluating(model), rounding_each_token_alone(model):
+    with evaluating(model), without_int8_outliers(model):
         alone = _logits(model, second, [_LENGTH])
         packed = _logits(model, torch.cat([first, second], 1), [before, _LENGTH])[:, before:]
         moved = _logits(model, torch.cat([other, second], 1), [before, _LENGTH])[:, before:]
@@ -71,7 +71,7 @@ def measure_isolation(
     )
 
 
-def prove_isolation(
+def verify_isolation(
     model: torch.nn.Module, vocab_size: int, device: torch.device, *, max_length: int = 2 * _LENGTH
 ) -> float:
     """Prove on the loaded model that packed documents do not see each other.
@@ -89,7 +89,7 @@ def prove_isolation(
         UserError: If one document moves another one's logits by more than rounding does.
     """
     found = measure_isolation(model, vocab_size, device, max_length=max_length)
-    if not found.proven:
+    if not found.verified:
         raise UserError(f"data.packing: {describe_leak(model, found)}; {_way_out(model)}")
     return found.difference
 
@@ -120,7 +120,7 @@ def choose_packing(
         found = measure_isolation(model, vocab_size, device, max_length=max_length)
     except UserError as error:
         return "none", str(error)
-    return ("best_fit", "documents are apart") if found.proven else ("none", describe_leak(model, found))
+    return ("best_fit", "documents are apart") if found.verified else ("none", describe_leak(model, found))
 
 
 def describe_leak(model: torch.nn.Module, found: Isolation) -> str:

@@ -11,7 +11,7 @@ import torch
 from sft_lightning.data.batches.collate import collate
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.store import PairExample
-from sft_lightning.models.base.quantization import rounding_each_token_alone
+from sft_lightning.models.base.quantization import without_int8_outliers
 from sft_lightning.models.inspection import evaluating
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
@@ -50,7 +50,7 @@ def loss_sums(run: Run, rows: Sequence[Sequence[TokenizedExample]]) -> LossSums:
     """Return the loss sums that training computes of rows, in evaluation mode."""
     module = run.module.to(run.device)
     precision = run.trainer.precision_plugin.forward_context()
-    with evaluating(module), precision, rounding_each_token_alone(module.language_model):
+    with evaluating(module), precision, without_int8_outliers(module.language_model):
         sums: LossSums = module(batch_of(rows, run.data, run.device))
     return sums
 

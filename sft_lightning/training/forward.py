@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sft_lightning.models.head.routers import find_router_loss, tokens_of_documents
-from sft_lightning.models.head.sharded import InnerHead
+from sft_lightning.models.head.sharded import ShardedHead
 from sft_lightning.models.head.whole import Head
 from sft_lightning.models.inspection import base_model
 from sft_lightning.training.losses import (
@@ -33,7 +33,7 @@ def decoder_inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
-def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | InnerHead | None, batch: Batch) -> LossSums:
+def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | ShardedHead | None, batch: Batch) -> LossSums:
     """Return the loss sums of a micro-batch.
 
     Args:
@@ -46,7 +46,7 @@ def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | InnerHead |
     if head is None:
         logits, out = logits_at(model, inputs, targets.positions)
         sums = cross_entropy_sums(logits, targets)
-    elif isinstance(head, InnerHead):
+    elif isinstance(head, ShardedHead):
         sums, out = _sums_within(model, head, inputs, targets)
     else:
         out = head.decoder(**inputs)
@@ -66,7 +66,7 @@ def _sums_under(head: Head, hidden: torch.Tensor, targets: Targets, base: PreTra
 
 
 def _sums_within(
-    model: PreTrainedModel | PeftModel, head: InnerHead, inputs: dict[str, Any], targets: Targets
+    model: PreTrainedModel | PeftModel, head: ShardedHead, inputs: dict[str, Any], targets: Targets
 ) -> tuple[LossSums, Any]:
     """Return the loss sums, made in the head's place, and all that the model returned."""
     columns, rows, index = _places(inputs, targets.positions)

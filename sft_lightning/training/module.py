@@ -18,11 +18,11 @@ from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.adapters.trainable import base_names
+from sft_lightning.models.adapters.trainable import trainable_base_names
 from sft_lightning.models.assembly import assemble_model
-from sft_lightning.models.attention.document_mask import keep_documents_apart
+from sft_lightning.models.attention.document_mask import use_document_mask
 from sft_lightning.models.base.loading import copies_weights
-from sft_lightning.models.base.quantization import store_as_bytes
+from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.models.base.rope import check_packing
 from sft_lightning.models.checkpointing import (
     decide_checkpointing,
@@ -31,10 +31,10 @@ from sft_lightning.models.checkpointing import (
 )
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.generation.generate import generate
-from sft_lightning.models.head.sharded import InnerHead, find_inner_head
+from sft_lightning.models.head.sharded import ShardedHead, find_sharded_head
 from sft_lightning.models.head.whole import Head, find_head
 from sft_lightning.models.inspection import base_model, computing_device, is_sharded
-from sft_lightning.models.isolation import choose_packing, prove_isolation
+from sft_lightning.models.isolation import choose_packing, verify_isolation
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.training.checkpoint import (
     align_progress,
@@ -89,13 +89,13 @@ class CausalLMModule(LightningModule):
             spec,
             self._data.tokenizer,
             log=rank_zero_info,
-            on_host=getattr(self.trainer.strategy, "shards_weights", False),
+            on_cpu=getattr(self.trainer.strategy, "shards_weights", False),
         )
         if self.trainer.precision.endswith("-true"):
-            store_as_bytes(self.model)  # the trainer casts everything else
+            store_4bit_as_bytes(self.model)  # the trainer casts everything else
         if spec.neftune_alpha is not None:
             EmbeddingNoise(spec.neftune_alpha).attach(self.base_model)
-        if spec.attn_implementation == "auto" and keep_documents_apart(self.model):
+        if spec.attn_implementation == "auto" and use_document_mask(self.model):
             family = self.base_model.config.model_type
             rank_zero_info(f"attention: {family}'s own, with a mask that keeps documents apart")
 
@@ -168,7 +168,7 @@ class CausalLMModule(LightningModule):
         data = self._data
         if self.spec.rope_scaling is not None:
             check_packing(self.base_model.config, self.spec.rope_scaling, data.spec.max_length)
-        difference = prove_isolation(
+        difference = verify_isolation(
             self.language_model, len(data.tokenizer), self.device, max_length=data.spec.max_length
         )
         rank_zero_info(f"packing isolation: proven on this model; packed = separate logits to {difference:.1e}")
@@ -178,9 +178,9 @@ class CausalLMModule(LightningModule):
         return token_loss_sums(self.language_model, self._head, batch)
 
     @functools.cached_property
-    def _head(self) -> Head | InnerHead | None:
+    def _head(self) -> Head | ShardedHead | None:
         """The model's head, proven on the first micro-batch, when the model is where it will be."""
-        find = find_inner_head if is_sharded(self.language_model) else find_head
+        find = find_sharded_head if is_sharded(self.language_model) else find_head
         head = find(self.language_model, len(self._data.tokenizer), self.device)
         if head is None:
             rank_zero_info("loss: this model makes its logits itself, those of supervised tokens all at once")
@@ -261,7 +261,7 @@ class CausalLMModule(LightningModule):
         adapter = self.spec.adapter or AdapterConfig()
         groups = parameter_groups(
             self.language_model.named_parameters(),
-            base_names=base_names(self.language_model),
+            base_names=trainable_base_names(self.language_model),
             base_lr=adapter.base_lr,
             lora_plus_ratio=adapter.lora_plus_ratio,
         )

@@ -10,8 +10,8 @@ import torch
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.checkpointing import check_checkpointing
-from sft_lightning.models.generation.generate import GenerationConfig
+from sft_lightning.models.checkpointing import check_checkpointing_setting
+from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.models.spec import ModelSpec
 from sft_lightning.training.optim import LRScheduleConfig
@@ -51,7 +51,7 @@ class TrainingSpec(ModelSpec):
         super().__post_init__()
         if self.neftune_alpha is not None:
             EmbeddingNoise(self.neftune_alpha)  # checks the range
-        check_checkpointing(self.gradient_checkpointing)
+        check_checkpointing_setting(self.gradient_checkpointing)
         if self.max_nonfinite_losses is not None and self.max_nonfinite_losses < 1:
             raise UserError(
                 "model.max_nonfinite_losses: must be at least 1, or null for no limit "

@@ -12,7 +12,7 @@ from sft_lightning.comparison.modes import (
     parse_modes,
 )
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.generate import GenerationConfig
+from sft_lightning.models.generation.config import GenerationConfig
 
 
 def test_every_mode_is_what_its_name_says_by_default() -> None:

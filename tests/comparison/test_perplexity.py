@@ -8,7 +8,7 @@ import torch
 
 from sft_lightning.comparison.perplexity import ReferenceLoss, mean_perplexity, reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served
+from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served_model
 
 
 def prompt(reference: str) -> ComparisonPrompt:
@@ -26,9 +26,9 @@ def by_definition(served: ServedModel, before: str, answer: str, *, special: boo
 
 
 def test_the_reference_is_rated_where_the_template_would_write_it(tuned_dir: Path) -> None:
-    served = load_served("--model", str(tuned_dir), None, LoadOptions())
+    served = load_served_model("--model", str(tuned_dir), None, LoadOptions())
     asked = prompt("Red is a colour.")
-    loss = reference_loss(served, asked, served.encode_turns(asked.turns))
+    loss = reference_loss(served, asked, served.encode_messages(asked.turns))
     assert loss is not None
     before = served.render(asked.turns)
     assert before.endswith("USER: Hi ASSISTANT:")
@@ -36,7 +36,7 @@ def test_the_reference_is_rated_where_the_template_would_write_it(tuned_dir: Pat
 
 
 def test_without_a_template_it_follows_the_colon_after_a_space(model_dir: Path) -> None:
-    served = load_served("--model", str(model_dir), None, LoadOptions())
+    served = load_served_model("--model", str(model_dir), None, LoadOptions())
     asked = prompt("Red")
     loss = reference_loss(served, asked, served.encode_text(asked.text))
     assert loss is not None

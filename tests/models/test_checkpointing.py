@@ -14,11 +14,11 @@ from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.checkpointing import (
     activation_gib,
-    check_checkpointing,
+    check_checkpointing_setting,
     decide_checkpointing,
-    decoder_layers,
     enable_gradient_checkpointing,
     free_memory_gib,
+    recomputable_layers,
 )
 
 LLAMA_7B = LlamaConfig(
@@ -58,7 +58,7 @@ def llama(num_layers: int) -> Any:
 def test_every_kth_layer_is_recomputed_from_the_first(every: int, recomputed: list[int]) -> None:
     model = llama(5)
     assert enable_gradient_checkpointing(model, every) == len(recomputed)
-    flags = [layer.gradient_checkpointing for layer in decoder_layers(model)]
+    flags = [layer.gradient_checkpointing for layer in recomputable_layers(model)]
     assert [number for number, flag in enumerate(flags) if flag] == recomputed
 
 
@@ -124,8 +124,8 @@ def test_a_number_of_layers_is_told_in_the_log() -> None:
 
 def test_numbers_of_layers_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match=r"model.gradient_checkpointing: must be at least 1 .*got 0"):
-        check_checkpointing(0)
+        check_checkpointing_setting(0)
     for fine in (True, False, "auto", 1, 4):
-        check_checkpointing(fine)  # type: ignore[arg-type]
+        check_checkpointing_setting(fine)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="6, but this llama model has 5 decoder layers"):
         enable_gradient_checkpointing(llama(5), 6)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.checkpointing import decoder_layers, enable_gradient_checkpointing
+from sft_lightning.models.checkpointing import enable_gradient_checkpointing, recomputable_layers
 from sft_lightning.models.compiling import compile_layers
 
 DOCUMENTS = [[5, 7], [3, 3, 6], [12], [2, 8, 2], [20], [1, 2, 3, 4, 5], [4, 9], [6, 6, 6], [30], [31], [9, 9, 2]]
@@ -78,6 +78,6 @@ def test_a_model_without_layers_to_compile_is_refused() -> None:
 
     model = llama()
     model.__class__ = Bare
-    assert not decoder_layers(model)
+    assert not recomputable_layers(model)
     with pytest.raises(UserError, match=r"model.torch_compile: this llama model has no decoder layers"):
         compile_layers(model)

@@ -45,7 +45,7 @@ def _check(family: str, mode: str, folders: dict[str, Path], folder: Path) -> No
     assert outcome.changed == outcome.meant
     assert outcome.chunked_loss
     assert outcome.packing == ("none" if family in LEAKS else "best_fit")
-    assert outcome.isolation.proven is (family not in LEAKS)
+    assert outcome.isolation.verified is (family not in LEAKS)
     if family not in LEAKS:
         assert outcome.isolation.difference < 1e-5
     assert (outcome.export_difference is None) is (mode == "full")

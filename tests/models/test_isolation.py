@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
-from sft_lightning.models.isolation import Isolation, measure_isolation, prove_isolation
+from sft_lightning.models.isolation import Isolation, measure_isolation, verify_isolation
 
 CPU = torch.device("cpu")
 
@@ -37,19 +37,19 @@ class Leaking(torch.nn.Module):
 
 
 def test_isolation_is_proven_on_a_model_that_isolates(model_dir: Path) -> None:
-    assert prove_isolation(load(model_dir, PACKED), 300, CPU) < 1e-5
+    assert verify_isolation(load(model_dir, PACKED), 300, CPU) < 1e-5
 
 
 @pytest.mark.parametrize("max_length", [1, 32, 100, 4096])
 def test_the_proof_stands_at_the_end_of_a_row_within_the_models_positions(max_length: int, model_dir: Path) -> None:
     found = measure_isolation(load(model_dir, PACKED), 300, CPU, max_length=max_length)
-    assert found.proven
+    assert found.verified
     assert found.difference < 1e-5
 
 
 def test_isolation_is_refused_on_a_model_that_leaks(model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"packed documents see each other.*data.packing: none.*data.packing: auto"):
-        prove_isolation(Leaking(model_dir), 300, CPU)
+        verify_isolation(Leaking(model_dir), 300, CPU)
 
 
 def test_a_chosen_attention_that_leaks_is_named_with_the_way_out(model_dir: Path) -> None:
@@ -60,18 +60,18 @@ def test_a_chosen_attention_that_leaks_is_named_with_the_way_out(model_dir: Path
     model = load(model_dir, "eager")
     model.__class__ = LeakingLlama
     with pytest.raises(UserError, match=r"llama, attention eager.*model.attn_implementation: auto"):
-        prove_isolation(model, 300, CPU)
+        verify_isolation(model, 300, CPU)
 
 
 def test_what_is_not_a_number_proves_nothing() -> None:
-    assert not Isolation(leak=float("nan"), difference=0.0, tolerance=1.0).proven
-    assert not Isolation(leak=0.0, difference=float("nan"), tolerance=1.0).proven
-    assert not Isolation(leak=0.0, difference=0.0, tolerance=float("nan")).proven
+    assert not Isolation(leak=float("nan"), difference=0.0, tolerance=1.0).verified
+    assert not Isolation(leak=0.0, difference=float("nan"), tolerance=1.0).verified
+    assert not Isolation(leak=0.0, difference=0.0, tolerance=float("nan")).verified
 
 
 def test_the_proof_leaves_the_models_mode_as_it_was(model_dir: Path) -> None:
     model = load(model_dir, PACKED).train()
-    prove_isolation(model, 300, CPU)
+    verify_isolation(model, 300, CPU)
     assert model.training
 
 
@@ -91,7 +91,7 @@ def test_outlier_columns_of_eight_bits_are_no_leak(with_outliers: PreTrainedMode
     rows = [torch.cat([row[:, :32], ids[0][:, 32:]], 1) for row in ids]
     one, other = (with_outliers(row, document_lengths=[[32, 32]]).logits[:, 32:] for row in rows)
     assert not torch.equal(one, other), "there are no outliers to choose columns by"
-    assert measure_isolation(with_outliers, 300, CPU, max_length=64).proven
+    assert measure_isolation(with_outliers, 300, CPU, max_length=64).verified
     thresholds = {module.state.threshold for module in with_outliers.modules() if isinstance(module, Linear8bitLt)}
     assert thresholds == {6.0}
 
@@ -102,4 +102,4 @@ def test_a_model_in_eight_bits_that_leaks_is_refused(with_outliers: PreTrainedMo
             return super().forward(input_ids=input_ids)
 
     with_outliers.__class__ = LeakingLlama
-    assert not measure_isolation(with_outliers, 300, CPU, max_length=64).proven
+    assert not measure_isolation(with_outliers, 300, CPU, max_length=64).verified

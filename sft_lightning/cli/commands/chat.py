@@ -10,9 +10,9 @@ from typing import Any, Literal
 from sft_lightning.cli.parsing import CommandParser
 from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.errors import UserError
+from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.conversation import HELP, AnswerStreamer, Conversation
-from sft_lightning.models.generation.generate import GenerationConfig
-from sft_lightning.models.generation.serving import Device, LoadOptions, ServedDType, ServedModel, load_served
+from sft_lightning.models.generation.serving import Device, LoadOptions, ServedDType, ServedModel, load_served_model
 from sft_lightning.models.inspection import base_model
 from sft_lightning.terminal import printable
 
@@ -72,7 +72,7 @@ def chat(
     wanted = _LONGEST_ANSWER if max_new_tokens is None else max_new_tokens
     GenerationConfig(max_new_tokens=wanted, seed=seed, **given)  # type: ignore[arg-type]  # checked before loading
     load = LoadOptions(quantization, dtype, device, trust_remote_code)
-    served = load_served("--model", model, adapter, load)
+    served = load_served_model("--model", model, adapter, load)
     if max_new_tokens is None and served.context_length is not None:
         wanted = max(1, min(wanted, served.context_length // 2))
     own = checkpoint_defaults(served)

@@ -16,7 +16,7 @@ from sft_lightning.comparison.results import ComparedModel, Comparison
 from sft_lightning.comparison.run import RunOptions, compare_models, compared_models
 from sft_lightning.comparison.text_reports import json_lines, markdown_text, print_comparison
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.generate import DecodingMode, GenerationConfig
+from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
 from sft_lightning.models.generation.serving import LoadOptions
 from sft_lightning.terminal import make_console
 

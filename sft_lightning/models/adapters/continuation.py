@@ -8,9 +8,9 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.adapters.folder import AdapterError, base_name, load_weights, read_config, read_weights
+from sft_lightning.models.adapters.folder import AdapterError, load_weights, name_in_base, read_config, read_weights
 from sft_lightning.models.adapters.targets import PRESETS
-from sft_lightning.models.adapters.trainable import base_names
+from sft_lightning.models.adapters.trainable import trainable_base_names
 
 _COMPARED = {
     "r": "r",
@@ -68,21 +68,21 @@ def continue_weights(model: PeftModel, config: AdapterConfig) -> None:
             dropped = [f".{name}." for name in read_config(path).modules_to_save]
             gone = {key for key in weights.keys() - wanted.keys() if any(name in f".{key}" for name in dropped)}
             weights = {key: tensor for key, tensor in weights.items() if key not in gone}
-        names = {base_name(name) for name, _ in model.named_parameters()}
-        trained = {base_name(name) for name in base_names(model)}
-        frozen = sorted(n for k in weights.keys() - wanted.keys() if (n := base_name(k)) in names - trained)
+        names = {name_in_base(name) for name, _ in model.named_parameters()}
+        trained = {name_in_base(name) for name in trainable_base_names(model)}
+        frozen = sorted(n for k in weights.keys() - wanted.keys() if (n := name_in_base(k)) in names - trained)
         if frozen:
             raise UserError(
                 f"model.adapter.only_adapter: the adapter in {path!r} was trained together with {len(frozen)} weights "
                 f"of its base ({frozen[0]} …), which would be frozen here and missing in the next export; set "
                 "model.adapter.only_adapter: false, or merge the adapter first and start from the merged model"
             )
-        load_weights(model, weights, source=path, of_the_base=trained)
+        load_weights(model, weights, source=path, base_parameters=trained)
     except AdapterError as error:
         raise UserError(f"model.adapter.path: {error}") from error
 
 
-def differences(model: PeftModel, config: AdapterConfig) -> list[str]:
+def describe_overrides(model: PeftModel, config: AdapterConfig) -> list[str]:
     """Return one line for every key of `model.adapter` that the continued adapter's own configuration overrides."""
     if config.path is None:
         return []

@@ -59,7 +59,7 @@ def read_weights(source: Path | str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def base_name(key: str) -> str:
+def name_in_base(key: str) -> str:
     """Return what the base, without an adapter, calls a parameter of a wrapped model or a tensor of an adapter."""
     return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
@@ -74,7 +74,7 @@ def base_tensors(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) ->
         model: The base, without an adapter.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {base_name(key): tensor for key, tensor in weights.items() if base_name(key) in names}
+    return {name_in_base(key): tensor for key, tensor in weights.items() if name_in_base(key) in names}
 
 
 def attach_adapter(
@@ -97,19 +97,19 @@ def attach_adapter(
     """
     config = read_config(folder) if config is None else config
     weights = read_weights(folder)
-    base_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     try:
         wrapped: Any = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise AdapterError(f"{str(folder)!r} does not fit this base: {error}") from error
     if prepare is not None:
         prepare(wrapped)
-    load_weights(wrapped, weights, source=folder, of_the_base=base_names)
+    load_weights(wrapped, weights, source=folder, base_parameters=parameters)
     return wrapped  # type: ignore[no-any-return]
 
 
 def load_weights(
-    wrapped: PeftModel, weights: dict[str, torch.Tensor], *, source: Path | str, of_the_base: Collection[str]
+    wrapped: PeftModel, weights: dict[str, torch.Tensor], *, source: Path | str, base_parameters: Collection[str]
 ) -> None:
     """Load an adapter's tensors into a model that was wrapped with its configuration.
 
@@ -117,23 +117,25 @@ def load_weights(
         wrapped: The model.
         weights: From `read_weights`.
         source: Where they are from.
-        of_the_base: Names of the base's own parameters that may be among them.
+        base_parameters: Names of the base's own parameters that the weights may include.
 
     Raises:
         AdapterError: If the model wants other tensors, in name or shape.
     """
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     missing = sorted(wanted.keys() - weights.keys())
-    extra = sorted(key for key in weights.keys() - wanted.keys() if base_name(key) not in of_the_base)
+    extra = sorted(key for key in weights.keys() - wanted.keys() if name_in_base(key) not in base_parameters)
     if missing or extra:
         raise AdapterError(
             f"{str(source)!r} holds other tensors than its adapter_config.json asks for on this base: "
             f"missing {_few(missing)}, left over {_few(extra)}"
         )
-    shapes = {base_name(name): parameter.shape for name, parameter in wrapped.named_parameters(remove_duplicate=False)}
+    shapes = {
+        name_in_base(name): parameter.shape for name, parameter in wrapped.named_parameters(remove_duplicate=False)
+    }
     shapes |= {key: tensor.shape for key, tensor in wanted.items()}
     for key, tensor in weights.items():
-        shape = shapes[key if key in wanted else base_name(key)]
+        shape = shapes[key if key in wanted else name_in_base(key)]
         if tensor.shape != shape:
             raise AdapterError(
                 f"{str(source)!r} does not fit this base: {key} is {tuple(tensor.shape)}, the model wants "

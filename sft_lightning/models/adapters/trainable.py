@@ -55,7 +55,7 @@ def train_base(model: PeftModel) -> None:
             parameter.requires_grad = True
 
 
-def base_names(model: torch.nn.Module) -> set[str]:
+def trainable_base_names(model: torch.nn.Module) -> set[str]:
     """Return the names of the trainable parameters that are not an adapter's; empty without an adapter."""
     if not isinstance(model, PeftModel):
         return set()

@@ -44,7 +44,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, *, added_token_id
     return wrapped
 
 
-def check_base_of_adapter(config: AdapterConfig, quantization: QuantizationConfig, dtype: str) -> None:
+def check_adapter_on_quantized_base(config: AdapterConfig, quantization: QuantizationConfig, dtype: str) -> None:
     """Check that PEFT can put an adapter on a quantized base, before anything is loaded.
 
     Args:

@@ -25,7 +25,7 @@ from sft_lightning.compat.transformers import attention_of, calls_registered_att
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.inspection import base_model
 
-MASKED = "masked_documents"
+DOCUMENT_MASK = "document_mask"
 """Our name in transformers' registry of mask functions."""
 
 _document_lengths: ContextVar[Sequence[Sequence[int]] | None] = ContextVar("document_lengths", default=None)
@@ -48,7 +48,7 @@ def choose_attention(requested: str, config: PretrainedConfig) -> str:
     return PACKED if family is None or calls_registered_attention(family) else "eager"
 
 
-def keep_documents_apart(model: PreTrainedModel | PeftModel) -> bool:
+def use_document_mask(model: PreTrainedModel | PeftModel) -> bool:
     """Let a model with its own attention see the documents of a row by its mask; others are left as they are.
 
     Args:
@@ -59,9 +59,9 @@ def keep_documents_apart(model: PreTrainedModel | PeftModel) -> bool:
     """
     base = base_model(model)
     config = base.config
-    if attention_of(config) not in ("eager", MASKED) or calls_registered_attention(base) or not _attends(base):
+    if attention_of(config) not in ("eager", DOCUMENT_MASK) or calls_registered_attention(base) or not _attends(base):
         return False
-    set_attention(config, MASKED)
+    set_attention(config, DOCUMENT_MASK)
     for module in {id(each): each for each in (model, base.base_model)}.values():
         module.register_forward_pre_hook(_note_documents, with_kwargs=True)
         module.register_forward_hook(_forget_documents, with_kwargs=True, always_call=True)
@@ -110,5 +110,5 @@ def _forget_documents(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
 
 
 # A model that reads its attention from the registry after all gets the one that heeds any mask.
-AttentionInterface.register(MASKED, AttentionInterface()["sdpa"])
-AttentionMaskInterface.register(MASKED, document_mask)
+AttentionInterface.register(DOCUMENT_MASK, AttentionInterface()["sdpa"])
+AttentionMaskInterface.register(DOCUMENT_MASK, document_mask)

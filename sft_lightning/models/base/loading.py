@@ -37,7 +37,7 @@ def load_model(
     vocab_size: int,
     overrides: ConfigOverrides = ConfigOverrides(),  # noqa: B008 (frozen)
     trust_remote_code: bool = False,
-    on_host: bool = False,
+    on_cpu: bool = False,
 ) -> PreTrainedModel:
     """Load a base model, or build one from scratch.
 
@@ -50,7 +50,7 @@ def load_model(
         vocab_size: The tokenizer's, used by `from_config` where it names none.
         overrides: What to change in the model's configuration.
         trust_remote_code: Run code that comes with the model.
-        on_host: Leave quantized weights in host memory too, as all others are.
+        on_cpu: Leave quantized weights in host memory too, as all others are.
 
     Raises:
         UserError: If not exactly one of the two is given, nothing can be loaded from it, or it is no causal language
@@ -75,7 +75,7 @@ def load_model(
         return _checked(AutoModelForCausalLM.from_config(config, **options))
     with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
         if quantization is not None:
-            model = load_quantized(str(name_or_path), quantization, config=config, on_host=on_host, **options)
+            model = load_quantized(str(name_or_path), quantization, config=config, on_cpu=on_cpu, **options)
         else:
             model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
     model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there

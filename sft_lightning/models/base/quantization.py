@@ -74,7 +74,7 @@ def load_quantized(
     *,
     dtype: torch.dtype,
     config: PretrainedConfig | None = None,
-    on_host: bool = False,
+    on_cpu: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Load a model with quantized weights, wherever its family can have them.
@@ -86,7 +86,7 @@ def load_quantized(
         quantization: How the weights are stored.
         dtype: Type of what is not quantized.
         config: The model's configuration; default: its own.
-        on_host: Leave the weights in host memory. Default: the GPU, if there is one; which then must hold all of them.
+        on_cpu: Leave the weights in host memory. Default: the GPU, if there is one; which then must hold all of them.
         options: What else `from_pretrained` takes.
 
     Raises:
@@ -95,7 +95,7 @@ def load_quantized(
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=options.get("trust_remote_code"))
     stored = quantization.to_transformers(dtype, unquantized=bypassed_modules(config))
-    if on_host:
+    if on_cpu:
         options["device_map"] = {"": "cpu"}
     falcon = plain_falcon_layers() if config.model_type == "falcon" else nullcontext()
     with falcon, quantizing_on(_fastest_device()):
@@ -139,7 +139,7 @@ def _return_scales(layer: Any, args: Any) -> None:
         layer.weight.SCB = layer.state.SCB
 
 
-def store_as_bytes(model: torch.nn.Module) -> None:
+def store_4bit_as_bytes(model: torch.nn.Module) -> None:
     """Let every 4-bit layer hold its packed weights as bytes, which nobody who converts floating-point types touches.
 
     `trainer.precision: bf16-true` and DeepSpeed cast a model to the type that it trains in; weights packed into another
@@ -153,7 +153,7 @@ def store_as_bytes(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def rounding_each_token_alone(model: torch.nn.Module) -> Iterator[None]:
+def without_int8_outliers(model: torch.nn.Module) -> Iterator[None]:
     """Let LLM.int8 round every token for itself, whatever else is in the micro-batch.
 
     It keeps columns with outliers in 16 bits, and takes those in which any token of the micro-batch has one: packed or

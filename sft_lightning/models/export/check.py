@@ -1,8 +1,8 @@
-"""An exported adapter, put on the live base as whoever loads it will: the answers must be the live model's.
+"""Load an exported adapter again with PEFT, and compare its logits with the live model's.
 
-The base is not loaded a second time. A twin of the live model shares every tensor with it, without the adapter; PEFT
-puts the exported one on the twin. The live model's training is as if nothing had happened: weights, which of them
-train, modes and random generators are left as they were.
+The base is not loaded a second time: a copy of the live model without its adapter shares every tensor with it, and PEFT
+puts the exported adapter on this copy. The check does not change training: weights, `requires_grad`, modes and random
+generators stay as they are.
 """
 
 from __future__ import annotations
@@ -25,24 +25,31 @@ from sft_lightning.models.inspection import evaluating
 from sft_lightning.models.probing import logits_of
 
 
-def bare_twin(module: torch.nn.Module, twins: dict[int, torch.nn.Module] | None = None) -> torch.nn.Module:
-    """Return a module tree with the same tensors, without adapters; what is changed in its structure stays in it."""
-    twins = {} if twins is None else twins
+def copy_without_adapters(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a module tree that has no adapters and shares all tensors with the original.
+
+    Later changes to the structure of the copy, such as a new adapter, do not change the original.
+    """
+    return _copy_without_adapters(module, {})
+
+
+def _copy_without_adapters(module: torch.nn.Module, copies: dict[int, torch.nn.Module]) -> torch.nn.Module:
     if isinstance(module, BaseTunerLayer):
-        return bare_twin(module.get_base_layer(), twins)
+        return _copy_without_adapters(module.get_base_layer(), copies)
     if isinstance(module, AuxiliaryTrainingWrapper):
-        return bare_twin(module.original_module, twins)
-    if id(module) not in twins:
-        twin = copy.copy(module)
-        twins[id(module)] = twin
+        return _copy_without_adapters(module.original_module, copies)
+    if id(module) not in copies:
+        copied = copy.copy(module)
+        copies[id(module)] = copied
         for name, value in vars(module).items():
             if isinstance(value, dict):  # parameters, buffers, modules, hooks
-                twin.__dict__[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
-        twin.__dict__.pop("peft_config", None)
-        twin._modules = {
-            name: None if child is None else bare_twin(child, twins) for name, child in module._modules.items()
+                copied.__dict__[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
+        copied.__dict__.pop("peft_config", None)
+        copied._modules = {
+            name: None if child is None else _copy_without_adapters(child, copies)
+            for name, child in module._modules.items()
         }
-    return twins[id(module)]
+    return copies[id(module)]
 
 
 def export_difference(
@@ -52,19 +59,19 @@ def export_difference(
     *,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[float, float]:
-    """Compare the live model's answers with those of its base under an exported adapter.
+    """Compare the logits of the live model with those of its base under an exported adapter.
 
     Args:
         model: The live model.
         folder: The exported adapter.
-        input_ids: (B, S) token ids.
-        precision: What the models are asked in, such as autocast.
+        input_ids: Token ids, (B, S).
+        precision: Makes the context of the forward passes, such as autocast.
 
     Returns:
-        The largest difference between two logits, and the largest absolute logit.
+        The largest absolute difference between two logits, and the largest absolute logit.
 
     Raises:
-        UserError: If the folder's tensors are not those that its configuration asks for.
+        AdapterError: If the folder's tensors do not match its configuration.
     """
     with _undisturbed(model):
         with precision():
@@ -72,25 +79,29 @@ def export_difference(
         config = read_config(folder)
         if getattr(config, "init_lora_weights", None) in CHANGE_BASE:
             config.init_lora_weights = True  # the live base has already been changed by it
-        twin = attach_adapter(bare_twin(model.get_base_model()), folder, config=config, prepare=prepare_adapted)
-        _compute_alike(twin, model)
+        base = copy_without_adapters(model.get_base_model())
+        reloaded = attach_adapter(base, folder, config=config, prepare=prepare_adapted)
+        _use_live_types(reloaded, model)
         with precision():
-            exported = logits_of(twin.eval(), input_ids)
+            exported = logits_of(reloaded.eval(), input_ids)
     return float((live - exported).abs().max()), float(live.abs().max())
 
 
-def _compute_alike(twin: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Give the twin's adapter the live one's types: PEFT loads it in float32, `trainer.precision: bf16-true` trains it
-    in bfloat16. Nothing is rounded, because it was written in the live type."""
+def _use_live_types(reloaded: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Cast the reloaded adapter to the types of the live one.
+
+    PEFT loads it in float32; `trainer.precision: bf16-true` trains it in bfloat16. Nothing is rounded, because it was
+    written in the live type.
+    """
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    for name, parameter in twin.named_parameters():
+    for name, parameter in reloaded.named_parameters():
         if parameter.dtype != types.get(name, parameter.dtype):
             parameter.data = parameter.data.to(types[name])
 
 
 @contextmanager
 def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards modes, `requires_grad` and random generators are what they were."""
+    """Put the model into evaluation mode; afterwards restore modes, `requires_grad` and random generators."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with evaluating(model), torch.random.fork_rng():

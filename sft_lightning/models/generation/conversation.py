@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers.generation.streamers import TextStreamer
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.generate import GenerationConfig
+from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.serving import Answer, ServedModel
 from sft_lightning.terminal import printable
 
@@ -71,7 +71,7 @@ class Conversation:
     def _encode(self, turns: Sequence[dict[str, str]]) -> list[int]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         if self._served.has_template:
-            return self._served.encode_turns([*system, *turns])
+            return self._served.encode_messages([*system, *turns])
         names = {"user": "Human: ", "assistant": "Assistant: ", "system": ""}
         said = " ".join(names[turn["role"]] + turn["content"] for turn in [*system, *turns])
         return self._served.encode_text(f"{said} Assistant:")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -15,95 +14,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from sft_lightning.compat.transformers import attention_of
 from sft_lightning.errors import UserError
+from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.contrastive import contrastive_search
 from sft_lightning.models.generation.diverse_beam import diverse_beam_search
-from sft_lightning.models.generation.lockstep import in_step
+from sft_lightning.models.generation.lockstep import lockstep
 from sft_lightning.models.inspection import base_model, computing_device, evaluating
-
-DecodingMode = Literal["greedy", "sampling", "beam", "beam_sampling", "diverse_beam", "contrastive"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How answers are generated.
-
-    Raises:
-        UserError: If a value is out of range, or two do not go together.
-    """
-
-    max_new_tokens: int = 64
-    """Tokens per answer at most."""
-
-    temperature: float = 0.0
-    """0 takes the most likely token; above 0 samples."""
-
-    top_k: int = 0
-    """Sample among this many most likely tokens, 0 for all; candidates of contrastive search."""
-
-    top_p: float = 1.0
-    """Sample among the most likely tokens that together have this probability."""
-
-    repetition_penalty: float = 1.0
-    """Divides the logits of tokens that have occurred (Keskar et al., 2019, arXiv:1909.05858); 1 is none."""
-
-    num_beams: int = 1
-    """Above 1: beam search; with a temperature above 0, beam search that samples."""
-
-    num_beam_groups: int = 1
-    """Above 1: diverse beam search in this many groups (Vijayakumar et al., 2016, arXiv:1610.02424)."""
-
-    diversity_penalty: float = 1.0
-    """What a group of beams pays for a token that an earlier group has chosen; used with `num_beam_groups`."""
-
-    penalty_alpha: float = 0.0
-    """Above 0: contrastive search among `top_k` candidates (Su et al., 2022, arXiv:2202.06417)."""
-
-    seed: int = 0
-    """Seed of the sampling; the run's own random state is left as it is."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams", "num_beam_groups"):
-            if getattr(self, name) < 1:
-                raise UserError(f"generation: {name} must be at least 1 (got {getattr(self, name)})")
-        for name in ("temperature", "top_k", "diversity_penalty"):
-            if getattr(self, name) < 0:
-                raise UserError(f"generation: {name} must be at least 0 (got {getattr(self, name)})")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"generation: top_p must be above 0 and at most 1 (got {self.top_p})")
-        if not 0 <= self.penalty_alpha <= 1:
-            raise UserError(f"generation: penalty_alpha must be in 0..1 (got {self.penalty_alpha})")
-        if self.repetition_penalty <= 0:
-            raise UserError(f"generation: repetition_penalty must be above 0 (got {self.repetition_penalty})")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        mode = self.mode
-        if mode in ("contrastive", "diverse_beam") and (self.temperature > 0 or self.repetition_penalty != 1):
-            raise UserError(f"generation: {mode} goes neither with a temperature nor with a repetition_penalty")
-        if mode == "contrastive" and (self.top_k < 2 or self.num_beams > 1 or self.num_beam_groups > 1):
-            raise UserError(
-                f"generation: penalty_alpha {self.penalty_alpha} is contrastive search, which needs top_k of at least "
-                f"2 (got {self.top_k}) and no beams (got {self.num_beams} in {self.num_beam_groups} groups)"
-            )
-        if self.num_beams % self.num_beam_groups:
-            raise UserError(
-                f"generation: num_beam_groups ({self.num_beam_groups}) must divide num_beams ({self.num_beams})"
-            )
-
-    @property
-    def mode(self) -> DecodingMode:
-        """The decoding that the values describe, as in transformers."""
-        if self.penalty_alpha > 0:
-            return "contrastive"
-        if self.num_beam_groups > 1:
-            return "diverse_beam"
-        if self.num_beams > 1:
-            return "beam_sampling" if self.temperature > 0 else "beam"
-        return "sampling" if self.temperature > 0 else "greedy"
-
-    def most_answers(self) -> int | None:
-        """Return how many different answers a prompt can have; `None` for any number."""
-        return {"greedy": 1, "contrastive": 1, "sampling": None}.get(self.mode, self.num_beams)
 
 
 class Generated(NamedTuple):
@@ -140,10 +55,10 @@ def generate(
     ids = tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
     pad = stop_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     answers = generate_ids(model, ids, stop_token_ids=[stop_token_id], pad_token_id=pad, config=config)
-    return [decode(tokenizer, answer.token_ids) for [answer] in answers]
+    return [decode_answer(tokenizer, answer.token_ids) for [answer] in answers]
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int]) -> str:
+def decode_answer(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int]) -> str:
     """Return the text of an answer, without special tokens and the white space around it."""
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
@@ -177,13 +92,13 @@ def generate_ids(
     Raises:
         UserError: If the mode has not that many answers to a prompt.
     """
-    most = config.most_answers()
+    most = config.max_answers()
     if most is not None and num_return_sequences > most:
         raise UserError(
             f"generation: num_return_sequences: {config.mode} has {most} answer{'s' if most > 1 else ''} to a prompt "
             f"(got {num_return_sequences})"
         )
-    with _serving(model), in_step(base_model(model)):
+    with _serving(model), lockstep(base_model(model)):
         out = (
             _continue(model, prompts, config, stop_token_ids, pad_token_id, num_return_sequences, streamer)
             if prompts
@@ -221,7 +136,7 @@ def _continue(
                 pad_token_id=pad_token_id,
                 num_return_sequences=num_return_sequences,
                 streamer=streamer,
-                synced_gpus=False,  # `in_step` sees to it
+                synced_gpus=False,  # `lockstep` sees to it
                 **_options(config),
             )[:, width:]
     rows: list[list[int]] = out.tolist()

@@ -17,7 +17,7 @@ from sft_lightning.models.inspection import computing_device, is_sharded
 
 
 @contextmanager
-def in_step(model: PreTrainedModel) -> Iterator[None]:
+def lockstep(model: PreTrainedModel) -> Iterator[None]:
     """Let every process take the passes that it wants, none of them included; all take as many as who wants the most.
 
     A process that wants no more goes on with stand-in passes over one token, until nobody wants one. A model that is

@@ -18,7 +18,8 @@ from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.adapters.quantized import keep_input_dtype
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 from sft_lightning.models.base.vocabulary import resize_embeddings
-from sft_lightning.models.generation.generate import GenerationConfig, decode, generate_ids
+from sft_lightning.models.generation.config import GenerationConfig
+from sft_lightning.models.generation.generate import decode_answer, generate_ids
 from sft_lightning.models.inspection import base_model
 from sft_lightning.tokenizer import answer_ending
 
@@ -101,7 +102,7 @@ class ServedModel:
                 f"the chat template of {self.tokenizer.name_or_path} refuses the conversation: {error.message}"
             ) from error
 
-    def encode_turns(self, turns: Turns) -> list[int]:
+    def encode_messages(self, turns: Turns) -> list[int]:
         """Return the tokens of a conversation up to where the answer begins; the template writes its special tokens."""
         ids: list[int] = self.tokenizer(self.render(turns), add_special_tokens=False).input_ids
         return ids
@@ -132,12 +133,15 @@ class ServedModel:
             streamer=streamer,
         )
         return [
-            [Answer(decode(self.tokenizer, ids), ids, "stop" if stopped else "length") for ids, stopped in answers]
+            [
+                Answer(decode_answer(self.tokenizer, ids), ids, "stop" if stopped else "length")
+                for ids, stopped in answers
+            ]
             for answers in found
         ]
 
 
-def load_served(option: str, path: str | None, adapter: str | None, options: LoadOptions) -> ServedModel:
+def load_served_model(option: str, path: str | None, adapter: str | None, options: LoadOptions) -> ServedModel:
     """Load a checkpoint, the adapter on top of it, and the tokenizer of the last of them that has one.
 
     Args:
@@ -149,7 +153,7 @@ def load_served(option: str, path: str | None, adapter: str | None, options: Loa
     Raises:
         UserError: If something cannot be loaded.
     """
-    base = path or base_of_adapter(option, adapter)
+    base = path or base_named_by_adapter(option, adapter)
     where = adapter if adapter is not None and _has_tokenizer(adapter) else base
     with clear_load_errors(option, "tokenizer", where, also=_WRONG_FILES):
         tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
@@ -164,7 +168,7 @@ def load_served(option: str, path: str | None, adapter: str | None, options: Loa
     return ServedModel(model.eval(), tokenizer)
 
 
-def base_of_adapter(option: str, adapter: str | None) -> str:
+def base_named_by_adapter(option: str, adapter: str | None) -> str:
     """Return the base model that an adapter's configuration names.
 
     Raises:

@@ -24,7 +24,7 @@ _MARK = (1 / 3, -1e4 / 7)
 
 
 @dataclass(frozen=True)
-class InnerHead:
+class ShardedHead:
     """A plain linear head, whose product the model returns as it is."""
 
     module: nn.Linear
@@ -43,7 +43,7 @@ class InnerHead:
                 vars(self.module)["forward"] = own
 
 
-def find_inner_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch.device) -> InnerHead | None:
+def find_sharded_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch.device) -> ShardedHead | None:
     """Return the head of a model, if the model returns what comes out of it unchanged; all processes call this.
 
     Args:
@@ -57,12 +57,12 @@ def find_inner_head(model: PreTrainedModel | PeftModel, vocab_size: int, device:
     prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     if type(module) is not nn.Linear or prompts:
         return None
-    head = InnerHead(module)
+    head = ShardedHead(module)
     return head if _comes_out_unchanged(base_model(model), head, vocab_size, device) else None
 
 
 @torch.no_grad()
-def _comes_out_unchanged(model: PreTrainedModel, head: InnerHead, vocab_size: int, device: torch.device) -> bool:
+def _comes_out_unchanged(model: PreTrainedModel, head: ShardedHead, vocab_size: int, device: torch.device) -> bool:
     """Whether the model returns the head's product as its logits, and anything else in its place too."""
     ids = torch.randint(vocab_size, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
     inputs: dict[str, Any] = {

@@ -61,7 +61,7 @@ def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch
 
     Returns:
         The head; `None` if the model does something else, with the loss of its routers too. A sharded model has an
-        `InnerHead`.
+        `ShardedHead`.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return None  # its own forward puts virtual tokens before the text

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.isolation import prove_isolation
+from sft_lightning.models.isolation import verify_isolation
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.evaluation import documents_of_row, loss_sums
 from sft_lightning.selftest.short_runs import Run
@@ -30,7 +30,7 @@ def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Ch
     module = run.module.to(run.device)
     try:
         with run.trainer.precision_plugin.forward_context():
-            difference = prove_isolation(module.language_model, len(run.data.tokenizer), run.device)
+            difference = verify_isolation(module.language_model, len(run.data.tokenizer), run.device)
     except UserError as error:
         yield Check("packing isolation", False, str(error))
         return

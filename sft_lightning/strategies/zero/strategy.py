@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.quantization import store_as_bytes
+from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.strategies.exporting import WholeExports
 from sft_lightning.strategies.full_tensors import gather_optimizer_state
 from sft_lightning.strategies.refusals import Sharding, asked_of, check_module, check_optimizer
@@ -151,7 +151,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         module, config = self._module, self.config or {}
         with one_process_at_a_time(wanted=self.shards_weights and self.world_size > 1 and module.copies_weights):
             yield
-            store_as_bytes(module)
+            store_4bit_as_bytes(module)
             self.precision_plugin.convert_module(module)  # a type is changed before it is partitioned
             if self.shards_weights:
                 keep_what_is_sent(module, config)

@@ -14,7 +14,7 @@ from sft_lightning.data.pairs.collate import PairBatch
 from sft_lightning.data.pairs.datamodule import PairDataModule, PairPart
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.base.quantization import rounding_each_token_alone
+from sft_lightning.models.base.quantization import without_int8_outliers
 from sft_lightning.models.export.fingerprint import fingerprint
 from sft_lightning.models.head.whole import Head
 from sft_lightning.models.inspection import evaluating
@@ -133,7 +133,7 @@ class DPOModule(CausalLMModule):
             return "model.neftune_alpha has noise for each conversation"
         if getattr(config.get_text_config(), "output_router_logits", False):
             return "the routers' loss counts a prompt with each of its answers"
-        with evaluating(self), rounding_each_token_alone(model):
+        with evaluating(self), without_int8_outliers(model):
             rounding = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
             found = measure_sharing(
                 lambda batch: self.answers(batch).log_probs, len(self._data.tokenizer), self.device, rounding

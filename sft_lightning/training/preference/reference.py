@@ -21,7 +21,7 @@ from peft import PeftModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.adapters.trainable import base_names
+from sft_lightning.models.adapters.trainable import trainable_base_names
 from sft_lightning.training.preference.losses import Reference
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def choose_reference(setting: Reference, model: torch.nn.Module, adapter: Adapte
     if setting == "precomputed":
         return ReferenceChoice("precomputed", "as model.preference.reference says")
     if setting == "adapter_off":
-        if changes is not None and (adapter is None or adapter.path is None or base_names(model)):
+        if changes is not None and (adapter is None or adapter.path is None or trainable_base_names(model)):
             raise UserError(f"model.preference.reference: adapter_off, but {changes}; use precomputed")
         return ReferenceChoice("adapter_off", "as model.preference.reference says")
     if changes is not None:
@@ -64,7 +64,7 @@ def _why_not_switched_off(model: torch.nn.Module, adapter: AdapterConfig | None)
     """Return why the model with its adapter switched off is not the model before training; `None` if it is."""
     if adapter is None or not isinstance(model, PeftModel):
         return "there is no adapter to switch off"
-    base = sorted(base_names(model))
+    base = sorted(trainable_base_names(model))
     if base:
         return f"weights of the base train too ({base[0]}, …)"
     if adapter.path is not None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from sft_lightning.__main__ import main
 from sft_lightning.cli.commands.chat import checkpoint_defaults
 from sft_lightning.data.templates.binding import bind_template
-from sft_lightning.models.generation.serving import LoadOptions, load_served
+from sft_lightning.models.generation.serving import LoadOptions, load_served_model
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_terminal_has_a_conversation_with_commands(terminal: Callable[[str], s
 
 
 def test_a_checkpoint_says_how_it_is_sampled(chat_dir: Path) -> None:
-    served = load_served("--model", str(chat_dir), None, LoadOptions())
+    served = load_served_model("--model", str(chat_dir), None, LoadOptions())
     assert checkpoint_defaults(served) == {"repetition_penalty": 1.0}
     served.model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
     assert checkpoint_defaults(served) == {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.0}

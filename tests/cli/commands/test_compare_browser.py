@@ -12,7 +12,7 @@ from sft_lightning.comparison.page import render_page
 from sft_lightning.comparison.perplexity import ReferenceLoss
 from sft_lightning.comparison.prompts import ComparisonPrompt
 from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, make_response
-from sft_lightning.models.generation.generate import GenerationConfig
+from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.serving import Answer
 
 pytestmark = pytest.mark.browser

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.quantized import check_quantized_base
-from sft_lightning.models.adapters.wrapping import add_adapter, check_base_of_adapter
+from sft_lightning.models.adapters.wrapping import add_adapter, check_adapter_on_quantized_base
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
 
@@ -71,7 +71,7 @@ def test_what_peft_cannot_put_on_a_quantized_base_is_refused_before_it_is_loaded
     name: str, bits: int, dtype: str, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        check_base_of_adapter(METHODS[name](), QuantizationConfig(bits=bits), dtype)
+        check_adapter_on_quantized_base(METHODS[name](), QuantizationConfig(bits=bits), dtype)
 
 
 def losses_of_three_steps(model: PeftModel) -> list[float]:
@@ -104,7 +104,7 @@ def test_what_is_not_refused_learns_and_is_continued_with_the_same_answers(
     name: str, bits: int, dtype: Any, model_dir: Path, tmp_path: Path
 ) -> None:
     quantization = QuantizationConfig(bits=bits)
-    check_base_of_adapter(METHODS[name](), quantization, dtype)
+    check_adapter_on_quantized_base(METHODS[name](), quantization, dtype)
 
     def base() -> Any:
         return load_model(
@@ -129,7 +129,7 @@ def test_a_continued_adapter_is_checked_by_its_own_configuration(model_dir: Path
     )
     add_adapter(base, METHODS["lokr"]()).save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match="LOKR computes with the base's own weights"):
-        check_base_of_adapter(AdapterConfig(path=str(tmp_path)), QuantizationConfig(), "float32")
+        check_adapter_on_quantized_base(AdapterConfig(path=str(tmp_path)), QuantizationConfig(), "float32")
 
 
 def test_plain_lora_goes_on_every_base() -> None:

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.adapters.trainable import base_names, train_only
+from sft_lightning.models.adapters.trainable import train_only, trainable_base_names
 from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
@@ -105,7 +105,7 @@ def build(mode: Mode, model_dir: Path) -> PreTrainedModel | PeftModel:
 def take_steps(model: PreTrainedModel | PeftModel, mode: Mode, num_steps: int = 2) -> None:
     """Two steps, because LoRA's A has no gradient while B is zero."""
     options = {key: (mode.adapter or {}).get(key) for key in ("base_lr", "lora_plus_ratio")}
-    groups = parameter_groups(model.named_parameters(), base_names=base_names(model), **options)
+    groups = parameter_groups(model.named_parameters(), trainable_base_names=trainable_base_names(model), **options)
     optimizer = build_optimizer(lambda given: torch.optim.AdamW(given, lr=1e-2), groups)
     for _ in range(num_steps):
         optimizer.zero_grad()

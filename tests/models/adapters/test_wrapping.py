@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.adapters.continuation import differences
+from sft_lightning.models.adapters.continuation import describe_overrides
 from sft_lightning.models.adapters.targets import resolve_preset
-from sft_lightning.models.adapters.trainable import base_names
+from sft_lightning.models.adapters.trainable import trainable_base_names
 from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.quantization import QuantizationConfig
@@ -186,10 +186,10 @@ def test_the_base_trains_too_except_what_the_adapter_stands_for(model_dir: Path)
 
 def test_base_names_are_those_that_are_not_the_adapters(model_dir: Path) -> None:
     model = adapted(model_dir, r=2, modules_to_save=["lm_head"], only_adapter=False)
-    names = base_names(model)
+    names = trainable_base_names(model)
     assert any(name.endswith("embed_tokens.weight") for name in names)
     assert not any("lora_" in name or "modules_to_save" in name for name in names)
-    assert base_names(AutoModelForCausalLM.from_pretrained(model_dir)) == set()
+    assert trainable_base_names(AutoModelForCausalLM.from_pretrained(model_dir)) == set()
 
 
 def test_modules_to_save_of_a_half_precision_base_have_float32_masters(model_dir: Path) -> None:
@@ -235,14 +235,14 @@ def test_an_adapter_is_continued_with_its_own_configuration(model_dir: Path, tmp
     continued = add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), config)
     assert continued.peft_config["default"].r == 2
     assert trainable(continued)
-    lines = differences(continued, config)
+    lines = describe_overrides(continued, config)
     assert [line.split(":")[0] for line in lines] == ["model.adapter.r", "model.adapter.alpha"]
     assert "2, as in" in lines[0]
     assert "16" in lines[0]
 
 
 def test_a_new_adapter_has_no_differences(model_dir: Path) -> None:
-    assert differences(adapted(model_dir, r=2), AdapterConfig(r=2)) == []
+    assert describe_overrides(adapted(model_dir, r=2), AdapterConfig(r=2)) == []
 
 
 def test_modules_to_save_can_be_dropped_on_continuing(model_dir: Path, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_keys_that_another_method_does_not_have_are_reported_where_they_were_set
     ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     adapted(model_dir, peft_config=ia3).save_pretrained(str(tmp_path))
     config = AdapterConfig(path=str(tmp_path), use_dora=True, r=4)
-    lines = differences(add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), config), config)
+    lines = describe_overrides(add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), config), config)
     assert lines == [
         f"model.adapter.r: 4 is not used; the IA3 adapter in {tmp_path} has none",
         f"model.adapter.use_dora: True is not used; the IA3 adapter in {tmp_path} has none",

@@ -8,7 +8,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, eager_mask
 
-from sft_lightning.models.attention.document_mask import MASKED, choose_attention, document_mask, keep_documents_apart
+from sft_lightning.models.attention.document_mask import (
+    DOCUMENT_MASK,
+    choose_attention,
+    document_mask,
+    use_document_mask,
+)
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.isolation import measure_isolation
 
@@ -37,16 +42,16 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.mark.parametrize("name", OWN)
 def test_documents_are_apart_in_families_with_their_own_attention(name: str) -> None:
     model = build(name)
-    assert not measure_isolation(model, 50, CPU).proven or name == "gpt_neo"  # which sees the positions
-    assert keep_documents_apart(model)
-    assert measure_isolation(model, 50, CPU, max_length=100).proven
+    assert not measure_isolation(model, 50, CPU).verified or name == "gpt_neo"  # which sees the positions
+    assert use_document_mask(model)
+    assert measure_isolation(model, 50, CPU, max_length=100).verified
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_documents_are_apart_under_an_adapter(name: str) -> None:
     model: PeftModel = get_peft_model(build(name), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert keep_documents_apart(model)
-    assert measure_isolation(model, 50, CPU).proven
+    assert use_document_mask(model)
+    assert measure_isolation(model, 50, CPU).verified
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -54,7 +59,7 @@ def test_without_document_lengths_logits_are_as_before_and_causal(name: str) -> 
     model, ids = build(name), torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits
-        keep_documents_apart(model)
+        use_document_mask(model)
         model(ids, document_lengths=[[4, 8], [12]])  # leaves nothing behind
         torch.testing.assert_close(model(ids).logits, expected)
         other = torch.cat([ids[:, :-1], (ids[:, -1:] + 1) % 50], 1)
@@ -64,7 +69,7 @@ def test_without_document_lengths_logits_are_as_before_and_causal(name: str) -> 
 @pytest.mark.parametrize("name", OWN)
 def test_an_error_in_the_model_leaves_no_documents_behind(name: str) -> None:
     model, ids = build(name), torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(1))
-    keep_documents_apart(model)
+    use_document_mask(model)
     with torch.no_grad():
         expected = model(ids).logits
         with pytest.raises(IndexError):
@@ -74,7 +79,7 @@ def test_an_error_in_the_model_leaves_no_documents_behind(name: str) -> None:
 
 def test_a_family_with_the_interface_is_left_as_it_is(model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation=PACKED)
-    assert not keep_documents_apart(model)
+    assert not use_document_mask(model)
     assert model.config._attn_implementation == PACKED
 
 
@@ -94,5 +99,5 @@ def test_what_the_user_chose_is_not_replaced() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("falcon", vocab_size=50, **OWN["falcon"])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    assert not keep_documents_apart(model)
-    assert model.config._attn_implementation not in (MASKED, PACKED)
+    assert not use_document_mask(model)
+    assert model.config._attn_implementation not in (DOCUMENT_MASK, PACKED)

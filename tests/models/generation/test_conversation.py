@@ -7,14 +7,14 @@ import pytest
 
 from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
+from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.conversation import AnswerStreamer, Conversation
-from sft_lightning.models.generation.generate import GenerationConfig
-from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served
+from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served_model
 
 
 @pytest.fixture
 def served(model_dir: Path) -> ServedModel:
-    model = load_served("--model", str(model_dir), None, LoadOptions())
+    model = load_served_model("--model", str(model_dir), None, LoadOptions())
     bind_template("vicuna_v1.1", model.tokenizer)
     return model
 

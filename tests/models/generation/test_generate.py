@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.generation.generate import GenerationConfig, generate, generate_ids
+from sft_lightning.models.generation.config import GenerationConfig
+from sft_lightning.models.generation.generate import generate, generate_ids
 
 PROMPTS = ["<s>What is the opposite of hot?", "<s>Hi"]
 
@@ -93,7 +94,7 @@ MODES: dict[str, dict[str, float]] = {
 def test_the_values_tell_the_mode_and_the_mode_answers(model: PreTrainedModel, mode: str) -> None:
     config = GenerationConfig(max_new_tokens=5, **MODES[mode])  # type: ignore[arg-type]
     assert config.mode == mode
-    several = 1 if config.most_answers() == 1 else 3
+    several = 1 if config.max_answers() == 1 else 3
     prompts = [[1, 40, 50, 60], [1, 41]]
     found = generate_ids(
         model, prompts, stop_token_ids=[2], pad_token_id=0, config=config, num_return_sequences=several

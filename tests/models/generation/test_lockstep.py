@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sft_lightning.models.generation.generate import GenerationConfig, generate_ids
-from sft_lightning.models.generation.lockstep import in_step
+from sft_lightning.models.generation.config import GenerationConfig
+from sft_lightning.models.generation.generate import generate_ids
+from sft_lightning.models.generation.lockstep import lockstep
 from sft_lightning.strategies.sharding import decoder_layers, shard_model
 
 STOPS = [3, 17, 22, 40, 41]
@@ -118,7 +119,7 @@ def test_who_fails_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: pytest.fail("the others may never come"))
     model = tiny_llama()
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="out of memory"), in_step(model):
+    with pytest.raises(RuntimeError, match="out of memory"), lockstep(model):
         raise RuntimeError("out of memory")
     assert not model._forward_pre_hooks
 

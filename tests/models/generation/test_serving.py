@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.generate import GenerationConfig
-from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served
+from sft_lightning.models.generation.config import GenerationConfig
+from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served_model
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def serve(path: Path | None, adapter: Path | None = None, **options: object) -> ServedModel:
     load = LoadOptions(**options)  # type: ignore[arg-type]
-    return load_served("--model", path and str(path), adapter and str(adapter), load)
+    return load_served_model("--model", path and str(path), adapter and str(adapter), load)
 
 
 def with_template(model_dir: Path, folder: Path, template: str) -> Path:

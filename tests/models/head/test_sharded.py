@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sft_lightning.models.head.sharded import find_inner_head
+from sft_lightning.models.head.sharded import find_sharded_head
 from sft_lightning.models.head.whole import find_head
 from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.sharding import shard_model
@@ -72,7 +72,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 )
 def test_a_head_whose_product_is_the_models_logits_is_found(model_type: str, changes: dict[str, Any]) -> None:
     model = build(model_type, **changes)
-    head = find_inner_head(model, VOCABULARY, CPU)
+    head = find_sharded_head(model, VOCABULARY, CPU)
     assert head is not None
     assert head.module is model.get_output_embeddings()
     assert "forward" not in vars(head.module)
@@ -90,14 +90,14 @@ def test_a_head_whose_product_is_the_models_logits_is_found(model_type: str, cha
 def test_a_model_that_changes_what_comes_out_of_its_head_is_left_to_itself(
     model_type: str, changes: dict[str, Any]
 ) -> None:
-    assert find_inner_head(build(model_type, **changes), VOCABULARY, CPU) is None
+    assert find_sharded_head(build(model_type, **changes), VOCABULARY, CPU) is None
 
 
 def test_a_head_with_an_adapter_and_virtual_tokens_are_left_to_the_model() -> None:
     on_head = get_peft_model(build(), LoraConfig(target_modules=["lm_head"]))
-    assert find_inner_head(on_head, VOCABULARY, CPU) is None  # type: ignore[arg-type]
+    assert find_sharded_head(on_head, VOCABULARY, CPU) is None  # type: ignore[arg-type]
     prefix = get_peft_model(build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    assert find_inner_head(prefix, VOCABULARY, CPU) is None
+    assert find_sharded_head(prefix, VOCABULARY, CPU) is None
 
 
 @pytest.mark.usefixtures("group")
@@ -108,7 +108,7 @@ def test_shards_have_the_loss_and_the_gradients_of_the_whole_model(adapted: bool
     one, two = (with_lora(each) if adapted else each for each in (whole, sharded))
     shard_model(base_model(two), init_device_mesh("cpu", (1,)), CPU)
     expected = token_loss_sums(one, find_head(one, VOCABULARY, CPU), batch(supervised))
-    head = find_inner_head(two, VOCABULARY, CPU)
+    head = find_sharded_head(two, VOCABULARY, CPU)
     assert head is not None
     found = token_loss_sums(two, head, batch(supervised))
     torch.testing.assert_close([*found], [*expected])
@@ -136,7 +136,7 @@ class LargestTable(TorchDispatchMode):
 def test_there_is_never_a_table_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * VOCABULARY)
     model = build(hidden_size=4)
-    head = find_inner_head(model, VOCABULARY, CPU)
+    head = find_sharded_head(model, VOCABULARY, CPU)
     with LargestTable() as tables:
         token_loss_sums(model, head, batch()).loss.backward()
     assert tables.rows == 4

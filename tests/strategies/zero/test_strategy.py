@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.quantization import store_as_bytes
+from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.strategies.zero import state as zero_state
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
 
@@ -154,7 +154,7 @@ def test_weights_packed_into_4_bits_survive_a_conversion_of_the_model(dtype: tor
     x = torch.randn(2, 64)
     before = layer(x)
     model = nn.Sequential(layer)
-    store_as_bytes(model)
+    store_4bit_as_bytes(model)
     model.to(torch.float16).to(torch.float32)
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 

@@ -1,0 +1,93 @@
+"""How answers are generated: the decoding mode and its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sft_lightning.errors import UserError
+
+DecodingMode = Literal["greedy", "sampling", "beam", "beam_sampling", "diverse_beam", "contrastive"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How answers are generated.
+
+    Raises:
+        UserError: If a value is out of range, or two do not go together.
+    """
+
+    max_new_tokens: int = 64
+    """Tokens per answer at most."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token; above 0 samples."""
+
+    top_k: int = 0
+    """Sample among this many most likely tokens, 0 for all; candidates of contrastive search."""
+
+    top_p: float = 1.0
+    """Sample among the most likely tokens that together have this probability."""
+
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that have occurred (Keskar et al., 2019, arXiv:1909.05858); 1 is none."""
+
+    num_beams: int = 1
+    """Above 1: beam search; with a temperature above 0, beam search that samples."""
+
+    num_beam_groups: int = 1
+    """Above 1: diverse beam search in this many groups (Vijayakumar et al., 2016, arXiv:1610.02424)."""
+
+    diversity_penalty: float = 1.0
+    """What a group of beams pays for a token that an earlier group has chosen; used with `num_beam_groups`."""
+
+    penalty_alpha: float = 0.0
+    """Above 0: contrastive search among `top_k` candidates (Su et al., 2022, arXiv:2202.06417)."""
+
+    seed: int = 0
+    """Seed of the sampling; the run's own random state is left as it is."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "num_beam_groups"):
+            if getattr(self, name) < 1:
+                raise UserError(f"generation: {name} must be at least 1 (got {getattr(self, name)})")
+        for name in ("temperature", "top_k", "diversity_penalty"):
+            if getattr(self, name) < 0:
+                raise UserError(f"generation: {name} must be at least 0 (got {getattr(self, name)})")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"generation: top_p must be above 0 and at most 1 (got {self.top_p})")
+        if not 0 <= self.penalty_alpha <= 1:
+            raise UserError(f"generation: penalty_alpha must be in 0..1 (got {self.penalty_alpha})")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"generation: repetition_penalty must be above 0 (got {self.repetition_penalty})")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        mode = self.mode
+        if mode in ("contrastive", "diverse_beam") and (self.temperature > 0 or self.repetition_penalty != 1):
+            raise UserError(f"generation: {mode} goes neither with a temperature nor with a repetition_penalty")
+        if mode == "contrastive" and (self.top_k < 2 or self.num_beams > 1 or self.num_beam_groups > 1):
+            raise UserError(
+                f"generation: penalty_alpha {self.penalty_alpha} is contrastive search, which needs top_k of at least "
+                f"2 (got {self.top_k}) and no beams (got {self.num_beams} in {self.num_beam_groups} groups)"
+            )
+        if self.num_beams % self.num_beam_groups:
+            raise UserError(
+                f"generation: num_beam_groups ({self.num_beam_groups}) must divide num_beams ({self.num_beams})"
+            )
+
+    @property
+    def mode(self) -> DecodingMode:
+        """The decoding that the values describe, as in transformers."""
+        if self.penalty_alpha > 0:
+            return "contrastive"
+        if self.num_beam_groups > 1:
+            return "diverse_beam"
+        if self.num_beams > 1:
+            return "beam_sampling" if self.temperature > 0 else "beam"
+        return "sampling" if self.temperature > 0 else "greedy"
+
+    def max_answers(self) -> int | None:
+        """Return how many different answers a prompt can have; `None` for any number."""
+        return {"greedy": 1, "contrastive": 1, "sampling": None}.get(self.mode, self.num_beams)
