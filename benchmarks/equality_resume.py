@@ -19,6 +19,7 @@ import torch
 from equality_gradients import RECORDS
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
+from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
@@ -102,7 +103,7 @@ class Watch(Callback):
         """Add up the step's rows, whatever their order, and save."""
         for labels in batch["labels"]:
             self._rows += zlib.crc32(labels[labels != IGNORE_INDEX].numpy().tobytes())
-        accumulating = trainer.fit_loop._should_accumulate()
+        accumulating = is_accumulating(trainer)
         if not accumulating:
             reduce = trainer.strategy.reduce
             self.losses[trainer.global_step] = float(reduce(pl_module._step_loss, reduce_op="sum"))  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from family_models import FAMILIES, save_family
 from lightning.pytorch import Trainer
 from peft import PeftModel
 
+from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
@@ -143,7 +144,7 @@ class _Watched(CausalLMModule):
         self.losses: list[float] = []
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._step_loss is not None and not self.trainer.fit_loop._should_accumulate():
+        if self._step_loss is not None and not is_accumulating(self.trainer):
             self.losses.append(float(self._step_loss))
         super().on_train_batch_end(outputs, batch, batch_idx)
 

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from sft_lightning.compat.lightning.loops import is_accumulating
+
 
 class TimedCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` by the clock: writes `checkpoints/last.ckpt` over, and keeps nothing else.
@@ -30,7 +32,7 @@ class TimedCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save, if it is time to and an optimizer step has ended."""
-        if not trainer.fit_loop._should_accumulate():
+        if not is_accumulating(trainer):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.run_outputs import datamodule_of
+from sft_lightning.compat.lightning.loops import validate_before_training
 from sft_lightning.errors import UserError
 from sft_lightning.training.checkpoint import random_state, set_random_state
 
@@ -38,13 +39,8 @@ class EvaluateFirst(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step:
             return
-        state, connector = random_state(), trainer._logger_connector
-        first = connector._first_loop_iter
-        # As Lightning does between two training batches (`_TrainingEpochLoop.on_advance_end`).
-        trainer.validating = True
-        trainer.fit_loop.epoch_loop.val_loop.run()
-        trainer.training = True
-        connector._first_loop_iter = first
+        state = random_state()
+        validate_before_training(trainer)
         set_random_state(state)
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig
 
 from callbacks.run_outputs import datamodule_of
+from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.estimation.speed import arithmetic, mean_document_length, num_matrix_entries, peak_tflops
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import Batch
@@ -52,7 +53,7 @@ class Throughput(Callback):
         self._seconds += time.perf_counter() - self._began
         self._tokens += batch["num_tokens"]
         self._supervised += batch["num_supervised"]
-        if trainer.fit_loop._should_accumulate():
+        if is_accumulating(trainer):
             return
         per_device = self._tokens / self._seconds
         values = {

@@ -6,10 +6,11 @@ import functools
 import importlib
 import importlib.metadata
 import logging
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from sft_lightning.errors import UserError
 
@@ -31,7 +32,7 @@ class Entry:
     """`module:attribute` of what must exist in the library."""
 
     attributes: tuple[str, ...]
-    """Attributes that the function's first argument must have; they exist on objects only."""
+    """Attributes, dotted, that the function's first argument must have; they exist on objects only."""
 
     feature: str
     """What is refused without them: a YAML key, a command, or what the user gets from it."""
@@ -60,7 +61,9 @@ class Entry:
             subject: The object that `attributes` are looked for on.
         """
         missing = [name for name in self.names if not _exists(name)]
-        return missing or [f"{type(subject).__name__}.{name}" for name in self.attributes if not hasattr(subject, name)]
+        return missing or [
+            f"{type(subject).__name__}.{path}" for path in self.attributes if not _reaches(subject, path)
+        ]
 
     def message(self, missing: list[str]) -> str:
         """Return what is said of missing names: the feature, the library, and the way out."""
@@ -129,12 +132,17 @@ def uses(
 
 
 def _exists(name: str) -> bool:
-    module, _, attributes = name.partition(":")
+    module, _, path = name.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for attribute in attributes.split(".") if attributes else ():
-            found = getattr(found, attribute)
-    except (ImportError, AttributeError):
+        return _reaches(importlib.import_module(module), path)
+    except ImportError:
+        return False
+
+
+def _reaches(subject: object, path: str) -> bool:
+    try:
+        operator.attrgetter(path)(subject)
+    except AttributeError:
         return False
     return True
 

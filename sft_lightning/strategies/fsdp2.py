@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from sft_lightning.compat.lightning.loops import inner_optimizer, set_device
 from sft_lightning.errors import UserError
 from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.exporting import WholeExports
@@ -115,7 +115,7 @@ class FSDP2(WholeExports, ModelParallelStrategy):
             return
         for buffer in self._language_model.buffers():
             buffer.data = buffer.data.to(self.root_device)
-        self._module._device = self.root_device  # where it computes, whatever its parameters say
+        set_device(self._module, self.root_device)
 
     def _get_process_group_backend(self) -> str:
         if self._process_group_backend is None and self.offload and self.root_device.type == "cuda":
@@ -134,8 +134,7 @@ class FSDP2(WholeExports, ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gather the optimizer's state; empty but on rank 0."""
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return gather_optimizer_state(inner, keep=self.is_global_zero)
+        return gather_optimizer_state(inner_optimizer(optimizer), keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, which are sharded only if an earlier stage has sharded them."""

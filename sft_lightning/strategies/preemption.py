@@ -16,6 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from sft_lightning.compat.lightning.loops import is_accumulating
+
 EXIT_STATUS = 128 + int(signal.SIGTERM)
 """What a process ends with that SIGTERM has ended, as shells count it: 143."""
 
@@ -41,7 +43,7 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save, if a process has been told to leave."""
-        if trainer.fit_loop._should_accumulate():
+        if is_accumulating(trainer):
             return
         if not trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
             return

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 
 from sft_lightning.errors import UserError
 
@@ -81,33 +80,6 @@ def gather_random_states(own: dict[str, Any]) -> list[dict[str, Any]]:
     return states
 
 
-def align_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
-    """Set Lightning's counters of the epoch, in a checkpoint's `loops["fit_loop"]`, to `micro_batches`.
-
-    Counters that say so already stay as they are.
-    """
-    progress = fit_loop["epoch_loop.batch_progress"]
-    if progress["current"]["ready"] == micro_batches:
-        return
-    for counter, current in progress["current"].items():
-        progress["total"][counter] += micro_batches - current
-        progress["current"][counter] = micro_batches
-
-
-def reopen_epoch(fit_loop: dict[str, Any], epoch: int) -> None:
-    """Count an epoch as unfinished, in a checkpoint's `loops["fit_loop"]`.
-
-    A run that reaches `max_steps` within an epoch ends the epoch, as far as Lightning is concerned; continued with more
-    steps, it would skip the epoch's other rows. So it would if the epoch has become longer, as a stream's does.
-    """
-    fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
-    progress = fit_loop["epoch_progress"]
-    for counter in ("processed", "completed"):
-        ahead = max(0, progress["current"][counter] - epoch)
-        progress["total"][counter] -= ahead
-        progress["current"][counter] -= ahead
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes under a temporary name in the same folder, flushes to the disk, and renames.
 
@@ -123,7 +95,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.after_remove: list[Callable[[Path], None]] = []
         """Called with the path of every checkpoint that was removed."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save a checkpoint file."""
         if storage_options is not None:
             raise TypeError("storage_options are for remote file systems, which this checkpoint IO does not write to")
@@ -142,7 +114,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         for listener in self.after_save:
             listener(target)
 
-    def remove_checkpoint(self, path: _PATH) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint file."""
         super().remove_checkpoint(path)
         for listener in self.after_remove:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.lightning.loops import align_progress, is_accumulating, reopen_epoch, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
@@ -37,11 +38,9 @@ from sft_lightning.models.inspection import base_model, computing_device, is_sha
 from sft_lightning.models.isolation import choose_packing, verify_isolation
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.training.checkpoint import (
-    align_progress,
     check_trainable_state,
     gather_random_states,
     random_state,
-    reopen_epoch,
     set_random_state,
     trainable_state,
 )
@@ -201,14 +200,13 @@ class CausalLMModule(LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
-            # The loggers' x axis; Lightning guesses it from counters that we may have moved to a step's start.
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+            set_logged_step(self.trainer)
         if self._step_loss is None and self.trainer.accumulate_grad_batches > 1:
             self._step_random_state = random_state()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the optimizer step that this micro-batch completed."""
-        if self._step_loss is None or self.trainer.fit_loop._should_accumulate():
+        if self._step_loss is None or is_accumulating(self.trainer):
             return
         several = self.trainer.world_size > 1
         self.log("train/loss", self._step_loss, sync_dist=several, reduce_fx=torch.sum)
@@ -336,7 +334,7 @@ class CausalLMModule(LightningModule):
         """Keep what trains, and the random states."""
         checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
         # Gradients are not in a checkpoint: a step that is under way will be taken again from its first micro-batch.
-        under_way = self._step_loss is not None and self.trainer.fit_loop._should_accumulate()
+        under_way = self._step_loss is not None and is_accumulating(self.trainer)
         before = self._step_random_state if under_way else self._random_state  # of a run with no step left, the latter
         checkpoint["random_states"] = gather_random_states(before or random_state())
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.optim import Optimizer
 
+from sft_lightning.compat.lightning.loops import inner_optimizer
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.strategies.exporting import WholeExports
@@ -238,7 +238,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
     @property
     def _zero(self) -> Any:
         [optimizer] = self.optimizers
-        return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return inner_optimizer(optimizer)
 
     @property
     def _trained(self) -> dict[str, nn.Parameter]:

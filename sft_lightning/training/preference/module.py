@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
+from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.compat.transformers import attention_of
 from sft_lightning.data.pairs.collate import PairBatch
 from sft_lightning.data.pairs.datamodule import PairDataModule, PairPart
@@ -244,7 +245,7 @@ class DPOModule(CausalLMModule):
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:  # type: ignore[override]
         """Log the optimizer step that this micro-batch completed."""
         super().on_train_batch_end(outputs, batch, batch_idx)
-        if self._step_sums is None or self.trainer.fit_loop._should_accumulate():
+        if self._step_sums is None or is_accumulating(self.trainer):
             return
         several = self.trainer.world_size > 1
         for name, value in zip(NAMES[1:], self._step_sums[1:].unbind(), strict=True):

@@ -1,0 +1,1 @@
+"""What is used of Lightning beyond its documented interface."""
