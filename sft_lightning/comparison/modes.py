@@ -1,4 +1,4 @@
-"""Options of the command → how each mode generates."""
+"""Turn the options of `compare` into a generation config for each decoding mode."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ ALL_MODES: tuple[DecodingMode, ...] = get_args(DecodingMode)
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """What the user set; `None` takes the default of each mode that uses it."""
+    """Decoding options as the user set them; `None` means the default of each mode that has the option."""
 
     max_new_tokens: int = 100
-    """Tokens per answer at most."""
+    """Most tokens in an answer."""
 
     temperature: float | None = None
-    """Of sampling and beam_sampling (default: 1)."""
+    """Temperature of sampling and beam_sampling (default: 1)."""
 
     top_k: int | None = None
-    """Sample among this many tokens (default: all); candidates of contrastive (default: 4)."""
+    """Sample from the k most likely tokens (default: all); in contrastive, the number of candidates (default: 4)."""
 
     top_p: float | None = None
-    """Sample among the most likely tokens that together have this probability (default: 1)."""
+    """Sample from the most likely tokens whose probabilities sum to this (default: 1)."""
 
     repetition_penalty: float | None = None
-    """Divides logits of tokens that have occurred (default: 1, none)."""
+    """Divides the logits of tokens that have occurred (default: 1, no penalty)."""
 
     num_beams: int | None = None
-    """Beams of the beam searches (default: 4)."""
+    """Number of beams in beam search (default: 4)."""
 
     num_beam_groups: int | None = None
-    """Groups of diverse_beam (default: a group a beam)."""
+    """Number of beam groups in diverse_beam (default: one group per beam)."""
 
     diversity_penalty: float | None = None
-    """What a group pays for a token that an earlier one chose (default: 1)."""
+    """Penalty in diverse_beam for a token that an earlier group chose at the same step (default: 1)."""
 
     penalty_alpha: float | None = None
-    """Of contrastive: 0 is greedy, 1 only avoids likeness (default: 0.6)."""
+    """Weight of the similarity penalty in contrastive: 0 is greedy, 1 only avoids similarity (default: 0.6)."""
 
     seed: int = 0
-    """Seed of the sampling."""
+    """Random seed of sampling."""
 
 
 DEFAULTS: Mapping[DecodingMode, Mapping[str, Any]] = {
@@ -55,16 +55,19 @@ DEFAULTS: Mapping[DecodingMode, Mapping[str, Any]] = {
     "diverse_beam": {"num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0},
     "contrastive": {"top_k": 4, "penalty_alpha": 0.6},
 }
-"""The parameters that each mode has, and their defaults; contrastive's are DeepSpeed-Chat's (`prompt_eval.py`)."""
+"""Parameters of each mode with their defaults; those of contrastive are DeepSpeed-Chat's (`prompt_eval.py`)."""
 
 _COMMON = ("max_new_tokens", "seed")
 
 
 def parse_modes(names: Sequence[str]) -> list[DecodingMode]:
-    """Return the modes of `--mode`, each once, in order; `all` is every mode.
+    """Return the modes that `--mode` names, in order and without repetition; `all` stands for every mode.
+
+    Args:
+        names: Values of `--mode`; none means greedy.
 
     Raises:
-        UserError: If one is unknown.
+        UserError: If a name is unknown.
     """
     chosen: list[DecodingMode] = []
     for name in names or ["greedy"]:
@@ -76,25 +79,32 @@ def parse_modes(names: Sequence[str]) -> list[DecodingMode]:
 
 
 def decoding_configs(modes: Sequence[DecodingMode], options: DecodingOptions) -> dict[DecodingMode, GenerationConfig]:
-    """Return how each mode generates.
+    """Return the generation config of each mode.
+
+    Args:
+        modes: The chosen modes.
+        options: Decoding options as the user set them.
 
     Raises:
-        UserError: If a value is out of range, contradicts the mode, or is for none of the modes.
+        UserError: If a value is out of range, contradicts the mode, or belongs to none of the modes.
     """
     for name, value in vars(options).items():
         users = [mode for mode in ALL_MODES if name in DEFAULTS[mode]]
         if value is not None and name not in _COMMON and not set(users) & set(modes):
-            raise UserError(
-                f"--{name}: {value} has no part in {', '.join(modes)}; add --mode {' or --mode '.join(users)}"
-            )
+            wanted = " or ".join(f"--mode {mode}" for mode in users)
+            raise UserError(f"--{name}: {value} has no effect in {', '.join(modes)}; add {wanted}")
     return {mode: _config(mode, options) for mode in modes}
 
 
-def answers_of(mode: DecodingMode, config: GenerationConfig, num_return_sequences: int) -> int:
-    """Return how many answers a mode gives to each prompt: those asked for, or the one that there is.
+def answers_per_prompt(config: GenerationConfig, num_return_sequences: int) -> int:
+    """Return how many answers a mode gives to each prompt: one in greedy and contrastive, else as many as wanted.
+
+    Args:
+        config: The mode's generation config.
+        num_return_sequences: Answers that the user wants.
 
     Raises:
-        UserError: If a beam search has fewer beams.
+        UserError: If beam search has fewer beams than answers are wanted.
     """
     if num_return_sequences < 1:
         raise UserError(f"--num_return_sequences: must be at least 1 (got {num_return_sequences})")
@@ -102,7 +112,9 @@ def answers_of(mode: DecodingMode, config: GenerationConfig, num_return_sequence
     if most == 1:
         return 1
     if most is not None and num_return_sequences > most:
-        raise UserError(f"--num_return_sequences: {num_return_sequences} answers need as many --num_beams ({most})")
+        raise UserError(
+            f"--num_return_sequences: {num_return_sequences} answers need at least as many --num_beams (got {most})"
+        )
     return num_return_sequences
 
 
@@ -110,9 +122,9 @@ def _config(mode: DecodingMode, options: DecodingOptions) -> GenerationConfig:
     given = {name: getattr(options, name) for name in DEFAULTS[mode] if getattr(options, name) is not None}
     values = {**DEFAULTS[mode], **given}
     if given.get("num_beams") is not None and "num_beam_groups" not in given and mode == "diverse_beam":
-        values["num_beam_groups"] = given["num_beams"]  # a group a beam, unless said otherwise
+        values["num_beam_groups"] = given["num_beams"]  # one group per beam unless the user sets the groups
     config = GenerationConfig(max_new_tokens=options.max_new_tokens, seed=options.seed, **values)
     if config.mode != mode:
         shown = ", ".join(f"--{name} {value}" for name, value in given.items())
-        raise UserError(f"--mode {mode}: with {shown} this is {config.mode}; choose other values or that mode")
+        raise UserError(f"--mode {mode}: {shown} makes this {config.mode}; change the value or the mode")
     return config

@@ -1,4 +1,4 @@
-"""How likely a model finds a reference answer."""
+"""Perplexity of a reference answer under a model."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ class ReferenceLoss(NamedTuple):
     """Cross entropy of a reference answer."""
 
     nats: float
-    """Sum over its tokens."""
+    """Sum over the tokens of the reference, in nats."""
 
     num_tokens: int
+    """Tokens of the reference."""
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean, `inf` where that overflows."""
+        """exp of the mean cross entropy; `inf` if that overflows."""
         return _exp(self.nats / self.num_tokens)
 
 
 def mean_perplexity(losses: Sequence[ReferenceLoss]) -> float | None:
-    """Return the perplexity over all tokens of several references; `None` if there is none."""
+    """Return the perplexity over all tokens of several references; `None` if there are no references."""
     tokens = sum(loss.num_tokens for loss in losses)
     return _exp(sum(loss.nats for loss in losses) / tokens) if tokens else None
 
 
 @torch.no_grad()
 def reference_loss(served: ServedModel, prompt: ComparisonPrompt, prompt_ids: Sequence[int]) -> ReferenceLoss | None:
-    """Return the loss of a prompt's reference answer, given the prompt; its stop token is not counted.
+    """Return the loss of a prompt's reference answer given the prompt, without the stop token.
 
     Args:
         served: The model.
-        prompt: The prompt; its reference is not `None`.
-        prompt_ids: The prompt as this model is asked.
+        prompt: A prompt whose reference is not `None`.
+        prompt_ids: Token ids of the prompt, rendered for this model.
 
     Returns:
-        `None` if the reference has no token, or the chat template writes it where the model would not.
+        `None` if the reference has no tokens, or if the chat template does not render it after the prompt.
     """
     text = _answer_text(served, prompt)
     answer: list[int] = served.tokenizer(text, add_special_tokens=False).input_ids if text else []
@@ -56,18 +57,19 @@ def reference_loss(served: ServedModel, prompt: ComparisonPrompt, prompt_ids: Se
 
 
 def _answer_text(served: ServedModel, prompt: ComparisonPrompt) -> str | None:
-    """Return the reference as the model would have to write it after the prompt."""
+    """Return the reference with the white space that the model would have to generate after the prompt."""
     reference = (prompt.reference or "").strip()
     if not served.has_template or prompt.is_plain:
-        # A colon is followed by a space in scripts that have spaces.
+        # In scripts that use spaces, a space follows the colon.
         space = prompt.text[-1:].isascii() and not prompt.text[-1:].isspace()
         return (" " if space else "") + reference if reference else None
     whole = str(
         served.tokenizer.apply_chat_template(
-            [*(dict(turn) for turn in prompt.turns), {"role": "assistant", "content": reference}], tokenize=False
+            [*(dict(message) for message in prompt.messages), {"role": "assistant", "content": reference}],
+            tokenize=False,
         )
     )
-    before = served.render(prompt.turns)
+    before = served.render(prompt.messages)
     start = whole.find(reference, len(before))
     if not reference or start < 0 or not whole.startswith(before):
         return None

@@ -1,4 +1,4 @@
-"""What the models are asked: built-in prompts, or a file of them."""
+"""The prompts of a comparison: built in, or read from a file."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ from sft_lightning.types import Message, Record
 class ComparisonPrompt:
     """One prompt, for models with a chat template and for models without."""
 
-    turns: Sequence[Mapping[str, str]]
-    """Messages for a chat template; the last is the user's. Empty for a plain text to go on with."""
+    messages: Sequence[Mapping[str, str]]
+    """Messages for a chat template, ending with the user's; empty if every model is to continue the plain text."""
 
     text: str
-    """What a model without a chat template goes on with."""
+    """Text that a model without a chat template continues."""
 
     location: str
-    """Where it comes from: `builtin en 1`, or a file and a line."""
+    """Source of the prompt: `builtin en 1`, or a file and a line."""
 
     reference: str | None = None
-    """The answer that is wanted."""
+    """The wanted answer, if the file has one."""
 
     @property
     def shown(self) -> str:
-        """What a reader takes for the prompt."""
-        return str(self.turns[-1]["content"]) if self.turns else self.text
+        """The prompt as reports show it: the last message, or the plain text."""
+        return str(self.messages[-1]["content"]) if self.messages else self.text
 
     @property
     def system(self) -> str | None:
         """The system message, if there is one."""
-        return str(self.turns[0]["content"]) if self.turns and self.turns[0]["role"] == "system" else None
+        first = self.messages[0] if self.messages else {}
+        return str(first["content"]) if first.get("role") == "system" else None
 
     @property
     def is_plain(self) -> bool:
-        """Whether no model's chat template is put around it."""
-        return not self.turns
+        """Whether every model continues the text, without its chat template."""
+        return not self.messages
 
 
 BUILTIN: Mapping[str, Sequence[str]] = {
@@ -72,18 +73,18 @@ BUILTIN: Mapping[str, Sequence[str]] = {
         "水を十分に飲むべき理由を三つ挙げてください。",
     ),
 }
-"""Six prompts a language, the same six in each."""
+"""The same six prompts in each language."""
 
 
 def builtin_prompts(language: str, system: str | None = None) -> list[ComparisonPrompt]:
     """Return the built-in prompts.
 
-    A model without a chat template gets `Human: … Assistant:`, as DeepSpeed-Chat's `prompt_eval.py` asks: ending in a
-    colon, because many base models write nothing after a space.
+    A model without a chat template gets `Human: … Assistant:`, as in DeepSpeed-Chat's `prompt_eval.py`. The prompt ends
+    with the colon, because many base models generate nothing after a space.
 
     Args:
         language: A key of `BUILTIN`.
-        system: System message.
+        system: System message of every prompt, if any.
     """
     return [
         _conversation([Message("user", question)], f"builtin {language} {number}", None, system)
@@ -94,32 +95,34 @@ def builtin_prompts(language: str, system: str | None = None) -> list[Comparison
 def read_prompts(path: str, system: str | None = None) -> list[ComparisonPrompt]:
     """Read a file of prompts.
 
-    A `.txt` file has a prompt a line. In every other type that data is read from, a record has `prompt`, and may have
+    A `.txt` file has one prompt per line. In all other types of data files, a record has `prompt` and optionally
     `system` and `reference`; or it is in a training format, and its last answer is the reference.
 
     Args:
         path: The file.
-        system: System message of prompts that bring none.
+        system: System message of the prompts that have none.
 
     Raises:
-        UserError: If the file does not exist or a record is none of these, with file and line.
+        UserError: If the file does not exist or holds no prompts, or if a record has none of these forms.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"--prompts: {path!r} does not exist (looked in {Path.cwd()}); name a file, or builtin")
+        raise UserError(f"--prompts: {path!r} does not exist (looked in {Path.cwd()}); give a file, or builtin")
     if file.suffix == ".txt":
         lines = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
-        found = [_asked(line, None, f"{path}, line {number}", system) for number, line in lines if line.strip()]
+        prompts = [
+            _single_message(line, None, f"{path}, line {number}", system) for number, line in lines if line.strip()
+        ]
     else:
-        found = [_prompt(Record(_object(row, where), "prompts", where), system) for where, row in read_file(file)]
-    if not found:
-        raise UserError(f"--prompts: {path!r} holds no prompt")
-    return found
+        prompts = [_prompt(Record(_as_object(row, where), "prompts", where), system) for where, row in read_file(file)]
+    if not prompts:
+        raise UserError(f"--prompts: {path!r} holds no prompts")
+    return prompts
 
 
-def _object(row: object, location: str) -> Mapping[str, Any]:
+def _as_object(row: object, location: str) -> Mapping[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{location}: a record must be a JSON object, not {type(row).__name__}")
+        raise UserError(f"{location}: a record must be a JSON object (got {type(row).__name__})")
     return row
 
 
@@ -128,7 +131,7 @@ def _prompt(record: Record, system: str | None) -> ComparisonPrompt:
     if "prompt" in fields and not {"completion", "chosen"} & fields.keys():
         reference = None if fields.get("reference") is None else read_text(record, fields, "reference")
         own_system = system if fields.get("system") is None else read_text(record, fields, "system")
-        return _asked(read_text(record, fields, "prompt"), reference, record.location, own_system)
+        return _single_message(read_text(record, fields, "prompt"), reference, record.location, own_system)
     messages = to_messages(record, find_format(None, record), answered=False)
     last = messages[-1]
     reference = last.content if last.role == "assistant" or (last.role == "text" and len(messages) > 1) else None
@@ -141,22 +144,22 @@ def _prompt(record: Record, system: str | None) -> ComparisonPrompt:
 def _conversation(
     asked: Sequence[Message], location: str, reference: str | None, system: str | None
 ) -> ComparisonPrompt:
-    turns = [(message.role, "\n".join(filter(None, (message.content, message.context)))) for message in asked]
-    if system is not None and turns[0][0] != "system":
-        turns.insert(0, ("system", system))
+    contents = [(message.role, "\n".join(filter(None, (message.content, message.context)))) for message in asked]
+    if system is not None and contents[0][0] != "system":
+        contents.insert(0, ("system", system))
     return ComparisonPrompt(
-        [{"role": role, "content": content} for role, content in turns], _plain(turns), location, reference
+        [{"role": role, "content": content} for role, content in contents], _plain_text(contents), location, reference
     )
 
 
-def _asked(text: str, reference: str | None, location: str, system: str | None) -> ComparisonPrompt:
-    """A prompt of one turn: without a template it is gone on with as it stands."""
-    turns = [{"role": "system", "content": system}] if system is not None else []
+def _single_message(text: str, reference: str | None, location: str, system: str | None) -> ComparisonPrompt:
+    """Return a prompt of one user message; a model without a chat template continues the text unchanged."""
+    messages = [{"role": "system", "content": system}] if system is not None else []
     before = "" if system is None else f"{system}\n"
-    return ComparisonPrompt([*turns, {"role": "user", "content": text}], before + text, location, reference)
+    return ComparisonPrompt([*messages, {"role": "user", "content": text}], before + text, location, reference)
 
 
-def _plain(turns: Sequence[tuple[str, str]]) -> str:
-    """Write a conversation for a model without a chat template."""
+def _plain_text(messages: Sequence[tuple[str, str]]) -> str:
+    """Return a conversation as text for a model without a chat template."""
     names = {"user": "Human: ", "assistant": "Assistant: "}
-    return " ".join(names.get(role, "") + content for role, content in turns) + " Assistant:"
+    return " ".join(names.get(role, "") + content for role, content in messages) + " Assistant:"

@@ -1,4 +1,4 @@
-"""What was answered, and the numbers of it."""
+"""The answers of a comparison and their metrics."""
 
 from __future__ import annotations
 
@@ -21,29 +21,39 @@ class ComparedModel:
     """A model to compare."""
 
     role: Role
+    """Which option named it."""
+
     label: str
-    """What reports call it."""
+    """Name in reports."""
 
     path: str
-    """Folder or Hub id of the model, of the baseline for an adapter."""
+    """Folder or Hub id of the model; for an adapter, of the baseline."""
 
     adapter: str | None = None
+    """Folder of the adapter that is put on the model."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """An answer with its numbers."""
+    """An answer with its metrics."""
 
     text: str
+    """The answer without its stop token."""
+
     num_tokens: int
+    """Tokens of the answer without its stop token."""
+
     stop_reason: Literal["stop", "length"]
+    """`stop`: the model ended the answer; `length`: `max_new_tokens` did."""
+
     repetition: float
-    """Share of 4-grams that had occurred before."""
+    """Share of 4-grams of tokens that occurred earlier in the answer."""
 
     exact_match: bool | None
-    """`None` without a reference, as the next."""
+    """Whether the answer equals the reference, ignoring white space; `None` without a reference."""
 
     rouge_l: float | None
+    """F1 of ROUGE-L against the reference, 0 to 1; `None` without a reference."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +61,30 @@ class ModelResult:
     """All answers of a model."""
 
     model: ComparedModel
+    """The model that answered."""
+
     uses_template: bool
-    """Whether it was asked through a chat template of its own, or to go on with the plain prompt."""
+    """Whether the prompts were rendered with the model's own chat template."""
 
     responses: Mapping[DecodingMode, Sequence[Sequence[Response]]]
-    """By mode and prompt; several where several were asked for."""
+    """For each mode, one list per prompt with all answers to it."""
 
     references: Sequence[ReferenceLoss | None]
-    """How likely it finds each prompt's reference."""
+    """Loss of each prompt's reference under the model."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole of it."""
+    """All prompts, modes and answers."""
 
     prompts: Sequence[ComparisonPrompt]
+    """The prompts, in order."""
+
     configs: Mapping[DecodingMode, GenerationConfig]
+    """Generation config of each mode."""
+
     models: Sequence[ModelResult]
+    """Answers of each model, the baseline first."""
 
     @property
     def has_references(self) -> bool:
@@ -77,28 +94,46 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over the answers of a model in a mode."""
+    """Means over the answers of one model in one mode."""
 
     label: str
+    """Name of the model in reports."""
+
     mode: DecodingMode
+    """The decoding mode."""
+
     num_answers: int
+    """Number of answers."""
+
     mean_tokens: float
+    """Mean tokens per answer."""
+
     stopped: float
     """Share of answers that the model ended itself."""
 
     repetition: float
+    """Mean share of repeated 4-grams."""
+
     changed: float | None
-    """Share of prompts whose first answer is not the baseline's; `None` for the baseline."""
+    """Share of prompts whose first answer differs from the baseline's; `None` for the baseline."""
 
     perplexity: float | None
-    """Of the reference answers, over all their tokens."""
+    """Perplexity of the references over all their tokens; `None` without references."""
 
     exact_match: float | None
+    """Share of answers that equal their reference; `None` without references."""
+
     rouge_l: float | None
+    """Mean ROUGE-L F1; `None` without references."""
 
 
 def make_response(answer: Answer, reference: str | None) -> Response:
-    """Return an answer with its numbers."""
+    """Return an answer with its metrics.
+
+    Args:
+        answer: The answer.
+        reference: The wanted answer, if there is one.
+    """
     return Response(
         text=answer.text,
         num_tokens=len(answer.token_ids),
@@ -110,7 +145,7 @@ def make_response(answer: Answer, reference: str | None) -> Response:
 
 
 def summarize(comparison: Comparison) -> list[Summary]:
-    """Return the means of every model in every mode."""
+    """Return the means of each model in each mode."""
     return [_summary(comparison, result, mode) for mode in comparison.configs for result in comparison.models]
 
 

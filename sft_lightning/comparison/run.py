@@ -1,4 +1,4 @@
-"""Asking the models, one after the other: no more memory than the largest of them takes."""
+"""Let the models answer, one after the other, so that only one is in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from sft_lightning.comparison.modes import answers_of
+from sft_lightning.comparison.modes import answers_per_prompt
 from sft_lightning.comparison.perplexity import reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
 from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, Response, Role, make_response
@@ -22,13 +22,13 @@ from sft_lightning.models.generation.serving import LoadOptions, ServedModel, ba
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the models are asked."""
+    """How the prompts are put to the models."""
 
     num_return_sequences: int = 1
-    """Answers to each prompt; greedy and contrastive have one."""
+    """Answers per prompt; greedy and contrastive give one."""
 
     batch_size: int = 8
-    """Prompts at a time."""
+    """Prompts per batch."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -38,7 +38,12 @@ class RunOptions:
 def compared_models(baseline: str, finetuned: Sequence[str], adapters: Sequence[str]) -> list[ComparedModel]:
     """Return the models to compare: the baseline, fine-tuned models, and adapters on the baseline.
 
-    A label is the folder's name, with folders above it where two would have the same.
+    A model's label is the name of its folder, with as many parent folders as it takes to tell the models apart.
+
+    Args:
+        baseline: Folder or Hub id of the baseline.
+        finetuned: Folders or Hub ids of fine-tuned models.
+        adapters: Adapter folders.
     """
     named: list[tuple[Role, str]] = [
         ("baseline", baseline),
@@ -63,20 +68,20 @@ def compare_models(
 
     Args:
         models: The models, the baseline first.
-        prompts: What they are asked.
-        configs: How each mode generates.
+        prompts: The prompts.
+        configs: Generation config of each mode.
         load: How checkpoints are loaded.
-        options: How the models are asked.
+        options: Batch size, and answers per prompt.
 
     Raises:
-        UserError: If a model cannot be loaded or refuses a prompt.
+        UserError: If a model cannot be loaded, or its chat template rejects a prompt.
     """
     results = []
     for number, model in enumerate(models, start=1):
-        _say(f"model {number} of {len(models)}: {model.adapter or model.path}")
-        _note_other_base(model)
+        _print_status(f"model {number} of {len(models)}: {model.adapter or model.path}")
+        _report_other_base(model)
         served = load_served_model(f"--{'baseline' if model.adapter else model.role}", model.path, model.adapter, load)
-        results.append(_ask(served, model, prompts, configs, options))
+        results.append(_result_of(served, model, prompts, configs, options))
         del served
         gc.collect()
         if torch.cuda.is_available():
@@ -84,7 +89,7 @@ def compare_models(
     return Comparison(prompts, configs, results)
 
 
-def _ask(
+def _result_of(
     served: ServedModel,
     model: ComparedModel,
     prompts: Sequence[ComparisonPrompt],
@@ -92,7 +97,7 @@ def _ask(
     options: RunOptions,
 ) -> ModelResult:
     ids = [
-        served.encode_messages(prompt.turns)
+        served.encode_messages(prompt.messages)
         if served.has_template and not prompt.is_plain
         else served.encode_text(prompt.text)
         for prompt in prompts
@@ -100,7 +105,7 @@ def _ask(
     return ModelResult(
         model=model,
         uses_template=served.has_template,
-        responses={mode: _answers(served, prompts, ids, config, options) for mode, config in configs.items()},
+        responses={mode: _responses(served, prompts, ids, config, options) for mode, config in configs.items()},
         references=[
             None if prompt.reference is None else reference_loss(served, prompt, row)
             for prompt, row in zip(prompts, ids, strict=True)
@@ -108,21 +113,21 @@ def _ask(
     )
 
 
-def _answers(
+def _responses(
     served: ServedModel,
     prompts: Sequence[ComparisonPrompt],
     ids: Sequence[Sequence[int]],
     config: GenerationConfig,
     options: RunOptions,
 ) -> list[list[Response]]:
-    several = answers_of(config.mode, config, options.num_return_sequences)
+    num_answers = answers_per_prompt(config, options.num_return_sequences)
     answers = []
     for start in range(0, len(ids), options.batch_size):
         batch = ids[start : start + options.batch_size]
-        answers += served.answer(batch, config, num_return_sequences=several)
+        answers += served.answer(batch, config, num_return_sequences=num_answers)
     return [
-        [make_response(answer, prompt.reference) for answer in found]
-        for found, prompt in zip(answers, prompts, strict=True)
+        [make_response(answer, prompt.reference) for answer in group]
+        for group, prompt in zip(answers, prompts, strict=True)
     ]
 
 
@@ -140,12 +145,12 @@ def _labels(paths: Sequence[str]) -> list[str]:
     return unique
 
 
-def _note_other_base(model: ComparedModel) -> None:
+def _report_other_base(model: ComparedModel) -> None:
     if model.adapter is not None:
         trained_on = base_named_by_adapter("--baseline", model.adapter)
         if trained_on != model.path:
-            _say(f"note: {model.adapter} was trained on {trained_on}; here it is put on the baseline, {model.path}")
+            _print_status(f"note: {model.adapter} was trained on {trained_on}, but is put on the baseline {model.path}")
 
 
-def _say(text: str) -> None:
+def _print_status(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,8 +1,9 @@
-"""Reports to read: in the terminal and in Markdown; and JSON Lines to go on with."""
+"""Reports of a comparison: for the terminal, as Markdown, and as JSON Lines."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -20,32 +21,37 @@ REFERENCE_COLUMNS = ("reference perplexity", "exact match", "ROUGE-L")
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print every answer under its prompt, the models one below the other, and the means."""
+    """Print each prompt with the answers of all models below it, then a table of means.
+
+    Args:
+        comparison: The comparison.
+        console: Where to print.
+    """
     for number, prompt in enumerate(comparison.prompts, start=1):
         console.print(Rule(Text(f"prompt {number} of {len(comparison.prompts)}  {prompt.location}"), align="left"))
-        _line(console, Text(printable(prompt.shown), "bold"))
+        _print_text(console, Text(printable(prompt.shown), "bold"))
         if prompt.reference is not None:
-            _line(console, Text.assemble(("reference: ", "dim"), printable(prompt.reference)))
+            _print_text(console, Text.assemble(("reference: ", "dim"), printable(prompt.reference)))
         for mode in comparison.configs:
             for result in comparison.models:
                 for response in result.responses[mode][number - 1]:
-                    heading = (f"\n{result.model.label}", "cyan"), f"  {mode}  ", (numbers(response), "dim")
-                    _line(console, Text.assemble(*heading))
-                    _line(console, Text(printable(response.text) or "(empty)"))
+                    heading = (f"\n{result.model.label}", "cyan"), f"  {mode}  ", (metrics_line(response), "dim")
+                    _print_text(console, Text.assemble(*heading))
+                    _print_text(console, Text(printable(response.text) or "(empty)"))
         console.print()
     table = Table(title="means", title_justify="left")
     for column in _columns(comparison):
         table.add_column(column, overflow="fold")
     for summary in summarize(comparison):
-        table.add_row(*map(Text, cells(summary, comparison.has_references)))
+        table.add_row(*map(Text, table_row(summary, comparison.has_references)))
     console.print(table)
 
 
 def markdown_text(comparison: Comparison) -> str:
-    """Return the comparison as Markdown; answers are quoted as code, so that nothing in them is markup."""
+    """Return the comparison as Markdown; answers are in code blocks, so that nothing in them is rendered."""
     lines = ["# Comparison", "", *_markdown_table(comparison), ""]
     lines += [f"- {mode}: {parameters(config)}" for mode, config in comparison.configs.items()]
-    lines += [f"- {result.model.label}: {asked(result)}" for result in comparison.models]
+    lines += [f"- {result.model.label}: {prompting(result)}" for result in comparison.models]
     for number, prompt in enumerate(comparison.prompts, start=1):
         lines += ["", f"## Prompt {number}", "", *fenced(prompt.shown)]
         if prompt.reference is not None:
@@ -53,9 +59,9 @@ def markdown_text(comparison: Comparison) -> str:
         for mode, result, response in _responses(comparison, number - 1):
             lines += [
                 "",
-                f"### {_plain(result.model.label)}, {mode}",
+                f"### {_escape_cell(result.model.label)}, {mode}",
                 "",
-                numbers(response),
+                metrics_line(response),
                 "",
                 *fenced(response.text),
             ]
@@ -63,7 +69,7 @@ def markdown_text(comparison: Comparison) -> str:
 
 
 def json_lines(comparison: Comparison) -> Iterator[str]:
-    """Yield a JSON object for each answer."""
+    """Yield one JSON object per answer."""
     for index, prompt in enumerate(comparison.prompts):
         counts: dict[tuple[str, str], int] = {}
         for mode, result, response in _responses(comparison, index):
@@ -90,37 +96,42 @@ def json_lines(comparison: Comparison) -> Iterator[str]:
             yield json.dumps(row, ensure_ascii=False)
 
 
-def numbers(response: Response) -> str:
-    """Return what is known of an answer, in words."""
-    ended = "ended itself" if response.stop_reason == "stop" else "cut at max_new_tokens"
-    known = [f"{response.num_tokens} tokens", ended, f"{response.repetition:.0%} repeated"]
+def metrics_line(response: Response) -> str:
+    """Return the metrics of an answer as one line."""
+    ended = "ended with a stop token" if response.stop_reason == "stop" else "cut at max_new_tokens"
+    parts = [f"{response.num_tokens} tokens", ended, f"{response.repetition:.0%} repeated"]
     if response.exact_match is not None:
-        known.append("exact match" if response.exact_match else "no exact match")
+        parts.append("exact match" if response.exact_match else "no exact match")
     if response.rouge_l is not None:
-        known.append(f"ROUGE-L {response.rouge_l:.2f}")
-    return ", ".join(known)
+        parts.append(f"ROUGE-L {response.rouge_l:.2f}")
+    return ", ".join(parts)
 
 
-def asked(result: ModelResult) -> str:
-    """Return how a model was asked."""
-    return "asked through its own chat template" if result.uses_template else "has no chat template: goes on with text"
+def prompting(result: ModelResult) -> str:
+    """Return how the prompts were put to a model."""
+    return "uses its own chat template" if result.uses_template else "has no chat template: continues plain text"
 
 
 def parameters(config: GenerationConfig) -> str:
-    """Return the parameters of a mode that are not neutral."""
-    neutral = asdict(GenerationConfig())
-    kept = {
+    """Return the parameters of a mode that have an effect, as one line."""
+    defaults = asdict(GenerationConfig())
+    shown = {
         name: value
         for name, value in asdict(config).items()
-        if value != neutral[name] or name == "max_new_tokens" or (name == "seed" and config.temperature > 0)
+        if value != defaults[name] or name == "max_new_tokens" or (name == "seed" and config.temperature > 0)
     }
     if config.num_beam_groups > 1:
-        kept["diversity_penalty"] = config.diversity_penalty
-    return ", ".join(f"{name} {value}" for name, value in kept.items())
+        shown["diversity_penalty"] = config.diversity_penalty
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
-def cells(summary: Summary, with_references: bool) -> list[str]:
-    """Return a row of the table of means."""
+def table_row(summary: Summary, with_references: bool) -> list[str]:
+    """Return a row of the table of means.
+
+    Args:
+        summary: Means of one model in one mode.
+        with_references: Whether the table has the columns that need references.
+    """
     row = [
         summary.label,
         summary.mode,
@@ -132,27 +143,23 @@ def cells(summary: Summary, with_references: bool) -> list[str]:
     ]
     if with_references:
         row += [
-            "–" if summary.perplexity is None else perplexity(summary.perplexity),
+            "–" if summary.perplexity is None else perplexity_text(summary.perplexity),
             "–" if summary.exact_match is None else f"{summary.exact_match:.0%}",
             "–" if summary.rouge_l is None else f"{summary.rouge_l:.3f}",
         ]
     return row
 
 
-def perplexity(value: float) -> str:
-    """Return a perplexity in as many digits as mean something."""
+def perplexity_text(value: float) -> str:
+    """Return a perplexity with two decimals, or in scientific notation from 1e5 on."""
     return f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
 
 
 def fenced(text: str) -> list[str]:
-    """Return a code block whose fence is longer than any in the text."""
+    """Return the lines of a Markdown code block; its fence is longer than any run of backticks in the text."""
     text = printable(text)
-    fence = "`" * max(3, 1 + max((len(run) for run in _runs_of_ticks(text)), default=0))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [fence + "text", text, fence]
-
-
-def _runs_of_ticks(text: str) -> list[str]:
-    return "".join(character if character == "`" else " " for character in text).split()
 
 
 def _responses(comparison: Comparison, prompt: int) -> Iterator[tuple[DecodingMode, ModelResult, Response]]:
@@ -168,17 +175,17 @@ def _columns(comparison: Comparison) -> tuple[str, ...]:
 
 def _markdown_table(comparison: Comparison) -> list[str]:
     columns = _columns(comparison)
-    rows = [cells(summary, comparison.has_references) for summary in summarize(comparison)]
-    return [_row(columns), _row(["---"] * len(columns)), *(_row([_plain(cell) for cell in row]) for row in rows)]
+    rows = [table_row(summary, comparison.has_references) for summary in summarize(comparison)]
+    return [_row(columns), _row(["---"] * len(columns)), *(_row([_escape_cell(cell) for cell in row]) for row in rows)]
 
 
 def _row(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def _plain(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _line(console: Console, text: Text) -> None:
+def _print_text(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=True)

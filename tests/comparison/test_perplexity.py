@@ -25,17 +25,17 @@ def by_definition(served: ServedModel, before: str, answer: str, *, special: boo
     return total
 
 
-def test_the_reference_is_rated_where_the_template_would_write_it(tuned_dir: Path) -> None:
+def test_the_reference_is_scored_as_the_template_renders_it(tuned_dir: Path) -> None:
     served = load_served_model("--model", str(tuned_dir), None, LoadOptions())
     asked = prompt("Red is a colour.")
-    loss = reference_loss(served, asked, served.encode_messages(asked.turns))
+    loss = reference_loss(served, asked, served.encode_messages(asked.messages))
     assert loss is not None
-    before = served.render(asked.turns)
+    before = served.render(asked.messages)
     assert before.endswith("USER: Hi ASSISTANT:")
     assert loss.nats == pytest.approx(by_definition(served, before, " Red is a colour.", special=False), rel=1e-4)
 
 
-def test_without_a_template_it_follows_the_colon_after_a_space(model_dir: Path) -> None:
+def test_without_a_template_the_reference_follows_the_colon_and_a_space(model_dir: Path) -> None:
     served = load_served_model("--model", str(model_dir), None, LoadOptions())
     asked = prompt("Red")
     loss = reference_loss(served, asked, served.encode_text(asked.text))
@@ -44,7 +44,7 @@ def test_without_a_template_it_follows_the_colon_after_a_space(model_dir: Path) 
     assert reference_loss(served, prompt("  "), served.encode_text(asked.text)) is None
 
 
-def test_means_are_over_tokens_and_overflow_is_infinite() -> None:
+def test_mean_perplexity_is_over_tokens_and_overflow_is_infinite() -> None:
     assert mean_perplexity([]) is None
     assert mean_perplexity([ReferenceLoss(4.0, 1), ReferenceLoss(2.0, 5)]) == pytest.approx(math.e)
     assert ReferenceLoss(1e6, 1).perplexity == math.inf

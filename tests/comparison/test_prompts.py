@@ -24,7 +24,7 @@ def test_builtin_prompts_end_in_a_colon_for_models_without_a_template() -> None:
     first = builtin_prompts("en", "Be brief.")[0]
     question = BUILTIN["en"][0]
     assert first.text == f"Be brief. Human: {question} Assistant:"
-    assert [turn["role"] for turn in first.turns] == ["system", "user"]
+    assert [turn["role"] for turn in first.messages] == ["system", "user"]
     assert (first.shown, first.system) == (question, "Be brief.")
 
 
@@ -47,12 +47,12 @@ def test_training_formats_are_read_and_their_last_answer_is_the_reference(tmp_pa
         {"prompt": "one,", "completion": " two"},
     )
     assert (alpaca.shown, alpaca.reference) == ("Add\n1 1", "2")
-    assert (len(messages.turns), messages.reference) == (3, "d")
+    assert (len(messages.messages), messages.reference) == (3, "d")
     assert messages.text == "Human: a Assistant: b Human: c Assistant:"
     assert (plain.is_plain, plain.text, plain.reference) == (True, "one,", " two")
 
 
-def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\ntwo\n")
     assert [(each.shown, each.location.rpartition(", ")[2]) for each in read_prompts(str(path))] == [
@@ -65,13 +65,13 @@ def test_a_text_file_has_a_prompt_a_line(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "does not exist"),
-        ("a.txt", "\n\n", "holds no prompt"),
+        ("a.txt", "\n\n", "holds no prompts"),
         ("a.json", '["text"]', "must be a JSON object"),
         ("a.jsonl", '{"prompt": 3}', r"line 1.*prompt"),
         ("a.jsonl", '{"question": "x"}', "cannot tell the format"),
     ],
 )
-def test_files_that_hold_no_prompts_are_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+def test_files_without_prompts_are_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):

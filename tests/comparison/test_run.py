@@ -23,7 +23,7 @@ def compare(models: tuple[str, list[str], list[str]], *modes: str, several: int 
     return compare_models(compared_models(*models), PROMPTS, configs, LoadOptions(), RunOptions(several, batch_size))
 
 
-def test_the_same_weights_answer_the_same_greedily(model_dir: Path) -> None:
+def test_the_same_weights_give_the_same_greedy_answers(model_dir: Path) -> None:
     comparison = compare((str(model_dir), [str(model_dir)], []), "greedy")
     first, second = (result.responses["greedy"] for result in comparison.models)
     assert first == second
@@ -37,7 +37,7 @@ def test_batches_do_not_change_answers(model_dir: Path, tuned_dir: Path) -> None
     assert [result.responses for result in alone.models] == [result.responses for result in together.models]
 
 
-def test_each_model_is_asked_in_its_own_way(model_dir: Path, tuned_dir: Path, adapter_dir: Path) -> None:
+def test_each_model_uses_its_own_chat_template(model_dir: Path, tuned_dir: Path, adapter_dir: Path) -> None:
     comparison = compare((str(model_dir), [str(tuned_dir)], [str(adapter_dir)]), "greedy")
     assert [(result.model.role, result.uses_template) for result in comparison.models] == [
         ("baseline", False),
@@ -48,7 +48,7 @@ def test_each_model_is_asked_in_its_own_way(model_dir: Path, tuned_dir: Path, ad
     assert len(set(answers)) == 3
 
 
-def test_every_mode_answers_and_has_its_numbers(model_dir: Path) -> None:
+def test_every_mode_answers_and_is_summarized(model_dir: Path) -> None:
     comparison = compare((str(model_dir), [], []), "all", several=2)
     counts = {mode: len(found[2]) for mode, found in comparison.models[0].responses.items()}
     assert counts == {
@@ -67,13 +67,13 @@ def test_every_mode_answers_and_has_its_numbers(model_dir: Path) -> None:
     assert comparison.models[0].references[:2] == [None, None]
 
 
-def test_labels_go_as_far_up_as_it_takes_to_tell_models_apart() -> None:
-    specs = compared_models("runs/base", ["runs/a/model", "runs/b/model", "runs/b/model"], ["x"])
-    assert [spec.label for spec in specs] == ["runs/base", "a/model", "b/model", "b/model (2)", "x"]
-    assert (specs[-1].path, specs[-1].adapter) == ("runs/base", "x")
+def test_labels_have_as_many_parent_folders_as_needed_to_differ() -> None:
+    models = compared_models("runs/base", ["runs/a/model", "runs/b/model", "runs/b/model"], ["x"])
+    assert [model.label for model in models] == ["runs/base", "a/model", "b/model", "b/model (2)", "x"]
+    assert (models[-1].path, models[-1].adapter) == ("runs/base", "x")
 
 
-def test_an_adapter_of_another_base_is_said(
+def test_an_adapter_of_another_base_is_reported(
     model_dir: Path, adapter_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in adapter_dir.iterdir():
@@ -81,9 +81,9 @@ def test_an_adapter_of_another_base_is_said(
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "other/base"}))
     compare((str(model_dir), [], [str(tmp_path)]), "greedy")
-    assert "was trained on other/base; here it is put on the baseline" in capsys.readouterr().err
+    assert "was trained on other/base, but is put on the baseline" in capsys.readouterr().err
 
 
-def test_a_batch_of_none_is_refused() -> None:
+def test_a_batch_size_below_one_is_refused() -> None:
     with pytest.raises(UserError, match="--batch_size"):
         RunOptions(batch_size=0)

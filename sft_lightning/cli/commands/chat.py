@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal, or answer prompts from a pipe."""
+"""Chat with a model in the terminal, or answer prompts from a pipe."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sft_lightning.models.generation.serving import Device, LoadOptions, ServedD
 from sft_lightning.models.inspection import base_model
 from sft_lightning.terminal import printable
 
-with contextlib.suppress(ImportError):  # not on every platform; with it, the prompt can be edited and recalled
+with contextlib.suppress(ImportError):  # line editing and history, where the platform has it
     import readline  # noqa: F401
 
 
 def main(args: Sequence[str]) -> None:
-    """Parse the options and talk."""
+    """Parse the options and run `chat`."""
     quiet_libraries()
     parser = CommandParser(prog="python -m sft_lightning chat", description=__doc__)
     parser.add_function_arguments(chat)
     chat(**parser.parse_args(list(args)).as_dict())
 
 
-_LONGEST_ANSWER = 512
+_DEFAULT_MAX_NEW_TOKENS = 512
 
 
 def chat(
@@ -47,36 +47,41 @@ def chat(
     device: Device = "auto",
     trust_remote_code: bool = False,
 ) -> None:
-    r"""Talk with a model through its own chat template, until /quit or the end of the input.
+    r"""Chat with a model through its own chat template, until /quit or the end of the input.
 
-    From a pipe, every line is a prompt and every answer a line; a line break in an answer is written as \n.
+    From a pipe, each line is a prompt and each answer is one line; a line break in an answer is written as \n.
 
     Args:
-        model: Folder or Hub id; default: the base that the adapter names.
-        adapter: PEFT adapter folder to put on it.
+        model: Folder or Hub id of the model; default: the base that the adapter names.
+        adapter: PEFT adapter folder to put on the model.
         system: System message.
-        history: Whether a prompt goes on with the conversation; auto: in a terminal, not in a pipe.
-        max_new_tokens: Tokens per answer at most; default: 512, or half of a shorter context.
-        temperature: 0 always takes the most likely token; default: the checkpoint's, 0 if it names none.
-        top_k: Sample among this many tokens; 0 for all; default: the checkpoint's.
-        top_p: Sample among the most likely tokens that together have this probability; default: the checkpoint's.
-        repetition_penalty: Divides logits of tokens that have occurred; default: the checkpoint's.
-        seed: Seed of the sampling.
+        history: Whether a prompt continues the conversation; auto: yes in a terminal, no in a pipe.
+        max_new_tokens: Most tokens in an answer; default: 512, or half of a shorter context.
+        temperature: 0 always takes the most likely token; default: from generation_config.json, else 0.
+        top_k: Sample from the k most likely tokens; 0: all; default: from generation_config.json, else all.
+        top_p: Sample from the most likely tokens whose probabilities sum to this; default: from
+            generation_config.json, else 1.
+        repetition_penalty: Divides the logits of tokens that have occurred; default: from generation_config.json,
+            else 1.
+        seed: Random seed of sampling.
         quantization: Load the model in 4 or 8 bits per weight.
-        dtype: Type of the weights; auto as stored.
-        device: auto uses the GPUs if there are any.
-        trust_remote_code: Run code that comes with the model.
+        dtype: Data type of the weights; auto: as stored.
+        device: auto: the GPUs if there are any, else the CPU.
+        trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        UserError: If an option is out of range, the model cannot be loaded, or a line of the pipe is too long.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty}
     given = {name: value for name, value in options.items() if value is not None}
-    wanted = _LONGEST_ANSWER if max_new_tokens is None else max_new_tokens
-    GenerationConfig(max_new_tokens=wanted, seed=seed, **given)  # type: ignore[arg-type]  # checked before loading
+    limit = _DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    GenerationConfig(max_new_tokens=limit, seed=seed, **given)  # type: ignore[arg-type]  # checked before loading
     load = LoadOptions(quantization, dtype, device, trust_remote_code)
     served = load_served_model("--model", model, adapter, load)
     if max_new_tokens is None and served.context_length is not None:
-        wanted = max(1, min(wanted, served.context_length // 2))
+        limit = max(1, min(limit, served.context_length // 2))
     own = checkpoint_defaults(served)
-    config = GenerationConfig(max_new_tokens=wanted, seed=seed, **{**own, **given})
+    config = GenerationConfig(max_new_tokens=limit, seed=seed, **{**own, **given})
     conversation = Conversation(served, config, system)
     if sys.stdin.isatty():
         _talk(served, conversation, keep=history is not False)
@@ -85,7 +90,7 @@ def chat(
 
 
 def checkpoint_defaults(served: ServedModel) -> dict[str, Any]:
-    """Return how a checkpoint's `generation_config.json` wants to be sampled; greedy if it does not say."""
+    """Return the sampling parameters of a checkpoint's `generation_config.json`; greedy if it does not sample."""
     own = base_model(served.model).generation_config
     penalty = {"repetition_penalty": getattr(own, "repetition_penalty", None) or 1.0}
     if not getattr(own, "do_sample", None):
@@ -96,7 +101,7 @@ def checkpoint_defaults(served: ServedModel) -> dict[str, Any]:
 
 def _talk(served: ServedModel, conversation: Conversation, *, keep: bool) -> None:
     if not served.has_template:
-        _note("the checkpoint has no chat template: it goes on with plain text")
+        _note("the checkpoint has no chat template; it continues plain text")
     _note(HELP)
     while True:
         try:
@@ -106,11 +111,11 @@ def _talk(served: ServedModel, conversation: Conversation, *, keep: bool) -> Non
             return
         if line == "/quit":
             return
-        said = conversation.command(line)
-        if said is not None:
-            _note(said)
+        reply = conversation.command(line)
+        if reply is not None:
+            _note(reply)
         elif line.startswith("/"):
-            _note(f"{line.split()[0]} is no command; {HELP}")
+            _note(f"{line.split()[0]} is not a command; {HELP}")
         elif line:
             _stream(served, conversation, line)
             if not keep:
@@ -119,20 +124,20 @@ def _talk(served: ServedModel, conversation: Conversation, *, keep: bool) -> Non
 
 def _stream(served: ServedModel, conversation: Conversation, line: str) -> None:
     try:
-        answer, left_out = conversation.ask(line, AnswerStreamer(served))
+        answer, num_dropped = conversation.ask(line, AnswerStreamer(served))
     except KeyboardInterrupt:
-        _note("\nstopped; the question is forgotten")
+        _note("\nstopped; the prompt is not part of the conversation")
     except UserError as error:
-        _note(str(error))  # the next line may be shorter
+        _note(str(error))  # not the end of the chat: the next prompt may be shorter
     else:
         if answer.stop_reason == "length":
             _note("cut at --max_new_tokens")
-        if left_out:
-            _note(f"the {left_out} oldest messages no longer fit into the model's context and were left out")
+        if num_dropped:
+            _note(f"the context is full: the {num_dropped} oldest messages were left out")
 
 
 def _answer_lines(lines: Iterable[str], conversation: Conversation, *, keep: bool) -> None:
-    r"""Answer each line by a line; commands, which only a conversation needs, have none."""
+    r"""Print one line per prompt; the commands of a conversation (`keep`) print nothing."""
     for number, line in enumerate(lines, start=1):
         prompt = line.strip()
         if keep and prompt == "/quit":

@@ -21,27 +21,27 @@ from sft_lightning.models.generation.serving import LoadOptions
 from sft_lightning.terminal import make_console
 
 _REPEATED = {
-    "finetuned": "A fine-tuned model: folder or Hub id; repeat for several.",
-    "adapter": "A PEFT adapter to put on the baseline; repeat for several.",
-    "mode": "greedy (the default), sampling, beam, beam_sampling, diverse_beam, contrastive, or all; repeat it.",
+    "finetuned": "A fine-tuned model: folder or Hub id. May be repeated.",
+    "adapter": "A PEFT adapter folder, put on the baseline. May be repeated.",
+    "mode": "greedy (default), sampling, beam, beam_sampling, diverse_beam, contrastive, or all. May be repeated.",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """Who is asked what."""
+class PromptOptions:
+    """The baseline, and the prompts to compare on."""
 
     baseline: str
-    """The model to compare with: folder or Hub id."""
+    """The model to compare the others with: folder or Hub id."""
 
     prompts: str = "builtin"
-    """`builtin`, or a file: .txt with a prompt a line, or records of prompt, reference and system."""
+    """`builtin`, or a file: .txt with one prompt per line, or records with prompt, reference and system."""
 
     language: Literal["en", "zh", "ja"] = "en"
     """Language of the built-in prompts."""
 
     system: str | None = None
-    """System message of prompts that bring none."""
+    """System message of the prompts that have none."""
 
     def read(self) -> list[ComparisonPrompt]:
         """Return the prompts."""
@@ -51,11 +51,11 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Files:
-    """Where the answers go, beside the terminal.
+class ReportFiles:
+    """Files to write the answers to, besides the terminal.
 
     Raises:
-        UserError: If a file's folder is not there; before hours of answering.
+        UserError: If a file's folder does not exist. This is checked before any model is loaded.
     """
 
     html: str | None = None
@@ -65,15 +65,15 @@ class Files:
     """Write Markdown to this file."""
 
     jsonl: str | None = None
-    """Write a JSON object per answer to this file."""
+    """Write one JSON object per answer to this file."""
 
     def __post_init__(self) -> None:
         for name, file in vars(self).items():
             if file is not None and not Path(file).expanduser().parent.is_dir():
-                raise UserError(f"--{name}: the folder of {file!r} does not exist; make it, or name another")
+                raise UserError(f"--{name}: the folder of {file!r} does not exist; create it, or give another path")
 
     def write(self, comparison: Comparison) -> None:
-        """Write what was asked for."""
+        """Write the files that the user wants."""
         for name, file in vars(self).items():
             if file is not None:
                 Path(file).expanduser().write_text(_WRITERS[name](comparison), encoding="utf-8")
@@ -81,7 +81,7 @@ class Files:
 
 
 def main(args: Sequence[str]) -> None:
-    """Parse the options and compare."""
+    """Parse the options and run `compare`."""
     quiet_libraries()
     parser = CommandParser(prog="python -m sft_lightning compare", description=__doc__)
     for name, text in _REPEATED.items():
@@ -89,10 +89,10 @@ def main(args: Sequence[str]) -> None:
     for group in _GROUPS:
         parser.add_class_arguments(group, None)
     given = parser.parse_args(list(args)).as_dict()
-    question, files, decoding, load, run = (_of_group(group, given) for group in _GROUPS)
-    models = compared_models(question.baseline, given["finetuned"], given["adapter"])
+    prompts, files, decoding, load, run = (_parsed_group(group, given) for group in _GROUPS)
+    models = compared_models(prompts.baseline, given["finetuned"], given["adapter"])
     configs = decoding_configs(parse_modes(given["mode"]), decoding)
-    compare(models, question.read(), configs, load, run, files)
+    compare(models, prompts.read(), configs, load, run, files)
 
 
 def compare(
@@ -101,31 +101,31 @@ def compare(
     configs: Mapping[DecodingMode, GenerationConfig],
     load: LoadOptions,
     run: RunOptions,
-    files: Files,
+    files: ReportFiles,
 ) -> None:
-    """Ask each model in turn; every one has its own tokenizer and chat template, and only one is in memory.
+    """Let the models answer in turn, each with its own tokenizer and chat template; only one is in memory.
 
     Args:
         models: The models, the baseline first.
-        prompts: What they are asked.
-        configs: How each mode generates.
+        prompts: The prompts.
+        configs: Generation config of each mode.
         load: How checkpoints are loaded.
-        run: How the models are asked.
-        files: Where the answers go, beside the terminal.
+        run: Batch size, and answers per prompt.
+        files: Files to write the answers to, besides the terminal.
 
     Raises:
-        UserError: If a model cannot be loaded or refuses a prompt.
+        UserError: If a model cannot be loaded, or its chat template rejects a prompt.
     """
     comparison = compare_models(models, prompts, configs, load, run)
     print_comparison(comparison, make_console())
     files.write(comparison)
 
 
-_GROUPS: tuple[type, ...] = (Question, Files, DecodingOptions, LoadOptions, RunOptions)
-"""What holds the options, each field an option of its name."""
+_GROUPS: tuple[type, ...] = (PromptOptions, ReportFiles, DecodingOptions, LoadOptions, RunOptions)
+"""Dataclasses whose fields are the command's options."""
 
 
-def _of_group(group: type, given: Mapping[str, Any]) -> Any:
+def _parsed_group(group: type, given: Mapping[str, Any]) -> Any:
     return group(**{field.name: given[field.name] for field in fields(group)})
 
 

@@ -1,7 +1,7 @@
-"""A comparison as one self-contained HTML page: no external resource, no script.
+"""A comparison as one self-contained HTML page without scripts or external resources.
 
-Everything that models and files say goes through Jinja's autoescape, and the page's Content-Security-Policy allows its
-own style, named by its hash, and nothing else.
+All text from models and files goes through Jinja's autoescape. The page's Content-Security-Policy allows its own style,
+named by its hash, and nothing else.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sft_lightning.comparison.results import Comparison, summarize
 from sft_lightning.comparison.text_reports import (
     COLUMNS,
     REFERENCE_COLUMNS,
-    asked,
-    cells,
-    numbers,
+    metrics_line,
     parameters,
-    perplexity,
+    perplexity_text,
+    prompting,
+    table_row,
 )
 
 _FOLDER = Path(__file__).parent
@@ -37,12 +37,17 @@ def render_page(comparison: Comparison) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"numbers": numbers, "parameters": parameters, "asked": asked, "perplexity": perplexity}
+    environment.filters |= {
+        "metrics_line": metrics_line,
+        "parameters": parameters,
+        "prompting": prompting,
+        "perplexity_text": perplexity_text,
+    }
     style = "\n".join(file.read_text(encoding="utf-8") for file in (_HOUSE_STYLE, _FOLDER / "page.css"))
     return environment.get_template("page.html.jinja").render(
         comparison=comparison,
         columns=COLUMNS + (REFERENCE_COLUMNS if comparison.has_references else ()),
-        rows=[cells(summary, comparison.has_references) for summary in summarize(comparison)],
+        rows=[table_row(summary, comparison.has_references) for summary in summarize(comparison)],
         style=Markup(style),  # noqa: S704 (our own files)
         style_hash="sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
     )

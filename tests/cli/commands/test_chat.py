@@ -43,9 +43,9 @@ def answers(folder: Path, text: str, *options: str) -> list[str]:
     return done.stdout.split("\n")[:-1]
 
 
-def test_a_pipe_gets_an_answer_a_line_and_nothing_else(chat_dir: Path) -> None:
+def test_a_pipe_gets_one_line_per_prompt_and_nothing_else(chat_dir: Path) -> None:
     first, empty, other, again = answers(chat_dir, "Hi\n\nWhat is hot?\nHi\n")
-    assert first == again  # no line knows of another
+    assert first == again  # lines are independent of each other
     assert empty == ""
     assert other
     assert ">" not in first[:1]
@@ -88,14 +88,14 @@ def test_a_terminal_has_a_conversation_with_commands(terminal: Callable[[str], s
     assert first.startswith("Hi\n")
     assert "cut at --max_new_tokens" in first
     assert terminal("Hi") != first
-    assert "/foo is no command; /reset" in terminal("/foo")
+    assert "/foo is not a command; /reset" in terminal("/foo")
     assert "the conversation is forgotten" in terminal("/reset")
     assert terminal("Hi") == first
     assert "system: Be kind." in terminal("/system Be kind.")
     assert terminal("/quit").strip() == "/quit"
 
 
-def test_a_checkpoint_says_how_it_is_sampled(chat_dir: Path) -> None:
+def test_sampling_parameters_come_from_the_generation_config(chat_dir: Path) -> None:
     served = load_served_model("--model", str(chat_dir), None, LoadOptions())
     assert checkpoint_defaults(served) == {"repetition_penalty": 1.0}
     served.model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
@@ -111,12 +111,12 @@ def test_a_checkpoint_says_how_it_is_sampled(chat_dir: Path) -> None:
         (["--modle=x"], "Did you mean 'model'"),
     ],
 )
-def test_what_is_wrong_is_said(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_option_is_named(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", *options]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_prompt_that_does_not_fit_is_named_by_its_line(
+def test_a_prompt_that_is_too_long_is_reported_with_its_line(
     chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n" + "long " * 600 + "\n"))
@@ -124,7 +124,7 @@ def test_a_prompt_that_does_not_fit_is_named_by_its_line(
     assert "line 2 of the input: the prompt has" in capsys.readouterr().err
 
 
-def test_an_answer_of_default_length_leaves_a_short_context_half_for_the_prompt(
+def test_the_default_answer_takes_at_most_half_of_a_short_context(
     chat_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("One?\n"))

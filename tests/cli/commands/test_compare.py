@@ -35,7 +35,7 @@ def test_answers_go_to_the_terminal_and_to_every_file(
         (["--max_new_tokenz=3"], "Did you mean 'max_new_tokens'"),
     ],
 )
-def test_what_is_wrong_is_said(
+def test_a_wrong_option_is_named(
     model_dir: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", f"--baseline={model_dir}", "--max_new_tokens=1", *options]) == 2
