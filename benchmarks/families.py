@@ -119,7 +119,7 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
         family=family,
         mode=mode,
         losses=tuple(module.losses),
-        packing=data.limits.packing,
+        packing=data.layout.packing,
         isolation=measure_isolation(language_model, len(data.tokenizer), module.device, max_length=_MAX_LENGTH),
         attention=str(module.base_model.config._attn_implementation),
         chunked_loss=module._head is not None,

@@ -20,7 +20,8 @@ from sft_lightning.data.batches.loader import Collate, EvaluationLoader, TrainLo
 from sft_lightning.data.batches.stream_source import SourceStream, describe_streamed, share_unit
 from sft_lightning.data.batches.streaming import StreamLoader
 from sft_lightning.data.batches.training_rows import PlannedRows, RunLength, StreamedRows, TrainingRows
-from sft_lightning.data.plan.epoch_plan import EpochPlan, Packing, Topology
+from sft_lightning.data.plan.epoch_blend import EpochBlend
+from sft_lightning.data.plan.epoch_plan import EpochPlan, Layout, Topology
 from sft_lightning.data.plan.epoch_planner import EpochPlanner, plan_evaluation
 from sft_lightning.data.plan.split_examples import Corpora, Corpus
 from sft_lightning.data.plan.split_reader import Split, SplitReader
@@ -45,9 +46,6 @@ class SFTDataModule(LightningDataModule):
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.packing_is_open = spec.packing == "auto"
-        """Whether the model is still to decide about packing; until it does, rows are planned with `best_fit`."""
-        self.limits = spec.limits
         self.report = DataReport(max_length=spec.max_length)
         self.topology = Topology(batch_size=spec.batch_size)
         """How rows are dealt out without a trainer."""
@@ -104,14 +102,16 @@ class SFTDataModule(LightningDataModule):
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read and tokenize what the stage needs; a second call does nothing."""
+        """Read and tokenize what the stage needs; a second call reads nothing again."""
         if stage == "fit" and self.spec.streams:
             self._open_streams()
         elif stage == "fit" and self._first_time("train"):
             if not sum(corpus.report.examples for corpus in self._corpora["train"]):
                 drops = {corpus.name: dict(corpus.report.dropped) for corpus in self._corpora["train"]}
                 raise UserError(f"data.sources: no example is left to train on; dropped were {drops}")
-            self.planner.report(self.report)
+            _ = self.blend  # an error if a weight is too small
+            if self._decided_layout is not None:
+                _ = self.planner
         if stage in ("fit", "validate"):
             self._first_time("val", required=stage == "validate")
         if stage == "test":
@@ -152,13 +152,13 @@ class SFTDataModule(LightningDataModule):
     def _open_streams(self) -> None:
         """Find the format of every streamed source; their records are read when they are trained on."""
         if self.trainer is not None:
-            _ = self.num_optimizer_steps  # an error if the run has no end
+            _ = self._run_length.steps_of_a_stream  # an error if the run has no end
         if not any(name.startswith("train/") for name in self.report.sources):
             rank_zero_info(describe_streamed(self.spec.sources_of("train"), self.spec.blend))
             # Tokenizing runs beside training, where samples are tokenized: each needs a tokenizer of its own.
             builder = replace(self.builder, tokenizer=copy.deepcopy(self.tokenizer))
             self._streams = [
-                SourceStream(name, config, builder, self.limits)
+                SourceStream(name, config, builder, self.spec.limits)
                 for name, config in self.spec.sources_of("train").items()
             ]
             self.report.blend_unit = share_unit(self.spec.blend)
@@ -166,48 +166,69 @@ class SFTDataModule(LightningDataModule):
 
     # --- the plan --------------------------------------------------------------------------------------------------
 
+    @property
+    def _decided_layout(self) -> Layout | None:
+        """The layout; `None` while the trainer's model has not decided about `packing: auto`."""
+        model = getattr(self.trainer, "lightning_module", None)
+        decided: Layout | None = getattr(model, "layout", None)
+        if decided is None and self.spec.packing != "auto":
+            return Layout(packing=self.spec.packing)
+        return decided if hasattr(model, "layout") else Layout(packing="best_fit")
+
+    @property
+    def layout(self) -> Layout:
+        """How documents share rows; without a model, `packing: auto` counts as `best_fit`.
+
+        Raises:
+            RuntimeError: If the trainer's model has not decided about `packing: auto` yet.
+        """
+        if self._decided_layout is None:
+            raise RuntimeError("data.packing: auto is decided once the model is loaded; nothing can be planned before")
+        return self._decided_layout
+
+    @functools.cached_property
+    def blend(self) -> EpochBlend:
+        """Chooses the examples of each training epoch.
+
+        Raises:
+            UserError: If the sources are streamed, or a weight leaves a source without an example.
+        """
+        if self.spec.streams:
+            raise UserError("data.sources: streamed sources are planned while training, so there is no plan ahead")
+        corpora, sources = self._corpora["train"], self.spec.sources_of("train")
+        return EpochBlend(corpora, [sources[corpus.name] for corpus in corpora], self.spec.blend, self.spec.seed)
+
     @functools.cached_property
     def planner(self) -> EpochPlanner:
-        """What plans the training epochs."""
-        if self.spec.streams:
-            raise UserError("data.sources: streamed sources are planned while training, not ahead; nothing to plan on")
-        corpora = self._corpora["train"]
-        return EpochPlanner(
-            corpora,
-            [self.spec.sources_of("train")[corpus.name] for corpus in corpora],
-            blend=self.spec.blend,
-            packing=self.limits.packing,
-            max_length=self.limits.max_length,
+        """Plans the training epochs; made once, when the layout is decided. The report gets what the first one has."""
+        planner = EpochPlanner(
+            self.blend,
+            packing=self.layout.packing,
+            max_length=self.spec.max_length,
             rows_per_step=self._topology.rows_per_step,
             seed=self.spec.seed,
         )
+        planner.report(self.report)
+        return planner
 
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of a training epoch."""
         return self.planner.plan(epoch)
 
-    def decide_packing(self, packing: Packing) -> None:
-        """Settle `packing: auto`."""
-        self.packing_is_open = False
-        self._plan_with(packing)
-
-    def _plan_with(self, packing: Packing) -> None:
-        """Plan the epochs anew, and write into the report what they hold now."""
-        if packing == self.limits.packing:
-            return
-        self.limits = replace(self.limits, packing=packing)
-        if self.__dict__.pop("planner", None) is not None:
-            self.planner.report(self.report)
-
     @property
     def rows(self) -> TrainingRows:
         """What is trained on, row by row, as the trainer is set now."""
-        sources = self.spec.sources_of("train")
         if self.spec.streams:
             return StreamedRows(
-                self._streams, sources, self.spec.blend, self.limits, self._topology, self._run_length, self.spec.seed
+                self._streams,
+                self.spec.blend,
+                self.layout.packing,
+                self.spec.max_length,
+                self._topology,
+                self._run_length,
+                self.spec.seed,
             )
-        return PlannedRows(self.planner, sources, self._topology, self._run_length)
+        return PlannedRows(self.planner, self.spec.sources_of("train"), self._topology, self._run_length)
 
     @property
     def packs(self) -> bool:
@@ -246,12 +267,12 @@ class SFTDataModule(LightningDataModule):
         """Return what the order of the rows depends on, for a checkpoint."""
         return {
             "seed": self.spec.seed,
-            "packing": self.limits.packing,
-            "max_length": self.limits.max_length,
+            "packing": self.layout.packing,
+            "max_length": self.spec.max_length,
             "global batch (rows)": self._topology.rows_per_step,
             "blend": f"{self.spec.blend.by}, temperature {self.spec.blend.temperature}",
             "weights": [(source.weight, source.max_epochs) for source in self.spec.sources_of("train").values()],
-            "tokens": self.rows.content if self.spec.streams or "train" in self._corpora else None,
+            "tokens": self._tokens,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,15 +281,21 @@ class SFTDataModule(LightningDataModule):
         Raises:
             UserError: If it does not, with what changed.
         """
-        if self.packing_is_open and state_dict.get("packing") in ("best_fit", "none"):
-            self._plan_with(state_dict["packing"])  # as decided there; the proof is made again
         now = self.state_dict()
         changed = [f"{key}: {old} → {now[key]}" for key, old in state_dict.items() if now[key] != old]
-        if changed and (self.spec.streams or "train" in self._corpora):
-            raise UserError(
-                f"--ckpt_path: the checkpoint's position is one in other data ({'; '.join(changed)}); restore the old "
-                "values, or start a new run from its weights with model.adapter.path (or model.model_name_or_path)"
-            )
+        if changed and now["tokens"] is not None:
+            raise different_data_error(changed)
+
+    @property
+    def _tokens(self) -> str | None:
+        """What the training tokens are, for a checkpoint; `None` if they were not read.
+
+        For streamed sources, what decides which examples are seen; the loader compares the tokens themselves.
+        """
+        if self.spec.streams:
+            taken = [(name, config.max_examples) for name, config in self.spec.sources_of("train").items()]
+            return f"streamed: {taken}, min_length {self.spec.min_length}, overlong {self.spec.overlong}"
+        return self.blend.corpora.fingerprint if "train" in self._corpora else None
 
     # --- loaders ---------------------------------------------------------------------------------------------------
 
@@ -287,7 +314,7 @@ class SFTDataModule(LightningDataModule):
                 "trainer.callbacks: GradientAccumulationScheduler would change the plan; use a fixed number"
             )
         loader = self.rows.loader(self._collate)
-        if isinstance(loader, TrainLoader) and trainer is not None and not self.planner.repeats:
+        if isinstance(loader, TrainLoader) and trainer is not None and not self.blend.repeats:
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # Lightning takes every epoch to be as long as the first
             loader.set_epoch(trainer.current_epoch)
         return loader
@@ -335,11 +362,11 @@ class SFTDataModule(LightningDataModule):
         return list(islice(prompts, limit))
 
     def _evaluation_loader(self, corpus: Corpus) -> EvaluationLoader:
-        topology = replace(self._topology, accumulate=1)
+        topology, decided = replace(self._topology, accumulate=1), self._decided_layout
         plan = plan_evaluation(
             corpus,
-            packing="none" if self.packing_is_open else self.limits.packing,  # no model has decided: it is not trained
-            max_length=self.limits.max_length,
+            packing="none" if decided is None else decided.packing,
+            max_length=self.spec.max_length,
             rows_per_step=topology.rows_per_step,
         )
         return EvaluationLoader(plan, topology, self._collate(Corpora([corpus]).example))
@@ -352,6 +379,18 @@ class SFTDataModule(LightningDataModule):
             return collate(documents, pad_token_id=pad_token_id, denominator=denominator)
 
         return make
+
+
+def different_data_error(changed: Sequence[str]) -> UserError:
+    """Return the error of a run that continues a checkpoint in other rows.
+
+    Args:
+        changed: Each setting that differs, as `packing: best_fit → none`.
+    """
+    return UserError(
+        f"--ckpt_path: the checkpoint was saved with different data settings: {'; '.join(changed)}; restore the old "
+        "values, or start a new run from its weights with model.adapter.path (or model.model_name_or_path)"
+    )
 
 
 _NO_SOURCES: Mapping[Split, str] = {

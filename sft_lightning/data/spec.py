@@ -151,9 +151,11 @@ class DataSpec:
     @property
     def limits(self) -> LengthLimits:
         """Which lengths of examples are kept."""
-        packing = "best_fit" if self.packing == "auto" else self.packing
         return LengthLimits(
-            max_length=self.max_length, min_length=self.min_length, overlong=self.overlong, packing=packing
+            max_length=self.max_length,
+            min_length=self.min_length,
+            overlong=self.overlong,
+            cuts_examples=self.packing == "concat",
         )
 
     @property

@@ -32,7 +32,7 @@ class Answers(NamedTuple):
 
 def documents_of_row(data: SFTDataModule, row: int) -> list[TokenizedExample]:
     """Return the documents of a row of the first epoch; both conversations of each of its pairs."""
-    found = [data.planner.corpora.example(*document) for document in data.plan(0).row(row).tolist()]
+    found = [data.blend.corpora.example(*document) for document in data.plan(0).row(row).tolist()]
     return [half for each in found for half in (each.halves() if isinstance(each, PairExample) else [each])]
 
 

@@ -40,7 +40,7 @@ def run_checks(
         UserError: If the configuration or the data is wrong.
     """
     # Training refuses to pack where isolation is broken: what comes after is then checked with one example a row.
-    packing = data.limits.packing
+    packing = data.layout.packing
     yield from check_masks(data, num_records)
     with tempfile.TemporaryDirectory(prefix="sft_lightning_selftest_") as name:
         folder = Path(name)

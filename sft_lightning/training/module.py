@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from sft_lightning.compat.lightning.loops import align_progress, is_accumulating, reopen_epoch, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
-from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.datamodule import SFTDataModule, different_data_error
+from sft_lightning.data.plan.epoch_plan import Layout
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import trainable_base_names
@@ -72,12 +73,24 @@ class CausalLMModule(LightningModule):
         self.spec = spec
         self.nonfinite_losses = NonfiniteLosses(spec.max_nonfinite_losses)
         self.loss_scale = LossScale()
+        self.layout: Layout | None = None
+        """How documents share rows; the datamodule asks for it. `None` until it is decided."""
         self.model: PreTrainedModel | PeftModel | None = None
         self._random_state: dict[str, Any] | None = None  # of a checkpoint, until the first step continues it
         self._step_random_state: dict[str, Any] | None = None  # before the optimizer step that is under way
         self._step_loss: torch.Tensor | None = None
 
     # --- the model -------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Take the layout from `data.packing`; `auto` waits for the model, and means `none` without training."""
+        packing = self._data.spec.packing
+        if packing != "auto":
+            self.layout = Layout(packing=packing)
+        elif stage == "fit":
+            self.layout = None
+        elif self.layout is None:
+            self.layout = Layout(packing="none")
 
     def configure_model(self) -> None:
         """Load the model once, whichever stages follow."""
@@ -129,20 +142,26 @@ class CausalLMModule(LightningModule):
             )
         return datamodule
 
-    def _decide_packing(self) -> None:
-        """Settle `data.packing: auto` on the loaded model, before the number of optimizer steps is asked for."""
-        data = self._data
-        packing = data.limits.packing
-        if data.packing_is_open and packing != "none":  # none: so decided by the run that is continued
-            packing, reason = choose_packing(
-                self.language_model,
-                len(data.tokenizer),
-                computing_device(self.language_model),  # DeepSpeed moves the model only later
-                max_length=data.spec.max_length,
-                rope_scaling=self.spec.rope_scaling,
-            )
-            rank_zero_info(f"packing: {packing} (auto: {reason})")
-        data.decide_packing(packing)
+    def _decide_layout(self) -> None:
+        """Decide `data.packing: auto` on the loaded model, before the number of optimizer steps is asked for.
+
+        Raises:
+            UserError: If a continued run had packed its rows otherwise.
+        """
+        data, continued = self._data, self.layout
+        if data.spec.packing != "auto" or (continued is not None and continued.packing == "none"):
+            return
+        packing, reason = choose_packing(
+            self.language_model,
+            len(data.tokenizer),
+            computing_device(self.language_model),  # DeepSpeed moves the model only later
+            max_length=data.spec.max_length,
+            rope_scaling=self.spec.rope_scaling,
+        )
+        rank_zero_info(f"packing: {packing} (auto: {reason})")
+        self.layout = Layout(packing=packing)
+        if continued is not None and continued != self.layout:
+            raise different_data_error([f"packing: {continued.packing} → {packing}"])
 
     def on_fit_start(self) -> None:
         """Prove packing isolation on the loaded model, decide on gradient checkpointing, and compile."""
@@ -255,7 +274,7 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
-        self._decide_packing()
+        self._decide_layout()
         adapter = self.spec.adapter or AdapterConfig()
         groups = parameter_groups(
             self.language_model.named_parameters(),
@@ -282,7 +301,7 @@ class CausalLMModule(LightningModule):
         self._prove_packing_to_evaluate()
 
     def _prove_packing_to_evaluate(self) -> None:
-        if self.trainer.state.fn != "fit" and not self._data.packing_is_open and self._data.limits.packing != "none":
+        if self.trainer.state.fn != "fit" and self._data.layout.packing != "none":
             self._prove_packing()
 
     def on_validation_epoch_start(self) -> None:
@@ -342,6 +361,8 @@ class CausalLMModule(LightningModule):
         """Remember the random states for the first step, and stand at the start of an optimizer step."""
         states = checkpoint["random_states"]
         self._random_state = states[self.trainer.global_rank % len(states)]
+        if self.trainer.state.fn == "fit" and self.layout is None:
+            self.layout = Layout(packing=checkpoint[type(self._data).__qualname__]["packing"])  # to be proven again
         fit_loop = checkpoint["loops"]["fit_loop"]
         for position in fit_loop["state_dict"].get("combined_loader", []):
             if self.trainer.state.fn == "fit":

@@ -194,7 +194,7 @@ def test_a_document_is_sampled_from_its_beginning_not_from_all_of_it(
 
 
 def test_a_weight_that_leaves_nothing_is_refused(module: Make, alpaca_file: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.sources\.toy\.weight: 0\.01 of 24 examples is none"):
+    with pytest.raises(UserError, match=r"data\.sources\.toy\.weight: 0\.01 of 24 examples is less than one example"):
         module(sources={"toy": SourceConfig(path=str(alpaca_file), weight=0.01)}).setup("fit")
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 
 from sft_lightning.cli.commands.run import fit
 from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.plan.epoch_plan import Layout
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.errors import UserError
@@ -65,7 +66,7 @@ def test_auto_packs_on_a_model_that_is_proven(make: Make, caplog: pytest.LogCapt
     trainer, module, data = make()
     with caplog.at_level(logging.INFO):
         trainer.fit(module, data)
-    assert not data.packing_is_open
+    assert module.layout == data.layout == Layout(packing="best_fit")
     assert data.packs
     assert trainer.global_step == data.report.optimizer_steps < 24
     assert "packing: best_fit (auto" in caplog.text
@@ -109,13 +110,36 @@ def test_an_evaluation_packs_only_where_that_is_proven(make: Make, alpaca_file: 
                 trainer.validate(module, data, verbose=False)
 
 
-def test_before_a_model_decides_rows_are_planned_as_best_fit(make: Make) -> None:
+def test_without_a_model_rows_are_planned_as_best_fit(make: Make) -> None:
     _, _, data = make()
     data.setup("fit")
-    assert data.packing_is_open
+    assert data.layout == Layout(packing="best_fit")
     assert data.report.rows < 24
-    data.decide_packing("none")
-    assert data.report.rows == 24
+
+
+def test_nothing_is_planned_before_the_model_has_decided(make: Make) -> None:
+    trainer, module, data = make()
+    data.trainer = trainer
+    trainer.strategy._lightning_module = module
+    data.setup("fit")
+    assert data.report.rows == 0
+    with pytest.raises(RuntimeError, match="decided once the model is loaded"):
+        data.plan(0)
+    module.layout = Layout(packing="none")
+    assert data.plan(0).num_rows == data.report.rows == 24
+
+
+@pytest.mark.usefixtures("leaking")
+def test_a_run_that_had_packed_is_not_continued_on_a_model_that_leaks(make: Make, tmp_path: Path) -> None:
+    trainer, module, data = make(packing="none")
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "packed.ckpt")
+    checkpoint = torch.load(tmp_path / "packed.ckpt", weights_only=False)
+    checkpoint["SFTDataModule"]["packing"] = "best_fit"
+    torch.save(checkpoint, tmp_path / "packed.ckpt")
+    trainer, module, data = make(trainer_max_epochs=2)
+    with pytest.raises(UserError, match="different data settings: packing: best_fit → none"):
+        trainer.fit(module, data, ckpt_path=str(tmp_path / "packed.ckpt"), weights_only=False)
 
 
 @pytest.mark.usefixtures("leaking")

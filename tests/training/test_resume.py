@@ -171,7 +171,7 @@ def test_a_position_in_other_data_is_refused_with_what_changed(
     assert main(["fit", *options(fit_args, tmp_path / "whole"), "--trainer.max_epochs=1"]) == 0
     resumed = [*options(fit_args, tmp_path / "again"), change]
     assert main(["fit", *resumed, f"--ckpt_path={tmp_path / 'whole' / 'checkpoints' / 'last.ckpt'}"]) == 2
-    assert "position is one in other data" in capsys.readouterr().err
+    assert "different data settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first", [3, 11])

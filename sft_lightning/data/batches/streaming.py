@@ -21,8 +21,7 @@ import xxhash
 from sft_lightning.data.batches.loader import Collate
 from sft_lightning.data.batches.stream_source import Cursor, SourceStream, join_batches, share_unit, shares
 from sft_lightning.data.plan.blending import BlendConfig
-from sft_lightning.data.plan.epoch_plan import Choice, EpochPlan, Topology, plan_epoch
-from sft_lightning.data.plan.split_examples import LengthLimits
+from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Packing, Topology, plan_epoch
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
 from sft_lightning.errors import UserError
@@ -87,7 +86,8 @@ class StreamWindows:
     Args:
         streams: The sources.
         blend: What the sources' weights mean.
-        limits: Row length and packing.
+        packing: How examples share rows.
+        max_length: Tokens per row.
         rows_per_step: The global batch.
         seed: Seed of the run.
     """
@@ -96,18 +96,20 @@ class StreamWindows:
         self,
         streams: Sequence[SourceStream],
         blend: BlendConfig,
-        limits: LengthLimits,
         *,
+        packing: Packing,
+        max_length: int,
         rows_per_step: int,
         seed: int,
     ) -> None:
         self._streams = streams
         self._shares = shares([stream.config for stream in streams], blend)
         self._unit = share_unit(blend)
-        self._limits = limits
+        self._packing: Packing = packing
+        self._max_length = max_length
         self._rows_per_step = rows_per_step
         self._seed = seed
-        self._rows = rows_per_window(rows_per_step, limits.max_length)
+        self._rows = rows_per_window(rows_per_step, max_length)
         for stream, share in zip(streams, self._shares, strict=True):
             stream.report.wanted = share
         self._stand_at(0, 0, [Cursor() for _ in streams], [0.0 for _ in streams], [])
@@ -152,17 +154,17 @@ class StreamWindows:
         start = self.position()
         drawn, rest = self._fill()
         store = TokenStore.of(_joined(drawn), np.zeros(len(drawn), np.int64), np.zeros(0, np.uint32))
-        choice = Choice(
+        chosen = EpochExamples(
             np.arange(len(drawn)),
             np.array([each.source for each in drawn]),
             store.lengths,
             np.array([self._amount(each.example) for each in drawn]),
         )
         plan = plan_epoch(
-            choice,
+            chosen,
             store.weigh,
-            packing=self._limits.packing,
-            max_length=self._limits.max_length,
+            packing=self._packing,
+            max_length=self._max_length,
             rows_per_step=self._rows_per_step,
             shuffle=(self._seed, self._number),
         )
@@ -178,13 +180,13 @@ class StreamWindows:
 
         Rows are cut or made of single examples so that they fill whole steps; only best-fit leaves rows over.
         """
-        wanted = self._rows * self._limits.max_length
+        wanted = self._rows * self._max_length
         drawn = list(self._carried)
         tokens = sum(len(each.example.input_ids) for each in drawn)
-        while len(drawn) < self._rows if self._limits.packing == "none" else tokens < wanted:
+        while len(drawn) < self._rows if self._packing == "none" else tokens < wanted:
             drawn.append(self._draw())
             tokens += len(drawn[-1].example.input_ids)
-        if self._limits.packing != "concat" or tokens == wanted:
+        if self._packing != "concat" or tokens == wanted:
             return drawn, []
         source, example = drawn.pop()
         cut = len(example.input_ids) - (tokens - wanted)
@@ -279,7 +281,7 @@ class StreamLoader:
         return self._window
 
     def _check(self, window: Window) -> None:
-        """Refuse to go on in other data than a checkpoint's."""
+        """Refuse a window whose tokens are not those that the checkpoint was saved at."""
         if self._digest and window.digest != self._digest:
             raise UserError(
                 "--ckpt_path: the streamed sources no longer hold, at the checkpoint's position, what they held when "

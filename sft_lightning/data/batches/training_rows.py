@@ -14,9 +14,8 @@ from sft_lightning.data.batches.loader import Collate, TrainLoader
 from sft_lightning.data.batches.stream_source import SourceStream
 from sft_lightning.data.batches.streaming import StreamLoader, StreamWindows
 from sft_lightning.data.plan.blending import BlendConfig
-from sft_lightning.data.plan.epoch_plan import Topology
+from sft_lightning.data.plan.epoch_plan import Packing, Topology
 from sft_lightning.data.plan.epoch_planner import EpochPlanner
-from sft_lightning.data.plan.split_examples import LengthLimits
 from sft_lightning.data.plan.split_reader import Sources
 from sft_lightning.data.sources.source import read_record
 from sft_lightning.errors import UserError
@@ -38,6 +37,20 @@ class RunLength(NamedTuple):
     limit_train_batches: int | float = 1.0
     """Micro-batches of an epoch, or the share of them."""
 
+    @property
+    def steps_of_a_stream(self) -> int:
+        """Optimizer steps of a run over streamed sources, which have no end.
+
+        Raises:
+            UserError: If `trainer.max_steps` is not set.
+        """
+        if self.max_steps == -1:
+            raise UserError(
+                "trainer.max_steps: not set, but data.sources are streamed and have no end; set the number of "
+                "optimizer steps, or remove `streaming`"
+            )
+        return self.max_steps
+
 
 class TrainingRows(Protocol):
     """What a run trains on, row by row."""
@@ -45,10 +58,6 @@ class TrainingRows(Protocol):
     @property
     def packs(self) -> bool:
         """Whether a row may hold more than one document."""
-
-    @property
-    def content(self) -> str:
-        """What the tokens are, for a checkpoint; another string if they are others."""
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -77,20 +86,22 @@ class PlannedRows:
     """Rows that are known before training."""
 
     planner: EpochPlanner
+    """Plans the epochs."""
+
     sources: Sources
+    """The training sources."""
+
     topology: Topology
+    """How rows are dealt to ranks and micro-batches."""
+
     run: RunLength
+    """How long the trainer trains."""
 
     @property
     def packs(self) -> bool:
         """Whether any row of the first epoch holds more than one document."""
         plan = self.planner.plan(0)
         return len(plan.documents) > plan.num_rows
-
-    @property
-    def content(self) -> str:
-        """A hash of all tokens."""
-        return self.planner.fingerprint
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -105,7 +116,7 @@ class PlannedRows:
                 raise UserError("trainer: set max_steps or max_epochs; the learning-rate schedule needs an end")
             return max_steps
         num_epochs = max_epochs or 1
-        if self.planner.repeats:
+        if self.planner.blend.repeats:
             steps = num_epochs * self._steps_of(0)
         else:  # a part of a source that is another in every epoch does not always fill as many rows
             steps = sum(self._steps_of(epoch) for epoch in range(num_epochs))
@@ -142,13 +153,13 @@ class PlannedRows:
         plan, size = self.planner.plan(epoch), self.topology.rows_per_step
         rows = range(step * size, min((step + 1) * size, plan.num_rows))
         examples = dict.fromkeys(int(document[0]) for row in rows for document in plan.row(row))
-        found = list(dict.fromkeys(self.planner.corpora.record(example) for example in examples))
+        found = list(dict.fromkeys(self.planner.blend.corpora.record(example) for example in examples))
         places = [f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]]
         return places if len(found) <= limit else [*places, f"and {len(found) - limit} more records"]
 
     def loader(self, collate: CollateFrom) -> TrainLoader:
         """Return this rank's micro-batches, epoch after epoch."""
-        return TrainLoader(self.planner.plan, self.topology, collate(self.planner.corpora.example))
+        return TrainLoader(self.planner.plan, self.topology, collate(self.planner.blend.corpora.example))
 
 
 @dataclass(frozen=True)
@@ -156,23 +167,30 @@ class StreamedRows:
     """Rows that are drawn from the sources while training."""
 
     streams: Sequence[SourceStream]
-    sources: Sources
+    """The sources, opened."""
+
     blend: BlendConfig
-    limits: LengthLimits
+    """What the weights of the sources mean."""
+
+    packing: Packing
+    """How examples share rows."""
+
+    max_length: int
+    """Tokens per row."""
+
     topology: Topology
+    """How rows are dealt to ranks and micro-batches."""
+
     run: RunLength
+    """How long the trainer trains."""
+
     seed: int
+    """Seed of the run."""
 
     @property
     def packs(self) -> bool:
         """Whether a row may hold more than one document."""
-        return self.limits.packing != "none"
-
-    @property
-    def content(self) -> str:
-        """What decides which examples are seen; the tokens of a window are known to the loader."""
-        taken = [(name, config.max_examples) for name, config in self.sources.items()]
-        return f"streamed: {taken}, min_length {self.limits.min_length}, overlong {self.limits.overlong}"
+        return self.packing != "none"
 
     @property
     def num_optimizer_steps(self) -> int:
@@ -181,12 +199,7 @@ class StreamedRows:
         Raises:
             UserError: If none is given.
         """
-        if self.run.max_steps == -1:
-            raise UserError(
-                "trainer.max_steps: not set, but data.sources are streamed and have no end; set the number of "
-                "optimizer steps, or leave out `streaming`"
-            )
-        return self.run.max_steps
+        return self.run.steps_of_a_stream
 
     def micro_batches_done(self, position: Mapping[str, int]) -> int:
         """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
@@ -207,7 +220,12 @@ class StreamedRows:
             UserError: If the trainer is to end it otherwise than by its steps.
         """
         windows = StreamWindows(
-            self.streams, self.blend, self.limits, rows_per_step=self.topology.rows_per_step, seed=self.seed
+            self.streams,
+            self.blend,
+            packing=self.packing,
+            max_length=self.max_length,
+            rows_per_step=self.topology.rows_per_step,
+            seed=self.seed,
         )
         loader = StreamLoader(
             windows, self.topology, lambda window: collate(window.store.example), self.num_optimizer_steps

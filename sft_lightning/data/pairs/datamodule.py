@@ -49,11 +49,6 @@ class PairDataModule(SFTDataModule):
 
     spec: PairDataSpec
 
-    def __init__(self, spec: PairDataSpec) -> None:
-        super().__init__(spec)
-        self.shares_prompts = False
-        """Whether batches have the prompt of a pair once for both of its answers; for the model to say."""
-
     @functools.cached_property
     def builder(self) -> PairBuilder:
         """What makes examples of records, two of each."""
@@ -80,7 +75,7 @@ class PairDataModule(SFTDataModule):
     @property
     def packs(self) -> bool:
         """Whether rows hold more than one document; packed pairs always do."""
-        return self.limits.packing != "none"
+        return self.layout.packing != "none"
 
     @property
     def splits(self) -> list[Split]:
@@ -113,10 +108,10 @@ class PairDataModule(SFTDataModule):
             pairs = [[pair(document) for document in plan.row(row).tolist()] for row in rows]
             return collate_pairs(
                 pairs,
-                together=self.packs,
+                together=self.layout.packing != "none",
                 pad_token_id=pad_token_id,
                 denominator=denominator,
-                share=self.shares_prompts,
+                share=self.layout.share_prompts,
             )
 
         return make

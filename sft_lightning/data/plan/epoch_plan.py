@@ -26,6 +26,17 @@ PackingSetting = Literal["auto", "best_fit", "concat", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How documents share rows: what `data.packing` says, or for `auto` what was measured on the loaded model."""
+
+    packing: Packing
+    """How examples share rows; decided before the optimizer is made, because the plan gives the number of steps."""
+
+    share_prompts: bool = False
+    """Whether a row has the prompt of a preference pair once for both answers; decided on the model's device."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Topology:
     """How an optimizer step's rows are dealt out."""
 
@@ -103,28 +114,28 @@ class EpochPlan:
         return list(range(min(first, self.num_rows), min(first + topology.batch_size, self.num_rows)))
 
 
-class Choice(NamedTuple):
-    """The examples of one epoch, and what is known of each; every array is (E,)."""
+class EpochExamples(NamedTuple):
+    """The examples of one epoch, with repeats; every array is (E,)."""
 
     examples: Longs
-    """Which example, with repeats."""
+    """Number of each example."""
 
     sources: Longs
-    """Which source it is of."""
+    """Number of the source that each comes from."""
 
     lengths: Longs
-    """Tokens."""
+    """Tokens of each."""
 
     amounts: npt.NDArray[np.float64]
-    """What it counts towards its source's share."""
+    """What each counts towards its source's share."""
 
-    def take(self, order: Longs) -> Choice:
+    def take(self, order: Longs) -> EpochExamples:
         """Return the examples at the indices `order`, in that order."""
-        return Choice(self.examples[order], self.sources[order], self.lengths[order], self.amounts[order])
+        return EpochExamples(self.examples[order], self.sources[order], self.lengths[order], self.amounts[order])
 
 
 def plan_epoch(
-    choice: Choice,
+    chosen: EpochExamples,
     weigh: Callable[[Longs], npt.NDArray[np.float64]],
     *,
     packing: Packing,
@@ -135,89 +146,89 @@ def plan_epoch(
     """Plan one epoch.
 
     Args:
-        choice: Examples to see.
+        chosen: Examples to see.
         weigh: Documents, (D, 3) → their supervised weights, (D,).
         packing: How examples share rows.
         max_length: Tokens per row.
         rows_per_step: The global batch.
-        shuffle: (seed, epoch) that decide the order; `None` keeps the order of `choice` as far as packing allows.
+        shuffle: (seed, epoch) that decide the order; `None` keeps the order of `chosen` as far as packing allows.
 
     Returns:
-        The plan; every entry of `choice` is in exactly one row, with `concat` perhaps in several parts.
+        The plan; every entry of `chosen` is in exactly one row, with `concat` perhaps in several parts.
     """
     if shuffle is not None:
-        choice = choice.take(np.random.default_rng((*shuffle, 0)).permutation(len(choice.examples)))
-    rows = _PACKERS[packing](choice, max_length)
+        chosen = chosen.take(np.random.default_rng((*shuffle, 0)).permutation(len(chosen.examples)))
+    rows = _PACKERS[packing](chosen, max_length)
     if shuffle is not None:
-        rows = _order(rows, choice, packing, rows_per_step, shuffle)
-        if packing == "best_fit" and largest_deviation(source_amounts(rows, choice)) > 1:
-            rows = _order(_best_fit(choice, max_length, full=0.0), choice, packing, rows_per_step, shuffle)
-    rows = rows.of(choice.examples)
+        rows = _order(rows, chosen, packing, rows_per_step, shuffle)
+        if packing == "best_fit" and largest_deviation(source_amounts(rows, chosen)) > 1:
+            rows = _order(_best_fit(chosen, max_length, full=0.0), chosen, packing, rows_per_step, shuffle)
+    rows = rows.of(chosen.examples)
     return EpochPlan(rows, rows.sums(weigh(rows.documents)), rows_per_step)
 
 
-def _best_fit(choice: Choice, max_length: int, full: float = 0.95) -> Rows:
+def _best_fit(chosen: EpochExamples, max_length: int, full: float = 0.95) -> Rows:
     """Pack each source by itself, and what is left in rows that did not fill together.
 
     Rows of one source can take turns to within a row, rows of all sources mixed could not. With 50 sources that makes
     three rows in a thousand more than packing all of them together.
 
     Args:
-        choice: Examples to pack.
+        chosen: Examples to pack.
         max_length: Tokens per row.
         full: Share of `max_length` from which a row of one source is left as it is.
     """
-    if not choice.sources.any():
-        return best_fit(choice.lengths, max_length)
+    if not chosen.sources.any():
+        return best_fit(chosen.lengths, max_length)
     filled: list[Rows] = []
     loose: list[Longs] = []
-    for source in np.unique(choice.sources):
-        members = np.flatnonzero(choice.sources == source)
-        rows = best_fit(choice.lengths[members], max_length).of(members)
+    for source in np.unique(chosen.sources):
+        members = np.flatnonzero(chosen.sources == source)
+        rows = best_fit(chosen.lengths[members], max_length).of(members)
         is_full = rows.lengths >= full * max_length
         filled.append(rows.take(np.flatnonzero(is_full)))
         loose.append(rows.take(np.flatnonzero(~is_full)).documents[:, 0])
     together = np.concatenate(loose)
-    return join_rows([*filled, best_fit(choice.lengths[together], max_length).of(together)])
+    return join_rows([*filled, best_fit(chosen.lengths[together], max_length).of(together)])
 
 
-def _concat(choice: Choice, max_length: int) -> Rows:
+def _concat(chosen: EpochExamples, max_length: int) -> Rows:
     """Write the examples one after the other, the sources taking turns."""
-    if choice.sources.any():
-        turns = take_turns(_one_hot(choice.amounts, choice.sources), choice.sources)
-        return concat(choice.lengths[turns], max_length).of(turns)
-    return concat(choice.lengths, max_length)
+    if chosen.sources.any():
+        turns = take_turns(_one_hot(chosen.amounts, chosen.sources), chosen.sources)
+        return concat(chosen.lengths[turns], max_length).of(turns)
+    return concat(chosen.lengths, max_length)
 
 
-_PACKERS: Mapping[Packing, Callable[[Choice, int], Rows]] = {
+_PACKERS: Mapping[Packing, Callable[[EpochExamples, int], Rows]] = {
     "best_fit": _best_fit,
     "concat": _concat,
-    "none": lambda choice, _: one_per_row(choice.lengths),
+    "none": lambda chosen, _: one_per_row(chosen.lengths),
 }
 
 
-def _order(rows: Rows, choice: Choice, packing: Packing, rows_per_step: int, shuffle: tuple[int, int]) -> Rows:
+def _order(rows: Rows, chosen: EpochExamples, packing: Packing, rows_per_step: int, shuffle: tuple[int, int]) -> Rows:
     """Bring rows into the order of training: shuffled, the sources taking turns, rows of like length together."""
     generator = np.random.default_rng((*shuffle, 1))
-    several = bool(choice.sources.any())
+    several = bool(chosen.sources.any())
     if packing == "concat" and several:
         return rows  # its examples have taken turns already
     rows = rows.take(generator.permutation(len(rows)))
     if several:
-        amounts = source_amounts(rows, choice)
+        amounts = source_amounts(rows, chosen)
         rows = rows.take(take_turns(amounts, amounts.argmax(axis=1)))
     if packing == "none":
         rows = rows.take(by_length(rows.lengths, rows_per_step, generator))
     return rows
 
 
-def source_amounts(rows: Rows, choice: Choice) -> npt.NDArray[np.float64]:
+def source_amounts(rows: Rows, chosen: EpochExamples) -> npt.NDArray[np.float64]:
     """Return what each row has of each source, (R, sources); a part of an example counts by its tokens."""
     index, start, stop = rows.documents.T
-    parts = choice.amounts[index] * (stop - start) / choice.lengths[index]
-    shape = (len(rows), int(choice.sources.max(initial=0)) + 1)
+    parts = chosen.amounts[index] * (stop - start) / chosen.lengths[index]
+    shape = (len(rows), int(chosen.sources.max(initial=0)) + 1)
     # Not through a table of documents by sources: there are many more documents than rows.
-    cells = np.repeat(np.arange(len(rows)), rows.counts) * shape[1] + choice.sources[index]
+    cells = np.repeat(np.arange(len(rows)), rows.counts) * shape[1] + chosen.sources[index]
     sums = np.bincount(cells, weights=parts, minlength=shape[0] * shape[1])
     return sums.astype(np.float64, copy=False).reshape(shape)
 

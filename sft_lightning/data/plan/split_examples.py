@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from sft_lightning.data.plan.blending import BlendUnit
-from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.data.plan.splits import Mask
 from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
 from sft_lightning.data.tokens.examples import REWRITTEN
@@ -36,8 +37,10 @@ class LengthLimits:
     """Tokens below which an example is dropped."""
 
     overlong: Overlong = "error"
-    packing: Packing = "best_fit"
-    """With `concat` nothing is too long."""
+    """What to do with an example that is longer than a row."""
+
+    cuts_examples: bool = False
+    """Whether packing cuts examples (`concat`), so that none is too long."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,15 @@ class Corpora:
         """Where each corpus starts, and the end of the last."""
         self.kept = np.concatenate([corpus.kept for corpus in corpora])
         """Tokens kept of each example, (N,)."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and of how much of each example is kept."""
+        digest = xxhash.xxh3_128()
+        for corpus in self._corpora:
+            digest.update(corpus.content.encode())
+            digest.update(np.ascontiguousarray(corpus.kept).data)
+        return digest.hexdigest()
 
     def example(self, index: int, start: int, stop: int) -> TokenizedExample:
         """Return tokens `start` to `stop` of an example."""
@@ -173,7 +185,7 @@ def _shorten(
     _count_drops(report, "too_short", too_short)
     lengths = np.where(too_short, 0, lengths)
     overlong = lengths > limits.max_length
-    if limits.packing == "concat" or not overlong.any():
+    if limits.cuts_examples or not overlong.any():
         return lengths  # cut by the plan, and nothing is lost
     if limits.overlong == "drop":
         _count_drops(report, "overlong", overlong)

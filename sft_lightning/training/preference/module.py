@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ class DPOModule(CausalLMModule):
     def _share_prompts(self) -> None:
         """Decide on the loaded model whether a prompt is computed once for both of its answers."""
         reason, data = self._why_not_shared(), self._pairs
-        data.shares_prompts = reason is None
+        self.layout = replace(data.layout, share_prompts=reason is None)
         if reason is not None:
             rank_zero_info(f"prompts: with each answer ({reason})")
         elif "train" in data.splits:

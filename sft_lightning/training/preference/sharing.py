@@ -90,7 +90,7 @@ def shared_fraction(data: PairDataModule) -> float:
     """Return the share of tokens that is not computed a second time, of the first pairs of the first epoch."""
     tokens = saved = 0
     for document in data.plan(0).documents[:_PAIRS_LOOKED_AT].tolist():
-        pair = data.planner.corpora.example(*document)
+        pair = data.blend.corpora.example(*document)
         shared = share_prompt(pair) if isinstance(pair, PairExample) else None
         tokens += len(pair.input_ids)
         saved += 0 if shared is None else shared.shared.common

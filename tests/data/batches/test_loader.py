@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from sft_lightning.data.batches.loader import EvaluationLoader, TrainLoader
-from sft_lightning.data.plan.epoch_plan import Choice, EpochPlan, Topology, plan_epoch
+from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Topology, plan_epoch
 
 
 def plan(epoch: int, rows: int = 13, rows_per_step: int = 4) -> EpochPlan:
-    choice = Choice(np.arange(rows), np.zeros(rows, np.int64), np.ones(rows, np.int64), np.ones(rows))
+    chosen = EpochExamples(np.arange(rows), np.zeros(rows, np.int64), np.ones(rows, np.int64), np.ones(rows))
     return plan_epoch(
-        choice, lambda documents: np.ones(len(documents)),
+        chosen, lambda documents: np.ones(len(documents)),
         packing="none", max_length=1, rows_per_step=rows_per_step, shuffle=(0, epoch),
     )  # fmt: skip
 

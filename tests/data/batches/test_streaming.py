@@ -23,7 +23,7 @@ from sft_lightning.data.batches.stream_source import RECORDS_AT_ONCE, Cursor, So
 from sft_lightning.data.batches.streaming import StreamLoader, StreamWindows, Window, rows_per_window
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.blending import BlendConfig
-from sft_lightning.data.plan.epoch_plan import EpochPlan, Topology
+from sft_lightning.data.plan.epoch_plan import EpochPlan, Packing, Topology
 from sft_lightning.data.plan.split_examples import LengthLimits
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
@@ -77,10 +77,13 @@ def streams_of(
     ]
 
 
-def windows_of(
-    streams: Streams, limits: LengthLimits = LIMITS, rows_per_step: int = ROWS_PER_STEP, by: Any = "epochs"
-) -> StreamWindows:
-    return StreamWindows(streams, BlendConfig(by=by), limits, rows_per_step=rows_per_step, seed=0)
+def limits_of(packing: Packing, max_length: int = 128) -> LengthLimits:
+    return LengthLimits(max_length=max_length, cuts_examples=packing == "concat")
+
+
+def windows_of(streams: Streams, packing: Packing = "best_fit", **changes: Any) -> StreamWindows:
+    options = {"max_length": 128, "rows_per_step": ROWS_PER_STEP, "seed": 0, **changes}
+    return StreamWindows(streams, BlendConfig(by=options.pop("by", "epochs")), packing=packing, **options)
 
 
 Row = list[TokenizedExample]
@@ -236,8 +239,8 @@ def test_a_data_set_on_the_hub_is_streamed_and_not_downloaded(
 def test_every_record_is_seen_once_before_any_is_seen_twice(
     packing: Any, builder: ExampleBuilder, read: Counter[str]
 ) -> None:
-    limits = replace(LIMITS, packing=packing, max_length=256)
-    windows = windows_of(streams_of(builder, {"a": 150}, limits), limits)
+    limits = limits_of(packing, 256)
+    windows = windows_of(streams_of(builder, {"a": 150}, limits), packing, max_length=256)
     loader = loader_of(windows, 100)
     seen = texts(steps_of(loader), builder)
     counts = Counter(seen)
@@ -252,8 +255,8 @@ def test_every_record_is_seen_once_before_any_is_seen_twice(
 def test_what_windows_took_is_what_was_trained_and_what_is_carried(
     packing: Any, builder: ExampleBuilder, read: Counter[str]
 ) -> None:
-    limits = replace(LIMITS, packing=packing, max_length=256)
-    windows = windows_of(streams_of(builder, {"a": 10_000}, limits), limits)
+    limits = limits_of(packing, 256)
+    windows = windows_of(streams_of(builder, {"a": 10_000}, limits), packing, max_length=256)
     trained = Counter(example.input_ids.tobytes() for example in documents_of(windows, 6))
     position = windows.position()["carried"]
     trained.update(ids.numpy().tobytes() for ids in position["input_ids"].split(position["lengths"].tolist()))
@@ -263,8 +266,8 @@ def test_what_windows_took_is_what_was_trained_and_what_is_carried(
 
 
 def test_concat_cuts_between_windows_and_loses_no_token(builder: ExampleBuilder, read: Counter[str]) -> None:
-    limits = replace(LIMITS, packing="concat")
-    windows = windows_of(streams_of(builder, {"a": 10_000}, limits), limits)
+    limits = limits_of("concat")
+    windows = windows_of(streams_of(builder, {"a": 10_000}, limits), "concat")
     trained: Counter[int] = Counter()
     for document in documents_of(windows, 6):
         trained.update(document.input_ids.tolist())
@@ -279,8 +282,8 @@ def test_concat_cuts_between_windows_and_loses_no_token(builder: ExampleBuilder,
 def test_every_step_has_its_rows_and_no_row_is_too_long(
     packing: Any, builder: ExampleBuilder, read: Counter[str]
 ) -> None:
-    limits = replace(LIMITS, packing=packing)
-    steps = steps_of(loader_of(windows_of(streams_of(builder, {"a": 300, "b": 200}, limits), limits), 30))
+    streams = streams_of(builder, {"a": 300, "b": 200}, limits_of(packing))
+    steps = steps_of(loader_of(windows_of(streams, packing), 30))
     assert len(steps) == 30
     assert {len(step) for step in steps} == {ROWS_PER_STEP}
     lengths = [sum(len(document.input_ids) for document in row) for step in steps for row in step]
@@ -317,8 +320,7 @@ def test_sources_have_their_shares_at_every_prefix(by: Any, builder: ExampleBuil
 
 
 def test_memory_is_bounded_by_windows(builder: ExampleBuilder, read: Counter[str]) -> None:
-    limits = replace(LIMITS, packing="none")
-    loader = loader_of(windows_of(streams_of(builder, {"a": 100_000}, limits), limits), 500)
+    loader = loader_of(windows_of(streams_of(builder, {"a": 100_000}), "none"), 500)
     trained = 0
     for rows, _ in islice(loader, 300):
         trained += len(rows)
@@ -344,9 +346,7 @@ def test_a_window_is_bounded_in_tokens() -> None:
 
 def test_the_order_is_of_the_seed(builder: ExampleBuilder, read: Counter[str]) -> None:
     def first(seed: int) -> Any:
-        windows = StreamWindows(
-            streams_of(builder, {"a": 300}), BlendConfig(), LIMITS, rows_per_step=ROWS_PER_STEP, seed=seed
-        )
+        windows = windows_of(streams_of(builder, {"a": 300}), seed=seed)
         return ids(steps_of(loader_of(windows, 4)))
 
     assert first(0) == first(0)
@@ -354,8 +354,8 @@ def test_the_order_is_of_the_seed(builder: ExampleBuilder, read: Counter[str]) -
 
 
 def test_an_example_longer_than_a_window_is_cut_into_rows(builder: ExampleBuilder, read: Counter[str]) -> None:
-    limits = replace(LIMITS, packing="concat", max_length=2)
-    steps = steps_of(loader_of(windows_of(streams_of(builder, {"a": 9}, limits), limits), 40))
+    streams = streams_of(builder, {"a": 9}, limits_of("concat", 2))
+    steps = steps_of(loader_of(windows_of(streams, "concat", max_length=2), 40))
     assert {sum(len(document.input_ids) for document in row) for step in steps for row in step} == {2}
 
 
@@ -394,11 +394,9 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 def test_a_run_continues_with_the_same_rows_to_the_bit(
     done: int, packing: Any, builder: ExampleBuilder, read: Counter[str]
 ) -> None:
-    limits = replace(LIMITS, packing=packing)
-
     def loader(topology: Topology | None = None) -> StreamLoader:
-        streams = streams_of(builder, {"a": 100, "b": 70}, limits, b=2.0)
-        return loader_of(windows_of(streams, limits), 30, topology)
+        streams = streams_of(builder, {"a": 100, "b": 70}, limits_of(packing), b=2.0)
+        return loader_of(windows_of(streams, packing), 30, topology)
 
     whole, part = list(loader()), loader()
     for _ in islice(part, done):
@@ -561,7 +559,7 @@ def test_a_checkpoint_of_stored_data_is_refused(module: Make, alpaca_file: Path,
     stored.setup("fit")
     data = module()
     data.setup("fit")
-    with pytest.raises(UserError, match="position is one in other data"):
+    with pytest.raises(UserError, match="different data settings"):
         data.load_state_dict(stored.state_dict())
     data.load_state_dict(module().state_dict())
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_lightning.data.plan.epoch_plan import (
-    Choice,
+    EpochExamples,
     EpochPlan,
     Packing,
     Topology,
@@ -31,8 +31,10 @@ def ones(documents: np.ndarray) -> np.ndarray:
     return np.ones(len(documents))
 
 
-def choice_of(lengths: np.ndarray, sources: np.ndarray | None = None, amounts: np.ndarray | None = None) -> Choice:
-    return Choice(
+def examples_of(
+    lengths: np.ndarray, sources: np.ndarray | None = None, amounts: np.ndarray | None = None
+) -> EpochExamples:
+    return EpochExamples(
         np.arange(len(lengths)),
         np.zeros(len(lengths), np.int64) if sources is None else sources,
         lengths,
@@ -48,7 +50,7 @@ def plan(
     sources: np.ndarray | None = None,
 ) -> EpochPlan:
     return plan_epoch(
-        choice_of(LENGTHS, sources),
+        examples_of(LENGTHS, sources),
         weigh,
         packing=packing,
         max_length=32,
@@ -112,8 +114,8 @@ def test_without_shuffling_the_order_stays() -> None:
 
 
 def test_an_example_that_is_chosen_twice_is_trained_on_twice() -> None:
-    choice = choice_of(LENGTHS).take(np.repeat(np.arange(57), 2))
-    made = plan_epoch(choice, weigh, packing="best_fit", max_length=32, rows_per_step=4, shuffle=(0, 0))
+    chosen = examples_of(LENGTHS).take(np.repeat(np.arange(57), 2))
+    made = plan_epoch(chosen, weigh, packing="best_fit", max_length=32, rows_per_step=4, shuffle=(0, 0))
     assert sorted(made.documents[:, 0].tolist()) == np.repeat(np.arange(57), 2).tolist()
     assert made.row_weights.sum() == pytest.approx(2 * WEIGHTS.sum())
 
@@ -140,7 +142,7 @@ def test_no_row_is_lost_or_repeated_in_the_last_partial_step(
 ) -> None:
     ranks = [Topology(batch_size=batch_size, accumulate=accumulate, world_size=world, rank=r) for r in range(world)]
     made = plan_epoch(
-        choice_of(np.ones(rows, np.int64)), ones,
+        examples_of(np.ones(rows, np.int64)), ones,
         packing="none", max_length=1, rows_per_step=ranks[0].rows_per_step, shuffle=(0, 0),
     )  # fmt: skip
     taken = [
@@ -165,15 +167,15 @@ def test_at_every_prefix_each_source_is_within_a_packed_row_of_its_share(
 ) -> None:
     lengths, sources, supervised = np.array(examples, np.int64).T
     amounts = {"tokens": lengths, "examples": np.ones(len(lengths)), "supervised": np.minimum(lengths, supervised)}
-    choice = choice_of(lengths, sources, amounts[unit].astype(np.float64))
-    made = plan_epoch(choice, ones, packing="best_fit", max_length=64, rows_per_step=4, shuffle=(0, 0))
+    chosen = examples_of(lengths, sources, amounts[unit].astype(np.float64))
+    made = plan_epoch(chosen, ones, packing="best_fit", max_length=64, rows_per_step=4, shuffle=(0, 0))
     assert sorted(made.documents.tolist()) == [[i, 0, n] for i, n in enumerate(lengths.tolist())]
     assert made.rows.lengths.max() <= 64
     of_rows = np.zeros((made.num_rows, 4))
     for row in range(made.num_rows):
         for index, _, _ in made.row(row).tolist():
-            of_rows[row, sources[index]] += choice.amounts[index]
-    assert np.allclose(of_rows[:, : sources.max() + 1], source_amounts(made.rows, choice))
+            of_rows[row, sources[index]] += chosen.amounts[index]
+    assert np.allclose(of_rows[:, : sources.max() + 1], source_amounts(made.rows, chosen))
     so_far = np.cumsum(of_rows, axis=0)
     shares = so_far[-1] / so_far[-1].sum()
     off = np.abs(so_far - so_far.sum(axis=1, keepdims=True) * shares)
@@ -186,9 +188,9 @@ def test_concat_keeps_shares_within_a_row_where_examples_are_no_longer_than_one(
     examples: list[tuple[int, int]],
 ) -> None:
     lengths, sources = np.array(examples, np.int64).T
-    choice = choice_of(lengths, sources)
-    made = plan_epoch(choice, ones, packing="concat", max_length=64, rows_per_step=4, shuffle=(0, 0))
-    so_far = np.cumsum(source_amounts(made.rows, choice), axis=0)
+    chosen = examples_of(lengths, sources)
+    made = plan_epoch(chosen, ones, packing="concat", max_length=64, rows_per_step=4, shuffle=(0, 0))
+    so_far = np.cumsum(source_amounts(made.rows, chosen), axis=0)
     off = np.abs(so_far - so_far.sum(axis=1, keepdims=True) * so_far[-1] / so_far[-1].sum())
     assert off.max() <= 64
 
@@ -197,7 +199,7 @@ def test_packing_each_source_by_itself_still_fills_rows() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.lognormal(4.6, 0.7, 20_000).astype(np.int64).clip(20, 2048)
     made = plan_epoch(
-        choice_of(lengths, generator.integers(0, 4, 20_000)), ones,
+        examples_of(lengths, generator.integers(0, 4, 20_000)), ones,
         packing="best_fit", max_length=2048, rows_per_step=16, shuffle=(0, 0),
     )  # fmt: skip
     assert lengths.sum() / (made.num_rows * 2048) >= 0.99
@@ -213,7 +215,7 @@ def padding(lengths: np.ndarray, rows_per_step: int) -> int:
 def test_without_packing_the_rows_of_a_step_are_of_like_length(num_sources: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 1003)
     made = plan_epoch(
-        choice_of(lengths, np.arange(1003) % num_sources), ones,
+        examples_of(lengths, np.arange(1003) % num_sources), ones,
         packing="none", max_length=512, rows_per_step=8, shuffle=(0, 0),
     )  # fmt: skip
     assert sorted(made.documents[:, 0].tolist()) == list(range(1003))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,9 @@ def test_an_example_cut_before_its_answer_is_dropped_and_counted() -> None:
     assert (corpus.report.truncated, corpus.report.supervised_tokens_lost) == (2, 4 + 4)
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
-def test_an_example_without_supervised_tokens_is_dropped_whatever_the_packing(packing: str) -> None:
-    corpus = corpus_of(prepared([4, 5, 1], prompts=[4, 1, 0]), packing=packing)
+@pytest.mark.parametrize("cuts_examples", [True, False])
+def test_an_example_without_supervised_tokens_is_dropped_whatever_the_packing(cuts_examples: bool) -> None:
+    corpus = corpus_of(prepared([4, 5, 1], prompts=[4, 1, 0]), cuts_examples=cuts_examples)
     assert corpus.kept.tolist() == [0, 5, 0]
     assert corpus.report.dropped == {"no_supervised_tokens": 2}
 
@@ -123,7 +124,7 @@ def test_min_and_max_length_are_both_inclusive() -> None:
 
 
 def test_with_concat_nothing_is_too_long() -> None:
-    corpus = corpus_of(prepared([40, 3]), packing="concat")
+    corpus = corpus_of(prepared([40, 3]), cuts_examples=True)
     assert corpus.kept.tolist() == [40, 3]
     assert (corpus.report.dropped, corpus.report.truncated) == ({}, 0)
 
@@ -200,3 +201,12 @@ def test_corpora_count_examples_through_all_of_them() -> None:
     documents = whole(np.arange(5), corpora.kept)
     assert corpora.weigh(documents).tolist() == [2, 3, 4, 9, 1]
     assert corpora.weigh(documents[[4, 0]]).tolist() == [1, 2]
+
+
+def test_the_fingerprint_changes_with_the_tokens_their_order_and_how_much_is_kept() -> None:
+    one, two = corpus_of(prepared([3, 10, 5])), corpus_of(prepared([4, 4]))
+    first = Corpora([one, two]).fingerprint
+    assert Corpora([corpus_of(prepared([3, 10, 5])), two]).fingerprint == first
+    cut = replace(one, kept=np.minimum(one.kept, 5))
+    others = [[cut, two], [two, one], [one], [one, replace(two, content="other")]]
+    assert len({first, *(Corpora(each).fingerprint for each in others)}) == 5

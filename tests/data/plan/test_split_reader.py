@@ -137,7 +137,7 @@ def test_no_division_tokenizes_anything_again(read: Read) -> None:
     assert read().prepare("train", "one").built
     for options in ({"val_fraction": 0.2}, {"data_split": "2,4,4", "data_split_part": 1}, {"seed": 7}):
         assert not read(**options).prepare("train", "one").built
-    reader = read(limits={"max_length": 60, "overlong": "drop", "min_length": 3, "packing": "concat"})
+    reader = read(limits={"max_length": 60, "overlong": "drop", "min_length": 3, "cuts_examples": True})
     assert not reader.prepare("train", "one").built
     assert reader.prepare("train", "one", rebuild=True).built
 

@@ -209,7 +209,7 @@ def test_a_prompt_is_computed_twice_where_once_would_be_something_else(
 ) -> None:
     with caplog.at_level("INFO"):
         run = train(**model, data={"packing": "none"}, trainer={"max_steps": 1})
-    assert not run.data.shares_prompts
+    assert not run.data.layout.share_prompts
     assert f"prompts: with each answer ({said}" in caplog.text
 
 
@@ -221,7 +221,7 @@ def test_attention_that_lets_answers_see_each_other_is_found_out(
     )  # one document, read to its end
     with caplog.at_level("INFO"):
         run = train(trainer={"max_steps": 1})
-    assert not run.data.shares_prompts
+    assert not run.data.layout.share_prompts
     assert "from those of separate conversations" in caplog.text
 
 
