@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+
+from sft_lightning.compat.torch import forward_replaced_by
 
 Int8Kernel = Literal["cuda", "cpu"]
 
@@ -57,13 +59,10 @@ def int8_layers(model: torch.nn.Module, linears: Collection[int], kernel: Int8Ke
         yield
         return
     layers = [each for each in model.modules() if isinstance(each, torch.nn.Linear) and id(each.weight) in linears]
-    for layer in layers:
-        layer.forward = functools.partial(_forward, layer, kernel)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
+    with ExitStack() as patches:
         for layer in layers:
-            del layer.forward
+            patches.enter_context(forward_replaced_by(layer, functools.partial(_forward, layer, kernel)))
+        yield
 
 
 def _forward(layer: torch.nn.Linear, kernel: Int8Kernel, x: torch.Tensor) -> torch.Tensor:

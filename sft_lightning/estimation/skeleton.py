@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedModel
 
+from sft_lightning.compat.torch import fake_tensor_mode
 from sft_lightning.errors import UserError
 from sft_lightning.estimation.speed import num_matrix_entries
 from sft_lightning.models.adapters.config import AdapterConfig
@@ -32,7 +32,7 @@ class Skeleton:
     """A model of fake tensors, on the CPU."""
 
     model: PreTrainedModel | PeftModel
-    mode: FakeTensorMode
+    mode: Any
     linears: frozenset[int]
     """`id` of the weights of linear layers of the base that a quantization stores in fewer bits."""
 
@@ -83,7 +83,7 @@ def build_skeleton(spec: ModelSpec, vocab_size: int, precision: str = "32-true")
             train_only(base, spec.trainable)
         if precision in _TRUE_PRECISION:
             torch.nn.Module.to(model, _TRUE_PRECISION[precision])
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_tensor_mode()
     _make_fake(model, mode)
     linears = frozenset(id(layer.weight) for layer in layers)
     return Skeleton(model, mode, linears, num_matmul)
@@ -93,7 +93,7 @@ _TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Precisions in which the trainer converts the whole model."""
 
 
-def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+def _make_fake(model: torch.nn.Module, mode: Any) -> None:
     """Turn the meta tensors of a model into fake ones on the CPU, whose operations allocate as real ones do."""
     fake: dict[int, torch.Tensor] = {}
     kept: list[torch.Tensor] = []  # an id is only good as long as its tensor lives
@@ -108,10 +108,9 @@ def _make_fake(model: torch.nn.Module, mode: FakeTensorMode) -> None:
         return fake[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in list(tensors.items()):
-                if tensor is not None:
-                    tensors[name] = of(tensor)  # type: ignore[assignment]  # a parameter for a parameter
+        parameters = list(module.named_parameters(recurse=False, remove_duplicate=False))
+        for name, tensor in [*parameters, *module.named_buffers(recurse=False, remove_duplicate=False)]:
+            setattr(module, name, of(tensor))
 
 
 def _config_values(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:

@@ -40,10 +40,9 @@ def empty_model(config: PretrainedConfig, *, vocab_size: int, trust_remote_code:
         )
     zeros: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                zero = torch.zeros(1).expand(parameter.shape)
-                module._parameters[name] = zeros.setdefault(id(parameter), torch.nn.Parameter(zero, False))
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            zero = torch.zeros(1).expand(parameter.shape)
+            module.register_parameter(name, zeros.setdefault(id(parameter), torch.nn.Parameter(zero, False)))
     return model  # type: ignore[no-any-return]
 
 
@@ -133,7 +132,7 @@ class LayerMerger:
         """Whether a parameter belongs to a module that was saved in full (`modules_to_save`)."""
         module: Any = self._model.get_base_model()
         for part in name.split(".")[:-1]:
-            module = _unwrap(module)._modules[part]
+            module = _unwrap(module).get_submodule(part)
             if isinstance(module, ModulesToSaveWrapper):
                 return True
         return False
@@ -143,7 +142,7 @@ class LayerMerger:
         *path, attribute = name.split(".")
         module: Any = self._model.get_base_model()
         for part in path:
-            module = _unwrap(module)._modules[part]
+            module = _unwrap(module).get_submodule(part)
         return module, attribute
 
 

@@ -67,16 +67,16 @@ def whole_parameters(module: nn.Module, whole: Mapping[str, torch.Tensor]) -> It
     places = [
         (owner, name, parameter)
         for owner in module.modules()
-        for name, parameter in owner._parameters.items()
-        if parameter is not None and id(parameter) in stand_ins
+        for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in stand_ins
     ]
     for owner, name, parameter in places:
-        owner._parameters[name] = stand_ins[id(parameter)]
+        owner.register_parameter(name, stand_ins[id(parameter)])
     try:
         yield
     finally:
         for owner, name, parameter in places:
-            owner._parameters[name] = parameter
+            owner.register_parameter(name, parameter)
 
 
 def _parameter(tensor: torch.Tensor, like: nn.Parameter) -> nn.Parameter:

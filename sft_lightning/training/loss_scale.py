@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from sft_lightning.compat.torch import loss_scale
+
 
 class LossScale:
     """Watches a `torch.amp.GradScaler` without a device sync.
@@ -27,13 +29,13 @@ class LossScale:
             `train/loss_scale` and `train/loss_scale_overflows`, float32 scalars; the second counts from the start of
             this process. Nothing before the first step.
         """
-        scale: torch.Tensor | None = scaler._scale  # `get_scale` would wait for the device
+        scale, first = loss_scale(scaler)
         if scale is None:
             return {}
         scale = scale.detach().clone()  # changed in place by the scaler
         if self._last is None or self._overflows is None:
             # The first step is seen too: the scale that it began with is known.
-            self._last = torch.full_like(scale, float(scaler._init_scale))
+            self._last = torch.full_like(scale, first)
             self._overflows = torch.zeros_like(scale)
         self._overflows = self._overflows + (scale < self._last)
         self._last = scale

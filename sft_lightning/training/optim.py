@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sft_lightning.compat.torch import unscales_in_step
 from sft_lightning.errors import UserError
 
 
@@ -201,7 +202,7 @@ def check_float16(optimizer: Optimizer, *, scales_loss: bool) -> None:
     Raises:
         UserError: If weights in float16 train, or the optimizer unscales inside its step.
     """
-    if scales_loss and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scales_loss and unscales_in_step(optimizer):
         # A fused optimizer unscales inside its step: clipping and the logged norm would see scaled gradients.
         raise UserError(
             "model.optimizer: a fused optimizer does not go with trainer.precision: 16-mixed; "

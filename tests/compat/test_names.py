@@ -30,7 +30,7 @@ def function_of(entry: Entry) -> Any:
 
 
 def delete(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take `module:attribute` out of a library, where it is defined."""
+    """Take `module:attribute` out of a library, from wherever a class inherits it."""
     module, _, attribute = name.partition(":")
     owner: Any = importlib.import_module(module)
     *path, last = attribute.split(".")

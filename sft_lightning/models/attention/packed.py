@@ -8,15 +8,15 @@ fastest way: 5x faster on the CPU than one block-diagonal mask, and the memory o
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from sft_lightning.compat.torch import attend_within_documents
 from sft_lightning.errors import UserError
 from sft_lightning.types import SharedPrompt
 
@@ -134,8 +134,6 @@ def _varlen(
     sliding_window: int | None,
 ) -> torch.Tensor:
     """All documents of all rows in one FlashAttention kernel (torch >= 2.10); (B, S, heads, head_dim) out."""
-    from torch.nn.attention.varlen import varlen_attn
-
     batch, heads, width, head_dim = query.shape
     flat = [length for lengths in document_lengths for length in lengths]
     q, k, v = (x.transpose(1, 2).reshape(batch * width, x.shape[1], head_dim) for x in (query, key, value))
@@ -147,12 +145,8 @@ def _varlen(
         torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device) for lengths in (asking, seen)
     )
     options: dict[str, Any] = {"scale": scaling, "window_size": ((sliding_window or 0) - 1, 0)}
-    if k.shape[1] != heads:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
-    out = cast(torch.Tensor, varlen_attn(q, k, v, starts, starts_seen, max(asking), max(seen), **options))
+    longest = (max(asking), max(seen))
+    out = attend_within_documents(q, k, v, (starts, starts_seen), longest, **options)
     return out.view(batch, width, heads, head_dim)
 
 

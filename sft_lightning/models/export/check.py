@@ -7,8 +7,6 @@ generators stay as they are.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +17,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from sft_lightning.compat.torch import copy_sharing_tensors
 from sft_lightning.models.adapters.folder import CHANGE_BASE, attach_adapter, read_config
 from sft_lightning.models.adapters.quantized import prepare_adapted
 from sft_lightning.models.inspection import evaluating
@@ -39,16 +38,9 @@ def _copy_without_adapters(module: torch.nn.Module, copies: dict[int, torch.nn.M
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _copy_without_adapters(module.original_module, copies)
     if id(module) not in copies:
-        copied = copy.copy(module)
+        copied = copy_sharing_tensors(module, lambda child: _copy_without_adapters(child, copies))
+        vars(copied).pop("peft_config", None)
         copies[id(module)] = copied
-        for name, value in vars(module).items():
-            if isinstance(value, dict):  # parameters, buffers, modules, hooks
-                copied.__dict__[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
-        copied.__dict__.pop("peft_config", None)
-        copied._modules = {
-            name: None if child is None else _copy_without_adapters(child, copies)
-            for name, child in module._modules.items()
-        }
     return copies[id(module)]
 
 

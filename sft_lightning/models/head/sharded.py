@@ -17,6 +17,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.torch import forward_replaced_by
 from sft_lightning.models.inspection import base_model, evaluating
 
 _MARK = (1 / 3, -1e4 / 7)
@@ -33,14 +34,8 @@ class ShardedHead:
     @contextmanager
     def replaced_by(self, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Let `compute` run in the head's place: hidden states (B, C, D) → what the model returns as its logits."""
-        own = vars(self.module).get("forward")
-        vars(self.module)["forward"] = compute
-        try:
+        with forward_replaced_by(self.module, compute):
             yield
-        finally:
-            del vars(self.module)["forward"]
-            if own is not None:
-                vars(self.module)["forward"] = own
 
 
 def find_sharded_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch.device) -> ShardedHead | None:

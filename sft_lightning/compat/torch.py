@@ -1,0 +1,174 @@
+"""What is used of torch beyond its documented interface."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from sft_lightning.compat.names import uses
+
+if TYPE_CHECKING:
+    import torch
+
+
+@uses(
+    "torch.amp:GradScaler.get_scale",
+    attributes=("_scale", "_init_scale"),
+    feature="trainer.precision: 16-mixed",
+    since="1.6",
+    replacement="`get_scale`, which waits for the device",
+)
+def loss_scale(scaler: torch.amp.GradScaler) -> tuple[torch.Tensor | None, float]:
+    """Return the scale of the loss without waiting for the device.
+
+    Returns:
+        The scale, a float32 scalar that the scaler changes in place, `None` before the first step; and the scale that
+        it began with.
+    """
+    return scaler._scale, float(scaler._init_scale)
+
+
+def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a loss scaler leaves it to the optimizer's step to unscale the gradients, as it does to fused ones.
+
+    The scaler asks the same attribute, which only such optimizers have (torch 2.0). Without it, `fused` decides.
+    """
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", optimizer.defaults.get("fused")))
+
+
+@uses(
+    "torch._subclasses.fake_tensor:FakeTensorMode",
+    feature="plan",
+    since="1.13",
+    replacement="`torch.device('meta')`, whose operations allocate nothing",
+)
+def fake_tensor_mode() -> Any:
+    """Return a context in which tensors have shapes, types and devices, and no memory; real ones may be mixed in."""
+    return importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@uses(
+    "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
+    "torch.utils._pytree:tree_map_only",
+    feature="plan",
+    since="1.13",
+    replacement="the documented `torch.overrides.TorchFunctionMode`, which does not see the backward pass",
+)
+def watching_operations(see: Callable[[torch.Tensor], Any]) -> AbstractContextManager[Any]:
+    """Return a context that shows every tensor that an operation returns, those of the backward pass too.
+
+    Args:
+        see: Called with each tensor.
+    """
+    import torch
+
+    tree_map_only = importlib.import_module("torch.utils._pytree").tree_map_only
+    base: Any = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+
+    class Watch(base):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            tree_map_only(torch.Tensor, see, out)
+            return out
+
+    return cast("AbstractContextManager[Any]", Watch())
+
+
+@uses(
+    "torch:UntypedStorage.nbytes",
+    attributes=("_cdata",),
+    feature="plan",
+    since="2.0",
+    replacement="`data_ptr`, which fake tensors do not have",
+)
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return a number that two views of the same memory share; Python makes a new object for a storage each time."""
+    return int(storage._cdata)
+
+
+@uses(
+    "torch.nn:Module.children",
+    attributes=("_modules", "_parameters"),
+    feature="exporting an adapter, and the check of what was exported",
+    since="1.0",
+    replacement="`copy.deepcopy` of the model, which doubles its memory",
+)
+def copy_sharing_tensors(
+    module: torch.nn.Module, copy_child: Callable[[torch.nn.Module], torch.nn.Module]
+) -> torch.nn.Module:
+    """Return a shallow copy of a module: the same tensors and hooks, in dictionaries of its own.
+
+    Args:
+        module: Left as it is.
+        copy_child: Returns the copy of a child.
+    """
+    copied = copy.copy(module)
+    for name, value in vars(module).items():
+        if isinstance(value, dict):  # parameters, buffers, modules, hooks
+            copied.__dict__[name] = OrderedDict(value) if isinstance(value, OrderedDict) else dict(value)
+    children = module._modules.items()
+    copied._modules = {name: None if child is None else copy_child(child) for name, child in children}
+    return copied
+
+
+@contextmanager
+def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Patch the `forward` of one module; its hooks, and those that gather its weights, run as always.
+
+    `nn.Module.__call__` looks `forward` up on the object (torch 1.0). The patch ends with the context.
+
+    Args:
+        module: The module, not its class.
+        function: Takes what `forward` takes.
+    """
+    own = vars(module).get("forward")
+    vars(module)["forward"] = function
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
+
+
+@uses(
+    "torch.nn.attention.varlen:varlen_attn",
+    feature="model.attn_implementation: auto on a GPU",
+    since="2.10",
+    replacement="model.attn_implementation: flash_attention_2",
+)
+def attend_within_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: tuple[torch.Tensor, torch.Tensor],
+    longest: tuple[int, int],
+    **options: Any,
+) -> torch.Tensor:
+    """Compute the attention of documents of different lengths that stand one after the other, in one kernel.
+
+    Key and value heads are repeated where the kernel cannot share them among query heads (before torch 2.12).
+
+    Args:
+        query: (tokens, heads, head_dim).
+        key: (tokens, key/value heads, head_dim).
+        value: (tokens, key/value heads, head_dim).
+        starts: Where each document starts, and where the last one ends, among queries and among keys; int32.
+        longest: Tokens of the longest document, among queries and among keys.
+        options: What else `varlen_attn` takes: `scale`, `window_size`.
+
+    Returns:
+        (tokens, heads, head_dim).
+    """
+    attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and "enable_gqa" in inspect.signature(attend).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    return cast("torch.Tensor", attend(query, key, value, *starts, *longest, **options))
