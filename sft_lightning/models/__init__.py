@@ -1,1 +1,1 @@
-"""The model: loading, quantization, adapters, packed attention, generation, export, merging."""
+"""The model: loading, quantization, adapters, packed attention, loss heads, generation, export."""

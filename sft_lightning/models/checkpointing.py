@@ -1,4 +1,4 @@
-"""Gradient checkpointing: of which layers, and whether it is needed: a step's activations against what is free."""
+"""Gradient checkpointing: decide whether it is needed, from activations and free memory, and enable it for layers."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ class CheckpointingDecision:
     """Whether gradient checkpointing is on, and why."""
 
     enabled: bool
+    """Whether activations are recomputed."""
+
     reason: str
+    """Why, for the log."""
 
     every: int = 1
-    """Every how manieth decoder layer is recomputed, the first among them; the others keep their activations."""
+    """Recompute every n-th decoder layer, starting with the first; the other layers keep their activations."""
 
 
 def activation_gib(config: PretrainedConfig, *, tokens: int, bytes_per_value: int) -> float:
-    """Predict the activations that a forward pass keeps for the backward, without checkpointing, in GiB.
+    """Predict the activations that a forward pass keeps for the backward pass, without checkpointing, in GiB.
 
     Per layer and token, a decoder keeps about 6 hidden, 2 key/value and 3 feed-forward vectors; transformers' unfused
-    layers with a PEFT adapter keep about twice that. A state space model has no heads; its scan keeps three states of
-    each feed-forward channel and token in float32. Logits add three float32 copies of the vocabulary.
+    layers with a PEFT adapter keep about twice as much. A state space model has no heads; its scan keeps three float32
+    states of each feed-forward channel and token. Logits add three float32 copies of the vocabulary per token.
 
     Args:
         config: The model's configuration.
@@ -66,12 +69,12 @@ def decide_checkpointing(
         config: The model's configuration.
         tokens: Tokens of a micro-batch on one device.
         bytes_per_value: Bytes of an activation.
-        free_gib: Memory that is free once the weights are loaded.
+        free_gib: Free memory of the device, in GiB, after the weights were loaded.
     """
     if isinstance(setting, bool):
         return CheckpointingDecision(setting, f"set to {str(setting).lower()}")
     if isinstance(setting, int):
-        return CheckpointingDecision(True, f"of every {_ordinal(setting)}decoder layer", every=setting)
+        return CheckpointingDecision(True, f"every {_ordinal(setting)}decoder layer", every=setting)
     needed = activation_gib(config, tokens=tokens, bytes_per_value=bytes_per_value)
     enabled = needed > _SHARE_OF_FREE_MEMORY * free_gib
     sign = ">" if enabled else "≤"
@@ -97,37 +100,37 @@ def check_checkpointing_setting(setting: bool | int | Literal["auto"]) -> None:
     """
     if not isinstance(setting, bool | str) and setting < 1:
         raise UserError(
-            f"model.gradient_checkpointing: must be at least 1 to be a number of layers (got {setting}); 2 recomputes "
-            "every second layer, false none"
+            f"model.gradient_checkpointing: must be at least 1 (got {setting}); n recomputes every n-th decoder layer, "
+            "false none"
         )
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """Return the layers that can be recomputed, or compiled, one by one, in order."""
+    """Return the decoder layers that can be recomputed, or compiled, one by one, in the order of the model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int:
-    """Recompute layers in the backward pass; works with frozen inputs because it is not reentrant.
+    """Recompute layers in the backward pass; non-reentrant, so it works with frozen inputs.
 
     Args:
-        model: The model, without an adapter around it.
-        every: Every how manieth decoder layer, from the first; 1 for all.
+        model: The transformers model, without the PEFT model around it.
+        every: Recompute every n-th decoder layer, starting with the first; 1 recomputes all.
 
     Returns:
-        How many layers are recomputed.
+        The number of layers that are recomputed.
 
     Raises:
-        UserError: If the model cannot do this, or not for some layers alone.
+        UserError: If the model does not support it, or has fewer than `every` layers.
     """
     layers = recomputable_layers(model)
     if every > max(1, len(layers)):
         raise UserError(
-            f"model.gradient_checkpointing: {every}, but this {model.config.model_type} model has {len(layers)} "
-            "decoder layers to choose from; set a smaller number, or true"
+            f"model.gradient_checkpointing: must be at most {max(1, len(layers))}, the number of decoder layers of this "
+            f"{model.config.model_type} model that can be recomputed (got {every})"
         )
     if not model.supports_gradient_checkpointing:
-        raise UserError(f"model.gradient_checkpointing: not for {model.config.model_type} models; set false")
+        raise UserError(f"model.gradient_checkpointing: {model.config.model_type} models do not support it; set false")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if every == 1:
         return len(layers)

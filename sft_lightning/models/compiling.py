@@ -1,4 +1,4 @@
-"""torch.compile, layer by layer: the layers are alike, so one compilation serves all, in seconds instead of minutes."""
+"""Compile a model layer by layer: layers are alike, so one compilation serves all, in seconds instead of minutes."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from sft_lightning.models.checkpointing import recomputable_layers
 
 
 def compile_layers(model: PreTrainedModel) -> int:
-    """Compile each decoder layer in place; names, weights and state dict stay as they are.
+    """Compile each decoder layer in place; names, weights and state dict do not change.
 
-    Rows differ in length, so lengths are dynamic from the start. Attention within documents (`packed_attention`) stays
-    outside of what is compiled: documents are different in every row, and each set of lengths would be compiled anew.
-    See https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
+    Rows differ in length, so lengths are dynamic from the start. `packed_attention` is not compiled: every row has
+    other document lengths, and each set of them would cause a new compilation. See
+    https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
 
     Args:
-        model: The model, without an adapter around it; adapters inside its layers are compiled with them.
+        model: The transformers model, without the PEFT model around it; adapters inside its layers are compiled too.
 
     Returns:
-        How many layers there are.
+        The number of layers.
 
     Raises:
-        UserError: If the model has no layers to compile one by one.
+        UserError: If the model has no layers that can be compiled one by one.
     """
     layers = recomputable_layers(model)
     if not layers:
         raise UserError(
-            f"model.torch_compile: this {model.config.model_type} model has no decoder layers that transformers marks "
-            "as such; set false"
+            f"model.torch_compile: not available for this {model.config.model_type} model, whose decoder layers "
+            "transformers does not mark; set false"
         )
     model.base_model.register_forward_pre_hook(_hide_lengths, with_kwargs=True)
     AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))

@@ -1,4 +1,8 @@
-"""Whether packed documents see each other: not taken from a family's name, but measured on the model that is loaded."""
+"""Check on the loaded model that packed documents do not see each other.
+
+The family's name is no evidence: the logits of a document are measured in a packed row, beside another document, and
+alone.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +20,28 @@ from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
 from sft_lightning.models.inspection import base_model, evaluating, max_positions
 
 _LENGTH = 16
-"""Tokens of the document that is watched."""
+"""Tokens of the document whose logits are measured."""
 
-_FURTHEST = 512
-"""Tokens that stand before it at most: enough to see positions that bfloat16 rounds (above 256), as ALiBi's are."""
+_MAX_BEFORE = 512
+"""Most tokens before it: enough to reach positions above 256, which bfloat16 rounds (ALiBi)."""
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """How far a document's logits move through what shares its row."""
+    """How much the logits of a document depend on the rest of its row."""
 
     leak: float
-    """Largest change of its logits when the document before it changes."""
+    """Largest absolute change of its logits when the document before it is replaced."""
 
     difference: float
-    """Largest difference between its logits in a packed row and alone."""
+    """Largest absolute difference between its logits in a packed row and alone."""
 
     tolerance: float
-    """What rounding may do to either."""
+    """How much rounding may change either."""
 
     @property
     def verified(self) -> bool:
-        """Whether documents do not see each other; not if anything is NaN."""
+        """Whether neither exceeds the tolerance; false if any value is NaN."""
         return self.leak <= self.tolerance and self.difference <= self.tolerance
 
 
@@ -47,14 +51,14 @@ def measure_isolation(
 ) -> Isolation:
     """Measure on the loaded model whether packed documents see each other.
 
-    Two documents share a row. Changing the first must not move the second's logits, and the second's logits must be
-    those of the document alone.
+    Two documents share a row. Replacing the first must not change the logits of the second, and these must be the same
+    as for the second document alone.
 
     Args:
         model: The model, adapters included.
-        vocab_size: Ids to draw from.
-        device: Where the model is.
-        max_length: Tokens per row; the second document stands as near to its end as makes a difference.
+        vocab_size: Random token ids are below it.
+        device: The model's device.
+        max_length: Tokens per row; the second document is placed near the end, at most 512 tokens into the row.
     """
     before = _length_before(model, max_length)
     generator = torch.Generator().manual_seed(0)
@@ -74,19 +78,19 @@ def measure_isolation(
 def verify_isolation(
     model: torch.nn.Module, vocab_size: int, device: torch.device, *, max_length: int = 2 * _LENGTH
 ) -> float:
-    """Prove on the loaded model that packed documents do not see each other.
+    """Verify on the loaded model that packed documents do not see each other.
 
     Args:
         model: The model, adapters included.
-        vocab_size: Ids to draw from.
-        device: Where the model is.
+        vocab_size: Random token ids are below it.
+        device: The model's device.
         max_length: Tokens per row.
 
     Returns:
-        The largest difference between a document's packed and separate logits.
+        The largest absolute difference between a document's packed and separate logits.
 
     Raises:
-        UserError: If one document moves another one's logits by more than rounding does.
+        UserError: If one document changes the logits of another by more than rounding does.
     """
     found = measure_isolation(model, vocab_size, device, max_length=max_length)
     if not found.verified:
@@ -102,17 +106,17 @@ def choose_packing(
     max_length: int,
     rope_scaling: RopeScalingConfig | None,
 ) -> tuple[Literal["best_fit", "none"], str]:
-    """Settle `data.packing: auto` on the loaded model.
+    """Decide `data.packing: auto` on the loaded model.
 
     Args:
         model: The model, adapters included.
-        vocab_size: Ids to draw from.
-        device: Where the model is.
+        vocab_size: Random token ids are below it.
+        device: The model's device.
         max_length: Tokens per row.
-        rope_scaling: What its positions are stretched by.
+        rope_scaling: `model.rope_scaling`; `None` if it is not set.
 
     Returns:
-        The packing, and why.
+        The packing, and the reason.
     """
     try:
         if rope_scaling is not None:
@@ -120,29 +124,38 @@ def choose_packing(
         found = measure_isolation(model, vocab_size, device, max_length=max_length)
     except UserError as error:
         return "none", str(error)
-    return ("best_fit", "documents are apart") if found.verified else ("none", describe_leak(model, found))
+    return (
+        ("best_fit", "packed documents do not see each other")
+        if found.verified
+        else ("none", describe_leak(model, found))
+    )
 
 
 def describe_leak(model: torch.nn.Module, found: Isolation) -> str:
-    """Return in words what was measured on a model that leaks."""
+    """Describe the measurement of a model whose documents see each other.
+
+    Args:
+        model: The model.
+        found: The measurement.
+    """
     return (
-        f"packed documents see each other in this model ({_kind(model)}): changing one moved the other's logits by "
-        f"{found.leak:.2e}, and packed logits differ from separate ones by {found.difference:.2e} "
+        f"packed documents see each other in this model ({_describe_model(model)}): replacing one changed the logits of "
+        f"the other by {found.leak:.2e}, and packed logits differ from separate ones by {found.difference:.2e} "
         f"(tolerance {found.tolerance:.2e})"
     )
 
 
 def _way_out(model: torch.nn.Module) -> str:
-    """Say what to set; another attention helps only where the user chose one, and where there is any."""
+    """Return the settings that help; another attention does only if the user chose one, and if the model has one."""
     config = getattr(model, "config", None)
     chosen = None if config is None else attention_of(config)
-    ways = ["set data.packing: none", "or data.packing: auto, which packs only where this is proven"]
+    ways = ["set data.packing: none", "or data.packing: auto, which packs only if documents do not see each other"]
     if chosen in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
-        ways.append("or model.attn_implementation: auto, our attention that keeps documents apart, if the model has it")
+        ways.append("or model.attn_implementation: auto, which keeps documents apart if the model supports it")
     return ", ".join(ways)
 
 
-def _kind(model: torch.nn.Module) -> str:
+def _describe_model(model: torch.nn.Module) -> str:
     if not isinstance(model, PreTrainedModel | PeftModel):
         return type(model).__name__
     config = base_model(model).config
@@ -150,10 +163,10 @@ def _kind(model: torch.nn.Module) -> str:
 
 
 def _length_before(model: torch.nn.Module, max_length: int) -> int:
-    """Return how many tokens to put before the document that is watched."""
+    """Return the length of the document before the measured one."""
     config = getattr(model, "config", None)
     limit = max_length if config is None else min(max_length, max_positions(config))
-    return max(_LENGTH, min(_FURTHEST, limit - _LENGTH))
+    return max(_LENGTH, min(_MAX_BEFORE, limit - _LENGTH))
 
 
 def _logits(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -164,6 +177,6 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) -> to
 
 
 def _compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The coarsest floating-point type among the parameters: what rounding the logits carry."""
+    """Return the coarsest floating-point type among the parameters, which decides the rounding of the logits."""
     dtypes = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32)}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

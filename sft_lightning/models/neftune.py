@@ -12,11 +12,11 @@ from sft_lightning.errors import UserError
 
 
 class EmbeddingNoise:
-    """Adds noise within ±alpha / sqrt(L·d) to the input embeddings in training mode.
+    """Adds uniform noise within ±alpha / sqrt(L·d) to the input embeddings in training mode.
 
-    L is the length in tokens of the document that a token is in, as if it were alone in its row, so that packing does
-    not change the noise; d is the embedding's width. transformers' own hook takes the row's length, padding included.
-    The noise comes from torch's generator, which checkpoints hold.
+    L is the length of the token's document, not of the row, so that packing does not change the noise (transformers'
+    own hook uses the row's length, padding included); d is the width of the embedding. The noise is drawn from torch's
+    global generator, whose state is in checkpoints.
 
     Args:
         alpha: `model.neftune_alpha`; the paper tries 5, 10 and 15.
@@ -27,13 +27,13 @@ class EmbeddingNoise:
 
     def __init__(self, alpha: float) -> None:
         if alpha <= 0:
-            raise UserError(f"model.neftune_alpha: must be above 0 (got {alpha}); null for no noise")
+            raise UserError(f"model.neftune_alpha: must be above 0 (got {alpha}); null adds no noise")
         self.alpha = alpha
         self._document_lengths: list[list[int]] | None = None
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Put the noise on a model, adapter and all; evaluation and state dict stay as they are."""
-        # The decoder, not the model with its head: whoever computes the loss in chunks calls only the decoder.
+        """Add the noise to a model, with or without an adapter; evaluation and the state dict do not change."""
+        # On the decoder, not on the model with its head: a chunked loss calls only the decoder.
         model.base_model.register_forward_pre_hook(self._note_documents, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add_noise)
 

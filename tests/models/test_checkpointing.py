@@ -26,7 +26,7 @@ LLAMA_7B = LlamaConfig(
 )
 
 
-def test_a_7b_models_activations_grow_with_tokens_as_the_literature_says() -> None:
+def test_a_7b_models_activations_grow_with_tokens_as_published() -> None:
     per_token = activation_gib(LLAMA_7B, tokens=1, bytes_per_value=2) * 2**30
     assert per_token == pytest.approx(2 * 4.2e6, rel=0.1)
     assert activation_gib(LLAMA_7B, tokens=64, bytes_per_value=2) == pytest.approx(64 * per_token / 2**30)
@@ -111,21 +111,21 @@ def test_recomputing_every_second_layer_changes_no_gradient_in_any_mode(mode: st
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-9)
 
 
-def test_a_state_space_models_scan_is_counted() -> None:
+def test_the_states_of_a_state_space_models_scan_are_counted() -> None:
     config = MambaConfig(hidden_size=64, state_size=16, num_hidden_layers=2, vocab_size=100)
     of_the_scan = 2 * 12 * config.intermediate_size * 16
     assert activation_gib(config, tokens=1, bytes_per_value=2) * 2**30 > of_the_scan
 
 
-def test_a_number_of_layers_is_told_in_the_log() -> None:
+def test_the_reason_names_which_layers_are_recomputed() -> None:
     decision = decide_checkpointing(3, LLAMA_7B, tokens=1, bytes_per_value=2, free_gib=1000.0)
-    assert (decision.enabled, decision.every, decision.reason) == (True, 3, "of every third decoder layer")
+    assert (decision.enabled, decision.every, decision.reason) == (True, 3, "every third decoder layer")
 
 
-def test_numbers_of_layers_that_cannot_be_are_refused() -> None:
+def test_a_number_below_one_or_above_the_layers_is_refused() -> None:
     with pytest.raises(UserError, match=r"model.gradient_checkpointing: must be at least 1 .*got 0"):
         check_checkpointing_setting(0)
     for fine in (True, False, "auto", 1, 4):
         check_checkpointing_setting(fine)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="6, but this llama model has 5 decoder layers"):
+    with pytest.raises(UserError, match=r"must be at most 5, the number of decoder layers .* \(got 6\)"):
         enable_gradient_checkpointing(llama(5), 6)

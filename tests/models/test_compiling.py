@@ -61,7 +61,7 @@ def test_compiled_layers_have_the_same_losses_and_gradients(mode: str, recompute
 
 
 @pytest.mark.slow
-def test_one_compilation_serves_all_layers_and_rows() -> None:
+def test_all_layers_and_rows_share_one_compilation() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = llama()
@@ -79,5 +79,5 @@ def test_a_model_without_layers_to_compile_is_refused() -> None:
     model = llama()
     model.__class__ = Bare
     assert not recomputable_layers(model)
-    with pytest.raises(UserError, match=r"model.torch_compile: this llama model has no decoder layers"):
+    with pytest.raises(UserError, match=r"model.torch_compile: not available for this llama model"):
         compile_layers(model)

@@ -36,23 +36,25 @@ class Leaking(torch.nn.Module):
         return self.inner(input_ids=input_ids)
 
 
-def test_isolation_is_proven_on_a_model_that_isolates(model_dir: Path) -> None:
+def test_a_model_whose_documents_do_not_see_each_other_is_verified(model_dir: Path) -> None:
     assert verify_isolation(load(model_dir, PACKED), 300, CPU) < 1e-5
 
 
 @pytest.mark.parametrize("max_length", [1, 32, 100, 4096])
-def test_the_proof_stands_at_the_end_of_a_row_within_the_models_positions(max_length: int, model_dir: Path) -> None:
+def test_the_measured_document_is_at_the_end_of_the_row_within_the_models_context(
+    max_length: int, model_dir: Path
+) -> None:
     found = measure_isolation(load(model_dir, PACKED), 300, CPU, max_length=max_length)
     assert found.verified
     assert found.difference < 1e-5
 
 
-def test_isolation_is_refused_on_a_model_that_leaks(model_dir: Path) -> None:
+def test_a_model_whose_documents_see_each_other_is_refused(model_dir: Path) -> None:
     with pytest.raises(UserError, match=r"packed documents see each other.*data.packing: none.*data.packing: auto"):
         verify_isolation(Leaking(model_dir), 300, CPU)
 
 
-def test_a_chosen_attention_that_leaks_is_named_with_the_way_out(model_dir: Path) -> None:
+def test_a_chosen_attention_that_leaks_is_named_with_what_to_set(model_dir: Path) -> None:
     class LeakingLlama(type(load(model_dir, "eager"))):  # type: ignore[misc]
         def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
             return super().forward(input_ids=input_ids)
@@ -63,13 +65,13 @@ def test_a_chosen_attention_that_leaks_is_named_with_the_way_out(model_dir: Path
         verify_isolation(model, 300, CPU)
 
 
-def test_what_is_not_a_number_proves_nothing() -> None:
+def test_a_measurement_that_is_not_a_number_is_not_verified() -> None:
     assert not Isolation(leak=float("nan"), difference=0.0, tolerance=1.0).verified
     assert not Isolation(leak=0.0, difference=float("nan"), tolerance=1.0).verified
     assert not Isolation(leak=0.0, difference=0.0, tolerance=float("nan")).verified
 
 
-def test_the_proof_leaves_the_models_mode_as_it_was(model_dir: Path) -> None:
+def test_the_measurement_does_not_change_the_models_mode(model_dir: Path) -> None:
     model = load(model_dir, PACKED).train()
     verify_isolation(model, 300, CPU)
     assert model.training
@@ -86,7 +88,7 @@ def with_outliers(model_dir: Path, tmp_path: Path) -> PreTrainedModel:
     return load_quantized(str(tmp_path / "outliers"), eight, dtype=torch.float32, attn_implementation=PACKED).eval()
 
 
-def test_outlier_columns_of_eight_bits_are_no_leak(with_outliers: PreTrainedModel) -> None:
+def test_outlier_columns_of_an_8_bit_model_do_not_count_as_a_leak(with_outliers: PreTrainedModel) -> None:
     ids = torch.randint(300, (2, 1, 64), generator=torch.Generator().manual_seed(0))
     rows = [torch.cat([row[:, :32], ids[0][:, 32:]], 1) for row in ids]
     one, other = (with_outliers(row, document_lengths=[[32, 32]]).logits[:, 32:] for row in rows)
@@ -96,7 +98,7 @@ def test_outlier_columns_of_eight_bits_are_no_leak(with_outliers: PreTrainedMode
     assert thresholds == {6.0}
 
 
-def test_a_model_in_eight_bits_that_leaks_is_refused(with_outliers: PreTrainedModel) -> None:
+def test_an_8_bit_model_whose_documents_see_each_other_is_refused(with_outliers: PreTrainedModel) -> None:
     class LeakingLlama(type(with_outliers)):  # type: ignore[misc]
         def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
             return super().forward(input_ids=input_ids)

@@ -27,14 +27,14 @@ def noise(model_dir: Path, *, document_lengths: list[list[int]] | None, training
     return (output - model.get_input_embeddings().weight[ids])[0].detach()
 
 
-def test_the_bound_is_that_of_each_documents_own_length(model_dir: Path) -> None:
+def test_the_bound_depends_on_the_length_of_each_document(model_dir: Path) -> None:
     added = noise(model_dir, document_lengths=[[4, 96]]).abs()
     for part, length in ((added[:4], 4), (added[4:], 96)):
         bound = 5.0 / math.sqrt(length * 32)
         assert 0.9 * bound < float(part.max()) <= bound * (1 + 1e-6)
 
 
-def test_without_documents_the_row_is_one(model_dir: Path) -> None:
+def test_without_document_lengths_the_row_is_one_document(model_dir: Path) -> None:
     assert float(noise(model_dir, document_lengths=None).abs().max()) <= 5.0 / math.sqrt(100 * 32) * (1 + 1e-6)
 
 
@@ -62,7 +62,7 @@ def test_a_document_gets_the_same_bound_packed_and_alone(model_dir: Path) -> Non
     assert float(packed) > float(noise(model_dir, document_lengths=[[100]]).abs().max())
 
 
-def test_noise_is_put_on_embeddings_that_train_and_changes_no_weight(model_dir: Path) -> None:
+def test_noise_is_added_to_trainable_embeddings_and_changes_no_weight(model_dir: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation=PACKED)
     model = add_adapter(base, AdapterConfig(r=2, dropout=0.0, modules_to_save=["embed_tokens"])).train()
     ids, weights = torch.arange(100)[None], {name: p.clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""`data.packing: auto`, and what stops a run: one that is proven is packed, one that is not is not."""
+"""Covers sft_lightning.models.isolation and sft_lightning.training.module: what `data.packing: auto` decides."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "_logits", lambda model, ids, lengths: logits(model, ids, [sum(lengths)]))
 
 
-def test_auto_packs_on_a_model_that_is_proven(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_packs_if_documents_do_not_see_each_other(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     trainer, module, data = make()
     with caplog.at_level(logging.INFO):
         trainer.fit(module, data)
@@ -73,7 +73,9 @@ def test_auto_packs_on_a_model_that_is_proven(make: Make, caplog: pytest.LogCapt
 
 
 @pytest.mark.usefixtures("leaking")
-def test_auto_gives_each_example_a_row_on_a_model_that_leaks(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_gives_each_example_a_row_if_documents_see_each_other(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer, module, data = make()
     with caplog.at_level(logging.INFO):
         trainer.fit(module, data)
@@ -99,7 +101,7 @@ def test_a_leaking_model_stops_a_run_that_asks_for_packing(packing: str, make: M
 
 
 @pytest.mark.usefixtures("leaking")
-def test_an_evaluation_packs_only_where_that_is_proven(make: Make, alpaca_file: Path) -> None:
+def test_an_evaluation_packs_only_if_documents_do_not_see_each_other(make: Make, alpaca_file: Path) -> None:
     for packing, proven in (("auto", True), ("none", True), ("best_fit", False)):
         trainer, module, data = make(packing=packing)
         data.reader._sources["val"] = {"toy": SourceConfig(path=str(alpaca_file))}

@@ -1,1 +1,1 @@
-"""Adapters: what is asked for, what is wrapped, what trains, and continuing one."""
+"""Adapters: configuration, target modules, wrapping, trainable weights, continuing from a folder."""
