@@ -126,8 +126,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int
     layers = recomputable_layers(model)
     if every > max(1, len(layers)):
         raise UserError(
-            f"model.gradient_checkpointing: must be at most {max(1, len(layers))}, the number of decoder layers of this "
-            f"{model.config.model_type} model that can be recomputed (got {every})"
+            f"model.gradient_checkpointing: must be at most {max(1, len(layers))}, the number of decoder layers that "
+            f"this {model.config.model_type} model can recompute (got {every})"
         )
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: {model.config.model_type} models do not support it; set false")

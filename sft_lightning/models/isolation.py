@@ -139,8 +139,8 @@ def describe_leak(model: torch.nn.Module, found: Isolation) -> str:
         found: The measurement.
     """
     return (
-        f"packed documents see each other in this model ({_describe_model(model)}): replacing one changed the logits of "
-        f"the other by {found.leak:.2e}, and packed logits differ from separate ones by {found.difference:.2e} "
+        f"packed documents see each other in this model ({_describe_model(model)}): replacing one changed the logits "
+        f"of the other by {found.leak:.2e}, and packed logits differ from separate ones by {found.difference:.2e} "
         f"(tolerance {found.tolerance:.2e})"
     )
 

@@ -1,1 +1,1 @@
-"""Attention that keeps the documents of a packed row apart, and the check that it does."""
+"""Attention that keeps the documents of a packed row apart: our own function, or a mask for families with their own."""

@@ -1,8 +1,8 @@
-"""Documents kept apart by a mask, for families that do their own attention: BLOOM, Falcon, GPT-Neo and the like.
+"""Keep documents apart by a mask, for families that compute attention themselves, such as BLOOM, Falcon and GPT-Neo.
 
-Such a model calls no registered attention function, so ours never reaches it; but it asks transformers for a causal
-mask. That mask is made here: causal, and within each document. It costs what such models spend anyway, one float for
-every pair of tokens of a row.
+Such a model does not call a registered attention function, so `packed_attention` never runs; but it asks transformers
+for a causal mask. This module makes that mask: causal within each document. It takes the memory that such models use
+for their own mask anyway, one number for every pair of tokens of a row.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.inspection import base_model
 
 DOCUMENT_MASK = "document_mask"
-"""Our name in transformers' registry of mask functions."""
+"""The name under which the mask function is registered with transformers."""
 
 _document_lengths: ContextVar[Sequence[Sequence[int]] | None] = ContextVar("document_lengths", default=None)
-"""Documents of the rows that a model is looking at; not every model hands keyword arguments on to its masks."""
+"""Document lengths of the current forward pass: not every model passes keyword arguments on to its mask function."""
 
 
 def choose_attention(requested: str, config: PretrainedConfig) -> str:
@@ -37,10 +37,10 @@ def choose_attention(requested: str, config: PretrainedConfig) -> str:
 
     Args:
         requested: `model.attn_implementation`.
-        config: The model's.
+        config: The model's configuration.
 
     Returns:
-        `requested`; for `auto` our packed attention, and `eager` where the family does its own.
+        `requested`; for `auto`, packed attention, or `eager` if the family computes attention itself.
     """
     if requested != "auto":
         return requested
@@ -49,13 +49,13 @@ def choose_attention(requested: str, config: PretrainedConfig) -> str:
 
 
 def use_document_mask(model: PreTrainedModel | PeftModel) -> bool:
-    """Let a model with its own attention see the documents of a row by its mask; others are left as they are.
+    """Give a model that computes attention itself masks that keep documents apart; change no other model.
 
     Args:
-        model: The model, loaded with what `choose_attention` said; its adapter, if it gets one, on it.
+        model: The model, loaded with the attention of `choose_attention`, its adapter included.
 
     Returns:
-        Whether there was anything to do.
+        Whether the model uses the mask.
     """
     base = base_model(model)
     config = base.config
@@ -71,14 +71,14 @@ def use_document_mask(model: PreTrainedModel | PeftModel) -> bool:
 def document_mask(
     batch_size: int, q_length: int, kv_length: int, *, dtype: torch.dtype = torch.float32, **options: Any
 ) -> torch.Tensor:
-    """Return a causal mask within documents, as transformers' `eager_mask` is: 0, or the lowest number of `dtype`.
+    """Return a causal mask within documents, in the form of transformers' `eager_mask`: 0, or the lowest number.
 
     Args:
-        batch_size: B.
-        q_length: Tokens that look, S.
-        kv_length: Tokens that are looked at; S, unless there is a cache.
-        dtype: Of the mask.
-        options: What else `eager_mask` takes.
+        batch_size: Rows, B.
+        q_length: Query tokens, S.
+        kv_length: Key tokens; S, unless there is a cache.
+        dtype: Type of the mask.
+        options: Further arguments of `eager_mask`.
 
     Returns:
         (B, 1, S, kv_length).
@@ -109,6 +109,6 @@ def _forget_documents(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
         _document_lengths.set(None)
 
 
-# A model that reads its attention from the registry after all gets the one that heeds any mask.
+# A model that reads the attention function from the registry after all gets SDPA, which applies any mask.
 AttentionInterface.register(DOCUMENT_MASK, AttentionInterface()["sdpa"])
 AttentionMaskInterface.register(DOCUMENT_MASK, document_mask)

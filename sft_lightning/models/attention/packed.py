@@ -1,9 +1,9 @@
 """Packed attention for any device: documents that share a row do not see each other.
 
-One function, registered with transformers under the name `packed`. No mask function is registered with it, so
-transformers builds no mask; the document lengths of the batch reach this function as a keyword argument of the model's
-forward, through PEFT and gradient checkpointing. Every (row, document) is attended to on its own, which is also the
-fastest way: 5x faster on the CPU than one block-diagonal mask, and the memory of a mask is never spent.
+The function is registered with transformers under the name `packed`, without a mask function, so transformers builds no
+mask. The document lengths of the batch arrive as a keyword argument of the model's forward, through PEFT and gradient
+checkpointing. Attention is computed for each document separately: on the CPU this is 5 times faster than one
+block-diagonal mask, and takes no memory for a mask.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sft_lightning.errors import UserError
 from sft_lightning.types import SharedPrompt
 
 PACKED = "packed"
-"""Our name in transformers' registry of attention implementations."""
+"""The name under which the function is registered with transformers."""
 
 
 class HiddenLengths:
-    """Document lengths that torch.compile does not look into: it would compile anew for every other set of them."""
+    """Document lengths that are opaque to torch.compile, which would otherwise compile again for each set of them."""
 
     def __init__(self, lengths: Sequence[Sequence[int]]) -> None:
         self.lengths = lengths
@@ -52,22 +52,26 @@ def packed_attention(
         query: (B, heads, S, head_dim).
         key: (B, key_value_heads, S, head_dim).
         value: (B, key_value_heads, S, head_dim).
-        attention_mask: Ignored; the documents say it all.
-        scaling: Factor on the scores; default 1/sqrt(head_dim).
-        dropout: Dropout on the attention weights.
+        attention_mask: Ignored; the documents define the mask.
+        scaling: Factor on the scores; default: 1/sqrt(head_dim).
+        dropout: Dropout probability of the attention weights.
         document_lengths: Tokens of each document of each row, adding up to S; of two documents that begin alike, a
             `SharedPrompt`. `None`: every row is one document.
-        sliding_window: Tokens that a token sees, itself included.
-        softcap: Cap on the scores: softcap · tanh(score / softcap).
+        sliding_window: Number of tokens that a token sees, itself included; `None`: all before it.
+        softcap: Scores become softcap · tanh(score / softcap).
+        kwargs: Further arguments that transformers passes; `s_aux` is refused, the others are ignored.
 
     Returns:
         (B, S, heads, head_dim), and no attention weights.
 
     Raises:
-        UserError: If the layer has attention sinks, which this function does not compute.
+        UserError: If the layer has attention sinks (`s_aux`), which this function does not compute.
     """
     if kwargs.get("s_aux") is not None:
-        raise UserError("model.attn_implementation: packed attention has no attention sinks; use eager, packing none")
+        raise UserError(
+            "model.attn_implementation: packed attention does not support attention sinks; set eager, and "
+            "data.packing: none"
+        )
     if isinstance(document_lengths, HiddenLengths):
         document_lengths = document_lengths.lengths
     if document_lengths is None:
@@ -108,7 +112,7 @@ def _document(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of the last L tokens of a document to all of it; (1, heads, L, head_dim) out."""
+    """Causal attention of the last L tokens of a document to the whole document; (1, heads, L, head_dim) out."""
     length = query.shape[2]
     before = key.shape[2] - length
     windowed = sliding_window is not None and sliding_window < key.shape[2]
@@ -133,7 +137,7 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """All documents of all rows in one FlashAttention kernel (torch >= 2.10); (B, S, heads, head_dim) out."""
+    """Attend within all documents by one FlashAttention kernel (torch >= 2.10); (B, S, heads, head_dim) out."""
     batch, heads, width, head_dim = query.shape
     flat = [length for lengths in document_lengths for length in lengths]
     q, k, v = (x.transpose(1, 2).reshape(batch * width, x.shape[1], head_dim) for x in (query, key, value))

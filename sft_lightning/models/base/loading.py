@@ -1,4 +1,4 @@
-"""The base model, from a folder, a Hub id, or a config."""
+"""Load the base model from a folder or a Hub id, or build it from a configuration."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.attention.document_mask import choose_attention
 from sft_lightning.models.base.overrides import ConfigOverrides
 from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.inspection import base_model
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -43,18 +44,18 @@ def load_model(
 
     Args:
         name_or_path: Folder or Hub id.
-        from_config: Instead: `model_type` and the keys of that model's configuration; random weights.
+        from_config: Instead of `name_or_path`: `model_type` and keys of its configuration, for random weights.
         dtype: Type of the weights that are not quantized.
         attn_implementation: `auto` for attention that keeps documents apart, or a name that transformers knows.
-        quantization: How the base weights are stored; `None` as they are.
-        vocab_size: The tokenizer's, used by `from_config` where it names none.
-        overrides: What to change in the model's configuration.
+        quantization: How to quantize the weights; `None` for not at all.
+        vocab_size: Number of tokens of the tokenizer; used if `from_config` sets none.
+        overrides: Changes to the model's configuration.
         trust_remote_code: Run code that comes with the model.
-        on_cpu: Leave quantized weights in host memory too, as all others are.
+        on_cpu: Leave quantized weights in CPU memory, too; a strategy that shards them moves them itself.
 
     Raises:
-        UserError: If not exactly one of the two is given, nothing can be loaded from it, or it is no causal language
-            model.
+        UserError: If not exactly one of `name_or_path` and `from_config` is given, the model cannot be loaded, or it is
+            not a causal language model.
     """
     if (name_or_path is None) == (from_config is None):
         raise UserError("model: set either model_name_or_path or from_config")
@@ -62,7 +63,8 @@ def load_model(
     if from_config is not None:
         if quantization is not None:
             raise UserError(
-                "model.quantization: a model built by from_config is random; train and export it, then quantize"
+                "model.quantization: not available with model.from_config, whose weights are random; train and export "
+                "the model first, then quantize it"
             )
         config = _config_of(from_config, vocab_size)
     else:
@@ -72,23 +74,23 @@ def load_model(
     overrides.apply(config)
     options["attn_implementation"] = choose_attention(attn_implementation, config)
     if from_config is not None:
-        return _checked(AutoModelForCausalLM.from_config(config, **options))
+        return base_model(AutoModelForCausalLM.from_config(config, **options))
     with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
         if quantization is not None:
             model = load_quantized(str(name_or_path), quantization, config=config, on_cpu=on_cpu, **options)
         else:
-            model = _checked(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
-    model.train()  # from_pretrained returns it in eval mode, and Lightning leaves it there
+            model = base_model(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
+    model.train()  # from_pretrained returns it in evaluation mode, and Lightning does not change that
     return model
 
 
 def copies_weights(
     name_or_path: str | None, *, dtype: DTypeName, quantization: QuantizationConfig | None, trust_remote_code: bool
 ) -> bool:
-    """Whether loading a model makes tensors of its own, where it could map those in the files.
+    """Whether loading a model allocates its tensors, instead of mapping those of the files into memory.
 
-    It does for another type than theirs, and for families whose files transformers stores otherwise than it computes
-    (experts one by one, for one).
+    It does if the type differs from that of the files, if the weights are quantized, and for families whose files have
+    other tensors than the model, such as experts one by one.
 
     Args:
         name_or_path: Folder or Hub id; `None` for a model that is built from scratch.
@@ -109,16 +111,17 @@ def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig
     try:
         config: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.from_config: transformers refuses {from_config}: {error}") from error
+        raise UserError(f"model.from_config: transformers rejects {from_config}: {error}") from error
     if config.vocab_size < vocab_size:
         raise UserError(
-            f"model.from_config.vocab_size: {config.vocab_size} is below the tokenizer's {vocab_size}; leave it out"
+            f"model.from_config.vocab_size: must be at least the tokenizer's {vocab_size} (got {config.vocab_size}); "
+            "remove it to use the tokenizer's"
         )
     return config
 
 
 def _check_causal(key: str, config: PretrainedConfig) -> None:
-    """Check that each token of a model sees only those before it, and that all text goes in on one side."""
+    """Check that a model is a causal decoder: not bidirectional, and without a separate encoder."""
     looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
     if config.is_encoder_decoder:
@@ -126,13 +129,7 @@ def _check_causal(key: str, config: PretrainedConfig) -> None:
     elif looks_ahead:
         kind = "a masked language model"
     elif not known:
-        kind = "no language model that transformers knows"
+        kind = "not a language model that transformers knows"
     else:
         return
-    raise UserError(f"{key}: {config.model_type!r} is {kind}; only causal (decoder-only) language models are trained")
-
-
-def _checked(model: object) -> PreTrainedModel:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"transformers returned a {type(model).__name__}")
-    return model
+    raise UserError(f"{key}: must be a causal (decoder-only) language model ({config.model_type!r} is {kind})")

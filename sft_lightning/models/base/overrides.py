@@ -1,4 +1,4 @@
-"""What a run changes in the configuration that comes with a model, before its weights are loaded."""
+"""The run's changes to a model's configuration, applied before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.rope import RopeScalingConfig, scale_rope
 
-# Belong to heads that a causal language model does not have.
+# Dropouts of heads that a causal language model does not have.
 _OTHER_HEADS = ("classifier_dropout", "summary_first_dropout")
 
 
@@ -25,17 +25,17 @@ class ConfigOverrides:
     """Scaling of the rotary position embeddings."""
 
     dropout: float | None = None
-    """Probability of every dropout that the model has."""
+    """Probability of every dropout of the model."""
 
     def __post_init__(self) -> None:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout: must be in [0, 1) (got {self.dropout})")
 
     def apply(self, config: PretrainedConfig) -> None:
-        """Write the changes into `config`; a mixture of experts also returns what its auxiliary loss needs.
+        """Write the changes into `config`, and let a mixture of experts return its router logits.
 
         Raises:
-            UserError: If the model has nothing to change.
+            UserError: If the model has no such setting.
         """
         if self.rope_scaling is not None:
             scale_rope(config, self.rope_scaling)
@@ -47,15 +47,19 @@ class ConfigOverrides:
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> list[str]:
-    """Set every dropout of a model's configuration; return the fields' names.
+    """Set every dropout of a model's configuration, and return the names of the fields.
+
+    Args:
+        config: Changed in place.
+        probability: Probability of every dropout.
 
     Raises:
-        UserError: If it has none.
+        UserError: If the model has no dropout.
     """
     text = config.get_text_config()
     fields = [name for name in text.to_dict() if name.endswith(("dropout", "pdrop")) and name not in _OTHER_HEADS]
     if not fields:
-        raise UserError(f"model.dropout: a {text.model_type} model has no dropout (got {probability}); remove the key")
+        raise UserError(f"model.dropout: {text.model_type} models have no dropout (got {probability}); remove it")
     for name in fields:
         setattr(text, name, probability)
     return fields

@@ -1,4 +1,4 @@
-"""Quantized base weights: NF4, FP4 and LLM.int8 through bitsandbytes."""
+"""Quantized base weights by bitsandbytes: NF4, FP4 and LLM.int8."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sft_lightning.models.inspection import bypassed_modules
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """How the frozen base weights are stored.
+    """How the frozen base weights are quantized.
 
     Raises:
-        UserError: If `bits` is neither 4 nor 8.
+        UserError: If `bits` is neither 4 nor 8, or a key for 4-bit weights is set with 8 bits.
     """
 
     bits: int = 4
@@ -31,30 +31,34 @@ class QuantizationConfig:
     """4-bit data type."""
 
     double_quant: bool = True
-    """Quantize the 4-bit quantization constants too: 0.4 bits per parameter less."""
+    """Quantize the quantization constants of 4-bit weights, too; saves 0.4 bits per parameter."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type that 4-bit weights compute in; default: `model.dtype`."""
+    """Type that 4-bit layers compute in; default: `model.dtype`."""
 
     storage_dtype: Literal["float32", "bfloat16", "float16", "uint8"] | None = None
-    """Type that 4-bit weights are stored as, which strategies that shard by one uniform type look at; default: the
-    type that they compute in."""
+    """Type of the tensors that 4-bit weights are packed into, for strategies that require one type per shard; default:
+    `compute_dtype`."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise UserError(f"model.quantization.bits: must be 4 or 8 (got {self.bits}); null for none")
+            raise UserError(
+                f"model.quantization.bits: must be 4 or 8 (got {self.bits}); set model.quantization: null for none"
+            )
         only_of_4_bits = [key for key in ("compute_dtype", "storage_dtype") if getattr(self, key) is not None]
         if self.bits == 8 and only_of_4_bits:
-            raise UserError(f"model.quantization.{only_of_4_bits[0]}: is of 4-bit weights, and bits is 8; remove it")
+            raise UserError(f"model.quantization.{only_of_4_bits[0]}: only valid with bits: 4 (got 8); remove it")
 
     def to_transformers(self, dtype: torch.dtype, *, unquantized: Collection[str] = ()) -> BitsAndBytesConfig:
         """Return the configuration that `from_pretrained` takes.
 
         Args:
-            dtype: Type of what is not quantized.
-            unquantized: Last parts of the names of modules to leave as they are, besides the head.
+            dtype: Type of the weights that are not quantized.
+            unquantized: Last name parts of modules that are not quantized, besides the head.
         """
-        skipped: Any = sorted({*unquantized, "lm_head"}) if unquantized else None  # None: the head, as it is called
+        skipped: Any = (
+            sorted({*unquantized, "lm_head"}) if unquantized else None
+        )  # None: transformers finds the head itself
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
         compute_dtype = getattr(torch, self.compute_dtype) if self.compute_dtype else dtype
@@ -77,20 +81,20 @@ def load_quantized(
     on_cpu: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """Load a model with quantized weights, wherever its family can have them.
+    """Load a model with quantized weights.
 
-    What Mamba reads past its modules stays as it is: a quantized weight is only bytes there.
+    Weights that a model reads without calling their layer (Mamba) are not quantized.
 
     Args:
         name_or_path: Folder or Hub id.
-        quantization: How the weights are stored.
-        dtype: Type of what is not quantized.
-        config: The model's configuration; default: its own.
-        on_cpu: Leave the weights in host memory. Default: the GPU, if there is one; which then must hold all of them.
-        options: What else `from_pretrained` takes.
+        quantization: How the weights are quantized.
+        dtype: Type of the weights that are not quantized.
+        config: The model's configuration; default: that of `name_or_path`.
+        on_cpu: Leave the weights in CPU memory; default: on the GPU, if there is one, which must have room for them.
+        options: Further arguments of `from_pretrained`.
 
     Raises:
-        UserError: If nothing in it is of a kind that transformers quantizes.
+        UserError: If the model has no layer that transformers can quantize.
     """
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=options.get("trust_remote_code"))
@@ -105,11 +109,10 @@ def load_quantized(
     if not any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
         kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)} - {"Linear"})
         raise UserError(
-            f"model.quantization: nothing in this {config.model_type} model was quantized, its layers "
-            f"({', '.join(kinds) or 'none'}) are of a kind that transformers leaves as it is; set "
-            "model.quantization: null, with a LoRA adapter on the base as it is"
+            f"model.quantization: transformers quantized no layer of this {config.model_type} model (linear layers: "
+            f"{', '.join(kinds) or 'none'}); set model.quantization: null, and use a LoRA adapter"
         )
-    _keep_weights(model)
+    _protect_weights(model)
     return model
 
 
@@ -117,15 +120,15 @@ def _fastest_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _keep_weights(model: torch.nn.Module) -> None:
-    """Keep quantized weights as they are stored, whatever is done with the model on a CPU.
+def _protect_weights(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes and PEFT from changing quantized weights in place on a CPU.
 
-    With AVX512-BF16, bitsandbytes repacks a layer's 4-bit weights in place for a faster kernel when it first runs in
-    evaluation mode, and training goes on with the repacked weights: a validation or a sample would change what is
-    learned. The kernel also refuses widths that 32 does not divide.
+    With AVX512-BF16, bitsandbytes repacks a layer's 4-bit weights for a faster kernel when the layer first runs in
+    evaluation mode, and training continues with the repacked weights: a validation or a sample would change what is
+    learned. That kernel also requires widths that are multiples of 32.
 
-    PEFT's DoRA puts a copy of an 8-bit weight in its place after each look at it, without its scales, and the layer
-    then forgets them.
+    PEFT's DoRA replaces an 8-bit weight by a copy without its scales whenever it reads it, so that the layer loses
+    them.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -140,10 +143,10 @@ def _return_scales(layer: Any, args: Any) -> None:
 
 
 def store_4bit_as_bytes(model: torch.nn.Module) -> None:
-    """Let every 4-bit layer hold its packed weights as bytes, which nobody who converts floating-point types touches.
+    """Reinterpret the packed weights of all 4-bit layers as bytes, which casts of floating-point types leave alone.
 
-    `trainer.precision: bf16-true` and DeepSpeed cast a model to the type that it trains in; weights packed into another
-    type would be lost.
+    `trainer.precision: bf16-true` and DeepSpeed cast a model to the type that it trains in; this would destroy weights
+    that are packed into another floating-point type.
     """
     for module in model.modules():
         weight: Any = module.weight if isinstance(module, Linear4bit) else None
@@ -154,11 +157,10 @@ def store_4bit_as_bytes(model: torch.nn.Module) -> None:
 
 @contextmanager
 def without_int8_outliers(model: torch.nn.Module) -> Iterator[None]:
-    """Let LLM.int8 round every token for itself, whatever else is in the micro-batch.
+    """Switch off the outlier columns of LLM.int8, so that each token is rounded independently of the others.
 
-    It keeps columns with outliers in 16 bits, and takes those in which any token of the micro-batch has one: packed or
-    not, how a token is rounded depends a little on what is computed with it. Whether documents see each other can only
-    be measured without that.
+    LLM.int8 keeps a column in 16 bits if any token of the micro-batch has an outlier there. The rounding of a token so
+    depends on the other tokens, packed or not. Comparisons between packed and separate documents must exclude that.
     """
     states = [module.state for module in model.modules() if isinstance(module, Linear8bitLt)]
     thresholds = [state.threshold for state in states]

@@ -1,4 +1,4 @@
-"""Longer contexts: rotary position embeddings, scaled."""
+"""Longer contexts by scaled rotary position embeddings (RoPE)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sft_lightning.errors import UserError
 class RopeScalingConfig:
     """Scaling of rotary position embeddings (RoPE).
 
-    An adapter folder does not hold it: whoever loads the adapter loads the base with the same `rope_parameters`.
+    An adapter folder does not store it: load the base with the same `rope_parameters` to use the adapter.
 
     Raises:
         UserError: If not exactly one of `factor` and `target_length` is set, or it is out of range.
@@ -23,15 +23,15 @@ class RopeScalingConfig:
 
     type: Literal["linear", "dynamic", "yarn"] = "linear"
     """`linear`: position interpolation (Chen et al., 2023, arXiv:2306.15595); `yarn`: Peng et al., 2023,
-    arXiv:2309.00071; `dynamic`: NTK-aware, changes only batches longer than the model's own context, where transformers
-    goes by the longest text seen lately, so that a loss depends on what came before it."""
+    arXiv:2309.00071; `dynamic`: NTK-aware, only for batches longer than the model's own context, scaled by the longest
+    text seen so far, so that a loss depends on earlier batches."""
 
     factor: float | None = None
-    """How many times longer the context becomes."""
+    """Factor by which the context becomes longer."""
 
     target_length: int | None = None
-    """Or the context in tokens; the factor is its ratio to the model's own, rounded up (as FastChat does,
-    fastchat/train/train.py)."""
+    """Instead of `factor`: the longer context in tokens; the factor is its ratio to the model's own context, rounded up
+    (as in FastChat, fastchat/train/train.py)."""
 
     def __post_init__(self) -> None:
         if (self.factor is None) == (self.target_length is None):
@@ -43,25 +43,30 @@ class RopeScalingConfig:
             raise UserError(f"model.rope_scaling.factor: must be above 1 (got {self.factor})")
 
     def factor_for(self, context: int) -> float:
-        """Return the factor for a model whose own context has that many tokens.
+        """Return the factor for a model whose own context has `context` tokens.
 
         Raises:
-            UserError: If `target_length` is within it.
+            UserError: If `target_length` is not longer.
         """
         if self.target_length is None:
             return float(self.factor or 1)
         if self.target_length <= context:
             raise UserError(
-                f"model.rope_scaling.target_length: {self.target_length} is within the model's own {context} tokens; "
-                "remove model.rope_scaling"
+                f"model.rope_scaling.target_length: must be above the model's own context of {context} tokens (got "
+                f"{self.target_length}); remove model.rope_scaling"
             )
         return float(math.ceil(self.target_length / context))
 
 
 def scale_rope(config: PretrainedConfig, scaling: RopeScalingConfig) -> None:
-    """Write the scaling into a model's configuration, over the scaling that it may have.
+    """Write the scaling into a model's configuration, in place of a scaling that it may have.
 
-    A model with several bases (Gemma 3) is scaled in its full-attention layers: sliding ones never see far positions.
+    In a model with two kinds of layers (Gemma 3), only the full-attention layers are scaled: sliding-window layers
+    never see distant positions.
+
+    Args:
+        config: Changed in place.
+        scaling: The scaling.
 
     Raises:
         UserError: If the model has no rotary position embeddings.
@@ -69,7 +74,7 @@ def scale_rope(config: PretrainedConfig, scaling: RopeScalingConfig) -> None:
     text: Any = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None)
     if not parameters:
-        raise UserError(f"model.rope_scaling: a {text.model_type} model has no rotary position embeddings to scale")
+        raise UserError(f"model.rope_scaling: {text.model_type} models have no rotary position embeddings; remove it")
     nested = "rope_type" not in parameters
     old = parameters["full_attention"] if nested else parameters
     context = int(old.get("original_max_position_embeddings") or text.max_position_embeddings)
@@ -86,17 +91,18 @@ def check_packing(config: PretrainedConfig, scaling: RopeScalingConfig, max_leng
     """Check that packed documents do not change each other's positions.
 
     Args:
-        config: The model's configuration.
-        scaling: What was written into it.
+        config: The model's configuration, scaled.
+        scaling: The scaling.
         max_length: Tokens per packed row.
 
     Raises:
         UserError: If the scaling is dynamic and a document may be longer than the model's own context: the longest
-            document of a row then sets the frequencies of all.
+            document of a row would then set the frequencies of all documents.
     """
     context = config.get_text_config().max_position_embeddings
     if scaling.type == "dynamic" and max_length > context:
         raise UserError(
-            f"model.rope_scaling.type: 'dynamic' lets the longest document of a row of {max_length} tokens change "
-            f"the others beyond {context} tokens; use linear or yarn, or set data.packing: none"
+            f"model.rope_scaling.type: dynamic scales all documents of a packed row by the longest one, because "
+            f"data.max_length ({max_length}) is above the model's own context ({context}); use linear or yarn, or set "
+            "data.packing: none"
         )

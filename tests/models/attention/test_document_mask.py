@@ -40,7 +40,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_documents_are_apart_in_families_with_their_own_attention(name: str) -> None:
+def test_documents_do_not_see_each_other_in_families_with_their_own_attention(name: str) -> None:
     model = build(name)
     assert not measure_isolation(model, 50, CPU).verified or name == "gpt_neo"  # which sees the positions
     assert use_document_mask(model)
@@ -48,14 +48,14 @@ def test_documents_are_apart_in_families_with_their_own_attention(name: str) -> 
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_documents_are_apart_under_an_adapter(name: str) -> None:
+def test_documents_do_not_see_each_other_under_an_adapter(name: str) -> None:
     model: PeftModel = get_peft_model(build(name), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     assert use_document_mask(model)
     assert measure_isolation(model, 50, CPU).verified
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_without_document_lengths_logits_are_as_before_and_causal(name: str) -> None:
+def test_without_document_lengths_logits_do_not_change_and_are_causal(name: str) -> None:
     model, ids = build(name), torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits
@@ -67,7 +67,7 @@ def test_without_document_lengths_logits_are_as_before_and_causal(name: str) -> 
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_an_error_in_the_model_leaves_no_documents_behind(name: str) -> None:
+def test_an_error_in_the_model_clears_the_document_lengths(name: str) -> None:
     model, ids = build(name), torch.randint(50, (1, 12), generator=torch.Generator().manual_seed(1))
     use_document_mask(model)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_an_error_in_the_model_leaves_no_documents_behind(name: str) -> None:
         torch.testing.assert_close(model(ids).logits, expected)
 
 
-def test_a_family_with_the_interface_is_left_as_it_is(model_dir: Path) -> None:
+def test_a_family_that_uses_registered_attention_is_not_changed(model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir, attn_implementation=PACKED)
     assert not use_document_mask(model)
     assert model.config._attn_implementation == PACKED
@@ -90,12 +90,12 @@ def test_the_mask_is_causal_within_documents() -> None:
 
 
 @pytest.mark.parametrize(("family", "chosen"), [("llama", PACKED), ("opt", PACKED), ("bloom", "eager")])
-def test_auto_is_eager_only_where_a_family_does_its_own_attention(family: str, chosen: str) -> None:
+def test_auto_is_eager_only_for_families_with_their_own_attention(family: str, chosen: str) -> None:
     assert choose_attention("auto", AutoConfig.for_model(family)) == chosen
     assert choose_attention("sdpa", AutoConfig.for_model(family)) == "sdpa"
 
 
-def test_what_the_user_chose_is_not_replaced() -> None:
+def test_the_users_choice_of_attention_is_not_replaced() -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model("falcon", vocab_size=50, **OWN["falcon"])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

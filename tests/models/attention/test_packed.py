@@ -87,7 +87,7 @@ def test_the_varlen_kernel_equals_the_cpu_path(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 5.0}, {"scaling": 0.3}], ids=str)
-def test_documents_that_share_their_beginning_are_as_if_each_had_its_own(options: dict[str, Any]) -> None:
+def test_documents_with_a_shared_beginning_attend_as_if_each_had_its_own(options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     common, first, second = 6, 5, 3
     length = SharedPrompt(common, first, second)

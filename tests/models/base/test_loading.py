@@ -40,13 +40,15 @@ def test_a_config_makes_a_random_model_of_the_tokenizers_vocabulary() -> None:
     [
         (None, {}, "either model_name_or_path or from_config"),
         ("x", {"from_config": TINY}, "either model_name_or_path or from_config"),
-        (None, {"from_config": {**TINY, "vocab_size": 9}}, "below the tokenizer's 99"),
+        (None, {"from_config": {**TINY, "vocab_size": 9}}, "must be at least the tokenizer's 99 (got 9)"),
         (None, {"from_config": {"model_type": "lama"}}, "model.from_config"),
         (None, {"from_config": TINY, "quantization": QuantizationConfig()}, "model.quantization"),
         ("./nowhere", {}, "does not exist"),
     ],
 )
-def test_what_cannot_be_loaded_is_said(name: str | None, changes: dict[str, Any], said: str) -> None:
+def test_a_model_that_cannot_be_loaded_is_named_with_the_reason(
+    name: str | None, changes: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError) as error:
         load(name, **changes)
     assert said in str(error.value)
@@ -73,7 +75,7 @@ def test_a_base_loaded_in_8_bit_runs(model_dir: Path) -> None:
     assert model(torch.arange(12)[None]).logits.isfinite().all()
 
 
-def test_the_configuration_is_changed_before_the_weights_are_loaded(model_dir: Path) -> None:
+def test_overrides_are_applied_before_the_weights_are_loaded(model_dir: Path) -> None:
     overrides = ConfigOverrides(rope_scaling=RopeScalingConfig(type="dynamic", factor=2.0), dropout=0.5)
     for options in ({}, {"quantization": QuantizationConfig()}):
         model = load(str(model_dir), overrides=overrides, **options)
@@ -82,7 +84,7 @@ def test_the_configuration_is_changed_before_the_weights_are_loaded(model_dir: P
         assert {p.dtype for name, p in model.named_parameters() if "norm" in name} == {torch.float32}
 
 
-def test_a_model_from_a_config_is_changed_too() -> None:
+def test_overrides_are_applied_to_a_model_from_a_config() -> None:
     made = load(None, from_config={**TINY, "intermediate_size": 32}, overrides=ConfigOverrides(dropout=0.25))
     assert made.config.attention_dropout == 0.25  # type: ignore[union-attr]
 
@@ -90,19 +92,21 @@ def test_a_model_from_a_config_is_changed_too() -> None:
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
-        ("t5", "'t5' is an encoder-decoder; only causal"),
+        ("t5", "'t5' is an encoder-decoder"),
         ("bart", "'bart' is an encoder-decoder"),
         ("bert", "'bert' is a masked language model"),
-        ("vit", "'vit' is no language model"),
+        ("vit", "'vit' is not a language model"),
     ],
 )
-def test_what_is_no_causal_language_model_is_refused_before_its_weights_are_read(
+def test_a_model_that_is_not_a_causal_language_model_is_refused_before_its_weights_are_read(
     model_type: str, said: str, tmp_path: Path
 ) -> None:
     AutoConfig.for_model(model_type).save_pretrained(tmp_path)  # there are no weights
-    with pytest.raises(UserError, match=f"model.model_name_or_path: {said}"):
+    with pytest.raises(
+        UserError, match=rf"model.model_name_or_path: must be a causal \(decoder-only\) language model \({said}"
+    ):
         load(str(tmp_path))
-    with pytest.raises(UserError, match=f"model.from_config: {said}"):
+    with pytest.raises(UserError, match=rf"model.from_config: must be a causal .* \({said}"):
         load(None, from_config={"model_type": model_type})
 
 

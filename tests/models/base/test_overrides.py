@@ -23,14 +23,14 @@ def test_every_dropout_of_the_model_is_set(model_type: str, fields: set[str]) ->
     assert {getattr(config, field) for field in fields} == {0.3}
 
 
-def test_opts_activation_dropout_too() -> None:
+def test_the_activation_dropout_of_opt_is_set() -> None:
     config = AutoConfig.for_model("opt")
     assert {"dropout", "attention_dropout"} <= set(set_dropout(config, 0.0))
     assert config.dropout == 0.0
 
 
 def test_a_model_without_dropout_is_refused() -> None:
-    with pytest.raises(UserError, match="mamba model has no dropout"):
+    with pytest.raises(UserError, match="mamba models have no dropout"):
         set_dropout(AutoConfig.for_model("mamba"), 0.1)
 
 

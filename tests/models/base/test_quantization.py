@@ -30,7 +30,7 @@ def test_fp4_and_single_quantization_can_be_chosen() -> None:
     assert not config.bnb_4bit_use_double_quant
 
 
-def test_eight_bits_are_llm_int8() -> None:
+def test_8_bits_are_llm_int8() -> None:
     assert QuantizationConfig(bits=8).to_transformers(torch.float32).load_in_8bit
 
 
@@ -47,8 +47,8 @@ def test_compute_and_storage_types_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize("key", ["compute_dtype", "storage_dtype"])
-def test_eight_bits_have_no_types_of_their_own(key: str) -> None:
-    with pytest.raises(UserError, match=f"quantization.{key}: is of 4-bit weights"):
+def test_types_of_4_bit_weights_are_refused_with_8_bits(key: str) -> None:
+    with pytest.raises(UserError, match=f"quantization.{key}: only valid with bits: 4"):
         QuantizationConfig(bits=8, **{key: "float32"})  # type: ignore[arg-type]
 
 
@@ -84,7 +84,7 @@ def quantized_names(model: PreTrainedModel) -> set[str]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("model_type", SHAPES)
-def test_exactly_what_a_family_calls_by_its_modules_is_quantized(
+def test_exactly_the_layers_that_a_family_calls_are_quantized(
     model_type: str, bits: int, tied: bool, tmp_path: Path
 ) -> None:
     plain = saved(model_type, tmp_path, tie_word_embeddings=tied)
@@ -106,7 +106,7 @@ def test_exactly_what_a_family_calls_by_its_modules_is_quantized(
     assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in learning} == QUANTIZED[model_type]
 
 
-def test_falcon_keeps_its_own_layers_where_nothing_is_quantized(tmp_path: Path) -> None:
+def test_falcon_keeps_its_own_layers_without_quantization(tmp_path: Path) -> None:
     saved("falcon", tmp_path)
     load_quantized(str(tmp_path), QuantizationConfig(), dtype=torch.float32)
     unquantized = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -118,5 +118,7 @@ def test_a_family_that_transformers_does_not_quantize_is_refused(
 ) -> None:
     monkeypatch.setattr("sft_lightning.models.base.quantization.plain_falcon_layers", nullcontext)
     saved("falcon", tmp_path)
-    with pytest.raises(UserError, match=r"model.quantization: nothing in this falcon model .*FalconLinear"):
+    with pytest.raises(
+        UserError, match=r"model.quantization: transformers quantized no layer of this falcon model .*FalconLinear"
+    ):
         load_quantized(str(tmp_path), QuantizationConfig(), dtype=torch.float32)

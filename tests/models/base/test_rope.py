@@ -106,7 +106,7 @@ def test_a_target_length_gives_the_ratio_rounded_up(target: int, factor: float) 
     assert scaled.rope_parameters["factor"] == factor
 
 
-def test_yarn_remembers_the_original_length_and_speaks_of_the_new_one() -> None:
+def test_yarn_stores_the_original_length_and_the_new_one() -> None:
     scaled = config()
     scale_rope(scaled, RopeScalingConfig(type="yarn", factor=4.0))
     assert scaled.rope_parameters["original_max_position_embeddings"] == 16
@@ -114,14 +114,14 @@ def test_yarn_remembers_the_original_length_and_speaks_of_the_new_one() -> None:
     assert type(scaled).from_dict(scaled.to_dict()).rope_parameters == scaled.rope_parameters
 
 
-def test_partial_rotary_factors_stay() -> None:
+def test_partial_rotary_factors_are_kept() -> None:
     scaled = config("gpt_neox", rotary_pct=0.5)
     before = scaled.rope_parameters["partial_rotary_factor"]
     scale_rope(scaled, RopeScalingConfig(factor=2.0))
     assert scaled.rope_parameters["partial_rotary_factor"] == before
 
 
-def test_gemma_3_is_scaled_where_attention_is_full() -> None:
+def test_gemma_3_is_scaled_in_its_full_attention_layers() -> None:
     scaled = config("gemma3_text", num_key_value_heads=1, head_dim=8)
     scale_rope(scaled, RopeScalingConfig(factor=8.0))
     assert scaled.rope_parameters["full_attention"]["factor"] == 8.0
@@ -137,18 +137,18 @@ def test_gemma_3_is_scaled_where_attention_is_full() -> None:
         ({"factor": 1.0}, "must be above 1"),
     ],
 )
-def test_scaling_checks_its_numbers(values: dict[str, Any], said: str) -> None:
+def test_a_scaling_out_of_range_is_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         RopeScalingConfig(**values)
 
 
-def test_a_target_within_the_models_length_is_refused() -> None:
-    with pytest.raises(UserError, match="within the model's own 16 tokens"):
+def test_a_target_length_within_the_models_context_is_refused() -> None:
+    with pytest.raises(UserError, match="must be above the model's own context of 16 tokens"):
         scale_rope(config(), RopeScalingConfig(target_length=16))
 
 
 def test_a_model_without_rotary_embeddings_is_refused() -> None:
-    with pytest.raises(UserError, match="gpt2 model has no rotary"):
+    with pytest.raises(UserError, match="gpt2 models have no rotary"):
         scale_rope(AutoConfig.for_model("gpt2"), RopeScalingConfig(factor=2.0))
 
 

@@ -71,7 +71,7 @@ def test_a_bias_of_the_head_grows_too(extended: PreTrainedTokenizerFast) -> None
     assert torch.allclose(model.lm_head.bias[rows:], model.lm_head.bias[:rows].mean().expand(3))
 
 
-def test_rows_are_never_taken_away_nor_added_without_need(extended: PreTrainedTokenizerFast) -> None:
+def test_rows_are_neither_removed_nor_added_without_need(extended: PreTrainedTokenizerFast) -> None:
     model = tiny(len(extended) + 40)
     before = model.get_input_embeddings().weight
     ids = resize_embeddings(model, extended, NEW)
@@ -133,7 +133,7 @@ def test_only_the_rows_of_the_added_tokens_learn(tied: bool, extended: PreTraine
     assert torch.equal(merged.get_input_embeddings().weight[: ids[0]], original)
 
 
-def test_added_tokens_are_wanted_but_there_are_none(model_dir: Path) -> None:
+def test_training_added_tokens_requires_added_tokens(model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     with pytest.raises(UserError, match=r"model\.add_tokens adds none"):
         add_adapter(model, AdapterConfig(trainable_token_indices="added"))

@@ -13,7 +13,7 @@ from sft_lightning.models.base.weight_files import ShardWriter, read_tensors, te
 TENSORS = {f"layer.{i}.weight": torch.full((4, 8), float(i)) for i in range(5)}  # 128 bytes each
 
 
-def test_few_tensors_make_one_file_without_an_index(tmp_path: Path) -> None:
+def test_few_tensors_are_written_to_one_file_without_an_index(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 10**6) as writer:
         for name, tensor in TENSORS.items():
             writer.add(name, tensor)
@@ -21,7 +21,7 @@ def test_few_tensors_make_one_file_without_an_index(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() == TENSORS.keys()
 
 
-def test_many_tensors_make_shards_that_the_index_finds(tmp_path: Path) -> None:
+def test_many_tensors_are_written_to_shards_with_an_index(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 256) as writer:
         for name, tensor in TENSORS.items():
             writer.add(name, tensor)
