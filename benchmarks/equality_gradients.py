@@ -32,7 +32,7 @@ from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.inspection import base_model
 from sft_lightning.training.module import CausalLMModule, model_from_keys
-from sft_lightning.types import IGNORE_INDEX
+from sft_lightning.types import IGNORE_INDEX, num_tokens
 
 Gradient = dict[str, torch.Tensor]
 
@@ -198,7 +198,7 @@ def _documents(packing: str, model: Path, rows_per_step: int) -> list[list[Docum
     for index, batch in enumerate(data.train_dataloader()):
         if index % rows_per_step == 0:
             steps.append([])
-        lengths = batch["document_lengths"][0]
+        lengths = [num_tokens(length) for length in batch["document_lengths"][0]]
         columns = [batch[key][0].split(lengths) for key in ("input_ids", "labels", "loss_weights")]
         steps[-1] += list(zip(*columns, strict=True))
     return steps

@@ -77,6 +77,39 @@ class Segment(NamedTuple):
     """Loss weight of each of its supervised tokens."""
 
 
+@dataclass
+class SharedPrompt:
+    """Two documents of a row that begin with the same tokens, which stand in the row once.
+
+    The row has the common beginning, the rest of the first document, and the rest of the second. The second rest sees
+    the beginning and itself, but not the first rest. Not frozen: Lightning moves a batch to the device by setting the
+    fields of copies of its dataclasses.
+    """
+
+    common: int
+    """Tokens that both documents begin with."""
+
+    first: int
+    """Tokens of the rest of the first document."""
+
+    second: int
+    """Tokens of the rest of the second document."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the row."""
+        return self.common + self.first + self.second
+
+
+DocumentLength = int | SharedPrompt
+"""Tokens of a document; two documents that share their beginning are one entry of a row."""
+
+
+def num_tokens(length: DocumentLength) -> int:
+    """Return how many tokens of the row an entry of its document lengths stands for."""
+    return length.num_tokens if isinstance(length, SharedPrompt) else length
+
+
 @dataclass(frozen=True)
 class TokenizedExample:
     """A tokenized conversation: aligned, not shifted."""
@@ -88,38 +121,14 @@ class TokenizedExample:
     """Loss weight of each token as a prediction target, (L,); 0 where it has no loss."""
 
     @property
-    def length(self) -> int:
-        """Number of tokens."""
+    def document_length(self) -> DocumentLength:
+        """Its entry in the document lengths of its row."""
         return len(self.input_ids)
 
     @property
     def positions(self) -> npt.NDArray[np.int64]:
         """Position of each token, (L,)."""
         return np.arange(len(self.input_ids))
-
-
-class SharedPrompt(int):
-    """The length, in tokens, of two documents that begin alike and share that beginning.
-
-    They stand in a row as what they have in common, the rest of the first, the rest of the second. The second's rest
-    sees the beginning and itself, as if the first's were not there. Wherever only the length of a document counts, this
-    is one.
-    """
-
-    common: int
-    """Tokens that both begin with."""
-
-    first: int
-    """Tokens of the first one's rest."""
-
-    def __new__(cls, common: int, first: int, second: int) -> SharedPrompt:
-        """Make it of the tokens in common, and of those of the two rests."""
-        length = super().__new__(cls, common + first + second)
-        length.common, length.first = common, first
-        return length
-
-    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]  # for copies and pickles
-        return self.common, self.first, int(self) - self.common - self.first
 
 
 class Batch(TypedDict):
@@ -137,9 +146,9 @@ class Batch(TypedDict):
     position_ids: torch.Tensor
     """Positions restarting at 0 in each document, (B, S) int64."""
 
-    document_lengths: list[list[int]]
+    document_lengths: list[list[DocumentLength]]
     """Tokens of each document of each row; a row's padding is its last document, so that every row adds up to S. Two
-    documents may be one entry, a `SharedPrompt`."""
+    documents that share their beginning are one entry."""
 
     denominator: float
     """Supervised weight of the whole optimizer step that this micro-batch belongs to, over all ranks."""

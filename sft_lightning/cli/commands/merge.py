@@ -18,6 +18,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.merging.merge import MergeOptions, merge_adapters
 from sft_lightning.merging.plan import read_manifest
 from sft_lightning.merging.report import MergeReport, run_folder_of
+from sft_lightning.types import num_tokens
 
 _DATA_KEYS = ("seed_everything", "task", "model", "data")
 """Keys of a run's `config.yaml` that decide what its data is."""
@@ -111,6 +112,7 @@ def _documents(data: SFTDataModule) -> Iterator[list[int]]:
     loaders = data.val_dataloader() if data.val_names else [data.train_dataloader()]
     for batch in chain.from_iterable(loaders):
         for ids, labels, lengths in zip(batch["input_ids"], batch["labels"], batch["document_lengths"], strict=True):
-            for document, document_labels in zip(ids.split(lengths), labels.split(lengths), strict=True):
+            sizes = [num_tokens(length) for length in lengths]
+            for document, document_labels in zip(ids.split(sizes), labels.split(sizes), strict=True):
                 if bool((document_labels >= 0).any()):  # padding has no labels
                     yield document.tolist()

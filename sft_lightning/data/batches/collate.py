@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sft_lightning.types import IGNORE_INDEX, Batch, TokenizedExample
+from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLength, TokenizedExample
 
 
 def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, denominator: float) -> Batch:
@@ -28,7 +28,7 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
     loss_weights = torch.zeros(shape, dtype=torch.float32)
     position_ids = torch.zeros(shape, dtype=torch.int64)
-    document_lengths: list[list[int]] = []
+    document_lengths: list[list[DocumentLength]] = []
     for r, row in enumerate(rows or [[]]):
         start = 0
         for document in row:
@@ -43,7 +43,7 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
             start = end
         padding = width - start
         position_ids[r, start:] = torch.arange(padding)
-        document_lengths.append([document.length for document in row] + ([padding] if padding else []))
+        document_lengths.append([*(document.document_length for document in row), *([padding] if padding else [])])
     return Batch(
         input_ids=input_ids,
         labels=labels,

@@ -38,18 +38,19 @@ class SharedPair(TokenizedExample):
     """A pair as one document: what both conversations begin with, the rest of the chosen one, that of the rejected."""
 
     shared: SharedPrompt
-    """How long they are."""
+    """Tokens of the common beginning and of both rests."""
 
     @property
-    def length(self) -> int:
-        """Its length in tokens, and how it is made up."""
+    def document_length(self) -> SharedPrompt:
+        """Its entry in the document lengths of its row."""
         return self.shared
 
     @property
     def positions(self) -> Longs:
         """Position of each token in its conversation, (L,)."""
-        end = self.shared.common + self.shared.first
-        return np.concatenate([np.arange(end), np.arange(self.shared.common, self.shared.common + self.shared - end)])
+        shared = self.shared
+        first = np.arange(shared.common + shared.first)
+        return np.concatenate([first, np.arange(shared.common, shared.common + shared.second)])
 
 
 def share_prompt(pair: PairExample) -> SharedPair | None:

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from sft_lightning.compat.torch import attend_within_documents
 from sft_lightning.errors import UserError
-from sft_lightning.types import SharedPrompt
+from sft_lightning.types import DocumentLength, SharedPrompt, num_tokens
 
 PACKED = "packed"
 """The name under which the function is registered with transformers."""
@@ -27,7 +27,7 @@ PACKED = "packed"
 class HiddenLengths:
     """Document lengths that are opaque to torch.compile, which would otherwise compile again for each set of them."""
 
-    def __init__(self, lengths: Sequence[Sequence[int]]) -> None:
+    def __init__(self, lengths: Sequence[Sequence[DocumentLength]]) -> None:
         self.lengths = lengths
 
 
@@ -40,7 +40,7 @@ def packed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    document_lengths: Sequence[Sequence[int]] | HiddenLengths | None = None,
+    document_lengths: Sequence[Sequence[DocumentLength]] | HiddenLengths | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -84,14 +84,14 @@ def packed_attention(
     options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, "softcap": softcap}
     rows = []
     for r, lengths in enumerate(document_lengths):
-        parts = [torch.split(x[r : r + 1], [int(n) for n in lengths], dim=2) for x in (query, key, value)]
+        parts = [torch.split(x[r : r + 1], [num_tokens(n) for n in lengths], dim=2) for x in (query, key, value)]
         documents = [_attend(q, k, v, length, options) for q, k, v, length in zip(*parts, lengths, strict=True)]
         rows.append(torch.cat(documents, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, options: dict[str, Any]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: DocumentLength, options: dict[str, Any]
 ) -> torch.Tensor:
     """Causal attention of one document, or of two that share their beginning; (1, heads, L, head_dim) in and out."""
     if not isinstance(length, SharedPrompt):
@@ -133,7 +133,7 @@ def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    document_lengths: Sequence[Sequence[int]],
+    document_lengths: Sequence[Sequence[DocumentLength]],
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
@@ -141,7 +141,7 @@ def _varlen(
     batch, heads, width, head_dim = query.shape
     flat = [length for lengths in document_lengths for length in lengths]
     q, k, v = (x.transpose(1, 2).reshape(batch * width, x.shape[1], head_dim) for x in (query, key, value))
-    asking = seen = [int(length) for length in flat]
+    asking = seen = [num_tokens(length) for length in flat]
     if any(isinstance(length, SharedPrompt) for length in flat):
         asking, seen, pieces = _of_shared(flat)
         k, v = (torch.cat([x[piece] for piece in pieces]) for x in (k, v))
@@ -154,14 +154,14 @@ def _varlen(
     return out.view(batch, width, heads, head_dim)
 
 
-def _of_shared(lengths: Sequence[int]) -> tuple[list[int], list[int], list[slice]]:
+def _of_shared(lengths: Sequence[DocumentLength]) -> tuple[list[int], list[int], list[slice]]:
     """Return how many tokens ask, how many they see, and where those stand; a shared beginning is seen twice."""
     asking: list[int] = []
     seen: list[int] = []
     pieces: list[slice] = []
     start = 0
     for length in lengths:
-        end = start + int(length)
+        end = start + num_tokens(length)
         if isinstance(length, SharedPrompt):
             rest = start + length.common + length.first
             asking += [rest - start, end - rest]

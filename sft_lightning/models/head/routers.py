@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sft_lightning.compat.transformers import balancing_loss_of
 from sft_lightning.models.inspection import base_model
-from sft_lightning.types import IGNORE_INDEX
+from sft_lightning.types import IGNORE_INDEX, DocumentLength, num_tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def find_router_loss(model: PreTrainedModel | PeftModel) -> RouterLoss | None:
     return RouterLoss(cast("Any", balance), cast("int", num_experts), cast("int", top_k), config.router_aux_loss_coef)
 
 
-def tokens_of_documents(labels: torch.Tensor, document_lengths: Sequence[Sequence[int]]) -> torch.Tensor:
+def tokens_of_documents(labels: torch.Tensor, document_lengths: Sequence[Sequence[DocumentLength]]) -> torch.Tensor:
     """Return which tokens of a micro-batch are not padding, (B, S); all, where there is nothing but padding.
 
     Args:
@@ -67,6 +67,6 @@ def tokens_of_documents(labels: torch.Tensor, document_lengths: Sequence[Sequenc
     """
     counted = torch.ones_like(labels, dtype=torch.bool)
     for row, lengths in enumerate(document_lengths):
-        last = slice(labels.shape[1] - lengths[-1], None)
+        last = slice(labels.shape[1] - num_tokens(lengths[-1]), None)
         counted[row, last] = (labels[row, last] != IGNORE_INDEX).any()
     return counted | ~counted.any()

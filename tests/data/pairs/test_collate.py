@@ -57,8 +57,7 @@ def test_a_shared_prompt_stands_once_but_for_the_token_before_the_answers() -> N
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 0, 1]]
     assert batch["labels"].tolist() == [[-100, -100, -100, 4, 5, -100, 6, -100, 4, -100, 6]]
     [[first, *others]] = batch["document_lengths"]
-    assert isinstance(first, SharedPrompt)
-    assert (first, first.common, first.first) == (7, 2, 3)
+    assert first == SharedPrompt(common=2, first=3, second=2)
     assert others == [2, 2]  # a prompt of one token: nothing is left to share
     assert batch["answer_lengths"] == [2, 1, 1, 1]
 
