@@ -52,16 +52,13 @@ ROOMS_OF_THEIR_OWN = {
 }  # fmt: skip
 """Modules that are small, or long because they are data, on purpose."""
 
-TOO_FULL = {
-    "sft_lightning/estimation", "sft_lightning/strategies/zero",
-}  # fmt: skip
+TOO_FULL: set[str] = set()
 """Folders that still have more than nine modules; each goes with its mending."""
 
 TO_DIVIDE_OR_JOIN = {
     "sft_lightning/data/batches/streaming.py",
     "sft_lightning/data/datamodule.py", "sft_lightning/estimation/refusals.py",
-    "sft_lightning/strategies/staggered_loading.py", "sft_lightning/strategies/zero/cpu_adam.py",
-    "sft_lightning/strategies/zero/precision.py", "sft_lightning/training/module.py",
+    "sft_lightning/training/module.py",
 }  # fmt: skip
 """Modules that are still too long or too short; each goes with its mending."""
 

@@ -7,12 +7,19 @@ from typing import Literal
 
 import torch
 
-from sft_lightning.estimation.communication import communication_bytes
 from sft_lightning.estimation.memory import Memory, Setup, StepBytes
+from sft_lightning.estimation.sharding import Sharding
 from sft_lightning.estimation.simulation import optimizer_bytes, simulate_step
-from sft_lightning.estimation.skeleton import Skeleton, stored_bytes
+from sft_lightning.estimation.skeleton import Skeleton, stored_bytes, stored_bytes_of
 from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.strategies.fsdp2.groups import shard_groups
 from sft_lightning.training.spec import TrainingSpec
+
+_ZERO_BUCKET = 500_000_000
+"""DeepSpeed's `reduce_bucket_size`, in elements; allocated whole, however few parameters train."""
+
+_ZERO_LIVE = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters`: weights that ZeRO-3 keeps gathered, in elements."""
 
 
 class Estimator:
@@ -149,3 +156,44 @@ def _longest_simulated(skeleton: Skeleton) -> int:
     """Return how many tokens a simulated row has at most: a state-space model's are scanned one by one."""
     config = skeleton.base.config.get_text_config()
     return 1 << 30 if getattr(config, "num_attention_heads", None) else 32
+
+
+def communication_bytes(
+    skeleton: Skeleton, sharding: Sharding, quantization: QuantizationConfig | None, element_size: int
+) -> float:
+    """Return the bytes that a strategy holds for communication.
+
+    DDP copies gradients into buckets of their size. FSDP2 has two decoder layers whole, the one that runs and the next,
+    what belongs to no layer for the whole step, and a layer's gradients while they are reduced. ZeRO has its buckets,
+    two of them below stage 3, and in stage 3 gathered weights.
+
+    Args:
+        skeleton: The model.
+        sharding: The strategy.
+        quantization: Of the base.
+        element_size: Bytes of an element of what ZeRO sends.
+    """
+    if sharding.kind == "ddp":
+        return float(sum(p.numel() * p.element_size() for p in skeleton.trainable))
+    if sharding.kind == "fsdp2":
+        return _fsdp2(skeleton, quantization)
+    if sharding.stage == 0:
+        return 0.0
+    if sharding.stage < 3:
+        return 2.0 * _ZERO_BUCKET * element_size
+    num_parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    gathered = sum(stored_bytes(skeleton, quantization)) * min(1.0, _ZERO_LIVE / num_parameters)
+    return float(_ZERO_BUCKET * element_size) + gathered
+
+
+def _fsdp2(skeleton: Skeleton, quantization: QuantizationConfig | None) -> float:
+    seen: set[int] = set()
+    groups: list[tuple[float, float]] = []
+    for module in shard_groups(skeleton.base):
+        own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+        seen |= {id(parameter) for parameter in own}
+        groups.append(stored_bytes_of(own, skeleton.linears, quantization))
+    *layers, rest = groups
+    largest = max(frozen + trained for frozen, trained in layers)
+    reduced = max(trained for _, trained in groups)
+    return sum(rest) + 2 * largest + reduced

@@ -1,6 +1,6 @@
 """How a run is spread over processes: sharded strategies made for adapters and quantized bases, on CPU and GPU."""
 
-from sft_lightning.strategies.fsdp2 import FSDP2
+from sft_lightning.strategies.fsdp2.strategy import FSDP2
 from sft_lightning.strategies.names import register_strategies
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
 

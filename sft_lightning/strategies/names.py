@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.exporting import WholeExports
-from sft_lightning.strategies.fsdp2 import FSDP2
+from sft_lightning.strategies.fsdp2.strategy import FSDP2
+from sft_lightning.strategies.sharded_strategy import WholeExports
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
 
 _FSDP1 = {"fsdp": "fsdp2", "fsdp_cpu_offload": "fsdp2_offload"}

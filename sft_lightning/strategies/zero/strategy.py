@@ -20,15 +20,13 @@ from torch.optim import Optimizer
 from sft_lightning.compat.lightning.loops import inner_optimizer
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import store_4bit_as_bytes
-from sft_lightning.strategies.exporting import WholeExports
+from sft_lightning.strategies.fsdp2.groups import keep_quantization_states
 from sft_lightning.strategies.full_tensors import gather_optimizer_state
 from sft_lightning.strategies.refusals import Sharding, asked_of, check_module, check_optimizer
-from sft_lightning.strategies.sharding import keep_quantization_states
-from sft_lightning.strategies.staggered_loading import TIMEOUT, one_process_at_a_time
+from sft_lightning.strategies.sharded_strategy import TIMEOUT, WholeExports, one_process_at_a_time
 from sft_lightning.strategies.zero.checks import check_float16, check_nvme, check_one_type, check_sense
 from sft_lightning.strategies.zero.config import FromYaml, asked_config, resolve
-from sft_lightning.strategies.zero.cpu_adam import OnHost
-from sft_lightning.strategies.zero.external import name_external_weights
+from sft_lightning.strategies.zero.engine import OnHost, ZeroPrecision
 from sft_lightning.strategies.zero.options import (
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAMETERS,
@@ -37,8 +35,13 @@ from sft_lightning.strategies.zero.options import (
     offload_of,
     stage_of,
 )
-from sft_lightning.strategies.zero.partition import gathered_in_forward, keep_what_is_sent, load_part, partition_model
-from sft_lightning.strategies.zero.precision import ZeroPrecision
+from sft_lightning.strategies.zero.partition import (
+    gathered_in_forward,
+    keep_what_is_sent,
+    load_part,
+    name_external_weights,
+    partition_model,
+)
 from sft_lightning.strategies.zero.state import gather_state, gather_weights, load_state, load_weights
 from sft_lightning.strategies.zero.state_access import partitions
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.generate import generate_ids
 from sft_lightning.models.generation.lockstep import lockstep
-from sft_lightning.strategies.sharding import decoder_layers, shard_model
+from sft_lightning.strategies.fsdp2.groups import decoder_layers, shard_model
 
 STOPS = [3, 17, 22, 40, 41]
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12]]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from sft_lightning.models.head.sharded import find_sharded_head
 from sft_lightning.models.head.whole import find_head
 from sft_lightning.models.inspection import base_model
-from sft_lightning.strategies.sharding import shard_model
+from sft_lightning.strategies.fsdp2.groups import shard_model
 from sft_lightning.training import losses
 from sft_lightning.training.forward import token_loss_sums
 from sft_lightning.types import Batch

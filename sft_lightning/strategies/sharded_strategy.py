@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
 from sft_lightning.strategies.full_tensors import gather_parameters, whole_parameters
+
+TIMEOUT = timedelta(hours=2)
+"""How long a process that has its shard waits in a collective for those whose turn to load comes last."""
 
 
 class WholeExports(Strategy):
@@ -92,3 +101,25 @@ class _ShardsForCheckpoints(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy: Any = trainer.strategy
         strategy.make_sharded()
+
+
+@contextmanager
+def one_process_at_a_time(*, wanted: bool) -> Iterator[None]:
+    """Let the processes of this run that share a host into the block one after the other.
+
+    Args:
+        wanted: Do so at all; weights that are only mapped are shared by all processes as it is.
+    """
+    if not wanted:
+        yield
+        return
+    rank_zero_info(
+        "loading: one process of a host after the other, because each makes a copy of the weights for a while"
+    )
+    with FileLock(_lock_file()):  # a process that dies gives it back
+        yield
+
+
+def _lock_file() -> Path:
+    """Return a file of this host, this user and this run, whose processes meet at one port."""
+    return Path(tempfile.gettempdir()) / f"sft_lightning_{os.getuid()}_{os.environ.get('MASTER_PORT', 0)}.lock"

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sft_lightning.strategies.exporting import WholeExports
+from sft_lightning.strategies.sharded_strategy import WholeExports
 
 
 class Sharded(WholeExports, SingleDeviceStrategy):

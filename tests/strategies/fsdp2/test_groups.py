@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
+from sft_lightning.strategies.fsdp2.groups import check_one_trainable_type, decoder_layers, shard_groups
 from sft_lightning.strategies.full_tensors import shard_like, whole_parameters
-from sft_lightning.strategies.sharding import check_one_trainable_type, decoder_layers, shard_groups
 
 
 def llama(**changes: object) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from sft_lightning.compat.lightning.loops import inner_optimizer, set_device
 from sft_lightning.errors import UserError
 from sft_lightning.models.inspection import base_model
-from sft_lightning.strategies.exporting import WholeExports
+from sft_lightning.strategies.fsdp2.groups import shard_model
 from sft_lightning.strategies.full_tensors import (
     gather_optimizer_state,
     gather_parameters,
@@ -26,8 +26,7 @@ from sft_lightning.strategies.full_tensors import (
     shard_optimizer_state,
 )
 from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
-from sft_lightning.strategies.sharding import shard_model
-from sft_lightning.strategies.staggered_loading import TIMEOUT, one_process_at_a_time
+from sft_lightning.strategies.sharded_strategy import TIMEOUT, WholeExports, one_process_at_a_time
 
 
 class FSDP2(WholeExports, ModelParallelStrategy):

@@ -1,0 +1,1 @@
+"""FSDP2 for adapters and quantized bases, on CPU and GPU."""
