@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -14,14 +13,12 @@ from rich.text import Text
 from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.formats.registry import Malformed
 from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
-from sft_lightning.data.tokens.examples import ALWAYS_DROPPED
+from sft_lightning.data.tokens.examples import RenderedRecord
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize
 from sft_lightning.errors import UserError
-from sft_lightning.types import Record
 from sft_lightning.views.highlight import ShownExample, ShownSource, show_tokens
 from sft_lightning.views.marked_text import FRAME, marked_text
 from sft_lightning.views.preview_page import PreviewPage, render_page
@@ -77,44 +74,34 @@ def preview(data: SFTDataModule, *, num: int, html: str | None = None) -> None:
 
 
 def _show_source(data: SFTDataModule, split: str, name: str, config: SourceConfig, num: int) -> ShownSource:
-    limit = num if config.max_examples is None else min(num, config.max_examples)
-    records = list(read_records(name, replace(config, max_examples=limit)))
-    if not records:
+    records = islice(read_records(name, config), num)
+    rendered = list(data.builder.render_records(records, config.format, config.path))
+    if not rendered:
         raise UserError(f"data.sources.{name}.path: {config.path!r} holds no records, so there is nothing to show")
-    found = data.builder.format_of(records[0], config.format, config.path)
-    examples: list[ShownExample] = []
-    left_out: list[str] = []
-    for record in records:
-        try:
-            examples += _show_record(data, record, found)
-        except Malformed as error:
-            if data.builder.malformed == "error" and error.reason not in ALWAYS_DROPPED:
-                raise
-            left_out.append(f"{error.reason}: {error}")
-    return ShownSource(f"{split}/{name}", config.path, found, len(records), examples, left_out)
+    return ShownSource(
+        f"{split}/{name}",
+        config.path,
+        rendered[0].format,
+        len(rendered),
+        [shown for each in rendered for shown in _show_record(data, each)],
+        [f"{each.dropped.reason}: {each.dropped}" for each in rendered if each.dropped is not None],
+    )
 
 
-def _show_record(data: SFTDataModule, record: Record, format_name: str) -> list[ShownExample]:
-    repairs: Counter[str] = Counter()
-    shown: list[ShownExample] = []
-    for name, messages in data.builder.conversations(record, format_name, repairs).items():
-        rendered = data.builder.render(record, messages)
-        shown += [
-            ShownExample(
-                location=record.location,
-                name=name,
+def _show_record(data: SFTDataModule, rendered: RenderedRecord) -> Iterator[ShownExample]:
+    for conversation in rendered.conversations:
+        tokenized = tokenize(conversation.examples, TextEncoder(data.tokenizer))
+        for number, (segments, example) in enumerate(zip(conversation.examples, tokenized, strict=True), start=1):
+            yield ShownExample(
+                location=rendered.record.location,
+                name=conversation.name,
                 number=number,
-                num_of_record=len(rendered),
-                repairs=list(repairs),
-                messages=messages,
+                num_of_record=len(conversation.examples),
+                repairs=rendered.repairs,
+                messages=conversation.messages,
                 segments=segments,
                 tokens=show_tokens(example, data.tokenizer),
             )
-            for number, (segments, example) in enumerate(
-                zip(rendered, tokenize(rendered, TextEncoder(data.tokenizer)), strict=True), start=1
-            )
-        ]
-    return shown
 
 
 def _write(page: PreviewPage, file: Path) -> None:

@@ -23,7 +23,7 @@ Reason = Literal[
 ]
 """Why a record cannot be learned from; the codes of the data report."""
 
-_WAY_OUT = "fix the record or set data.malformed: drop"
+_REMEDIES = "fix the record or set data.malformed: drop"
 
 
 class Malformed(UserError):  # noqa: N818  # the word of `data.malformed`
@@ -38,10 +38,18 @@ class Malformed(UserError):  # noqa: N818  # the word of `data.malformed`
         self.reason = reason
 
 
-def malformed(record: Record, said: str, reason: Reason = "broken_record") -> Malformed:
-    """The error for a record: where it stands, what is wrong with it, and the way out."""
-    separator = " " if said.endswith(".") else "; "
-    return Malformed(f"{record.location}: {said}{separator}{_WAY_OUT}", reason)
+def malformed(record: Record, problem: str, reason: Reason = "broken_record", *, remedy: str = "") -> Malformed:
+    """Return the error for a record: where it stands, what is wrong with it, and what to do.
+
+    Args:
+        record: The record.
+        problem: What is wrong with it.
+        reason: The code under which it is counted if it is dropped.
+        remedy: What else the user can do than to fix the record or drop it.
+    """
+    separator = " " if problem.endswith(".") else "; "
+    remedies = f"{remedy}, {_REMEDIES}" if remedy else _REMEDIES
+    return Malformed(f"{record.location}: {problem}{separator}{remedies}", reason)
 
 
 def read_text(record: Record, fields: Mapping[str, Any], key: str, where: str = "") -> str:

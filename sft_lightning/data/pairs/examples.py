@@ -7,26 +7,21 @@ or left out as a whole, and counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from sft_lightning.data.formats.deepspeed_chat import DATASETS
-from sft_lightning.data.formats.fields import Malformed, read_weight
+from sft_lightning.data.formats.fields import Malformed, malformed, read_weight
 from sft_lightning.data.formats.preference import preference_pair
 from sft_lightning.data.formats.registry import find_format
 from sft_lightning.data.formats.turn_order import settle
-from sft_lightning.data.tokens.examples import ALWAYS_DROPPED, ExampleBuilder, RecordLog, Rendered
+from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Record, Segment
 
 PairHistory = Literal["own", "chosen"]
 """What a rejected answer stands after: its `own` conversation, or that of the `chosen` one, as in Firefly."""
-
-_CONVERSATIONS_CHECKED = 32
-"""Conversations of each source to prove the template and the tokenizer on."""
-
-_WAY_OUT = "fix the record or set data.malformed: drop"
 
 
 class Pair(NamedTuple):
@@ -61,10 +56,12 @@ def make_pair(
         raise Malformed(said, "same_answers")
     firsts = {turns[parting].role for turns in (chosen, rejected) if parting < len(turns)}
     if firsts != {"assistant"} or parting in (len(chosen), len(rejected)):
-        raise Malformed(
-            f"{record.location}: the conversations part in turn {parting}, and not at an answer, so the two are not "
-            f"answers to one prompt; {_WAY_OUT}, or set data.pair_history: chosen to put both after the chosen one's",
+        raise malformed(
+            record,
+            f"the conversations differ from turn {parting} on, which is not an answer, so they do not answer the same "
+            "prompt",
             "different_prompts",
+            remedy="set data.pair_history: chosen to put both answers after the chosen one's turns",
         )
     weight = read_weight(record, record.fields)
     return Pair(*(_supervise(turns, parting, weight, loss_on) for turns in (chosen, rejected)))
@@ -113,48 +110,39 @@ class PairBuilder(ExampleBuilder):
             )
         return name
 
-    def conversations(
+    def messages_of(
         self, record: Record, format_name: str, repairs: Counter[str] | None = None
     ) -> dict[str, Sequence[Message]]:
-        """Return the `chosen` and the `rejected` conversation of a record."""
+        """Return the `chosen` and the `rejected` conversation of a record.
+
+        Args:
+            record: The record.
+            format_name: The source's format; always `preference`.
+            repairs: Counts what was repaired in the record.
+
+        Raises:
+            Malformed: If the record has no pair.
+        """
         return dict(make_pair(record, history=self.history, loss_on=self.loss_on, repairs=repairs)._asdict())
 
-    def _render_all(
-        self, records: Iterable[Record], configured_format: str | None, path: str, log: RecordLog
-    ) -> Iterator[Rendered]:
-        first: list[tuple[str, Sequence[Message]]] = []
-        repairs: Counter[str] = Counter()
-        checked = False
-        for index, record in enumerate(records):
-            log.format = log.format or self.format_of(record, configured_format, path)
-            log.marks.append(0)
-            repairs.clear()
-            try:
-                pair = self.conversations(record, log.format, repairs)
-                rendered = [self._render_one(record, messages) for messages in pair.values()]
-            except Malformed as error:
-                if self.malformed == "error" and error.reason not in ALWAYS_DROPPED:
-                    raise
-                log.drop(error.reason, record.location)
-                continue
-            for repair in repairs:
-                log.mark(repair)
-            if not checked:
-                first += [(record.location, messages) for messages in pair.values()]
-                if len(first) >= _CONVERSATIONS_CHECKED:
-                    self._check(first)
-                    checked = True
-            for segments in rendered:
-                yield index, segments
-        if first and not checked:
-            self._check(first)
+    def render(self, record: Record, messages: Sequence[Message]) -> list[list[Segment]]:
+        """Render one conversation of a pair, which must be one example.
 
-    def _render_one(self, record: Record, messages: Sequence[Message]) -> list[Segment]:
-        rendered = self.render(record, messages)
+        Args:
+            record: The record that it comes from, for messages.
+            messages: The conversation.
+
+        Raises:
+            Malformed: If the template renders it as several examples.
+            UserError: If the template refuses the conversation.
+        """
+        rendered = super().render(record, messages)
         if len(rendered) > 1:
-            raise Malformed(
-                f"{record.location}: template {self.template.name} renders the answers of this conversation as "
-                f"{len(rendered)} texts, but an answer to compare is one; set data.loss_on: last_turn, or {_WAY_OUT}",
+            raise malformed(
+                record,
+                f"template {self.template.name} renders the answers of this conversation as {len(rendered)} texts, but "
+                "a pair compares one text with one other",
                 "rewritten_pair",
+                remedy="set data.loss_on: last_turn",
             )
-        return rendered[0]
+        return rendered

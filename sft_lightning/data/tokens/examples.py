@@ -1,4 +1,4 @@
-"""Records of a source → tokenized examples, batch by batch; what becomes of every record is written down."""
+"""Records of a source → tokenized examples, batch by batch; a log notes what happened to every record."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.formats.registry import Malformed, find_format, to_messages
+from sft_lightning.data.formats.fields import Malformed
+from sft_lightning.data.formats.registry import find_format, to_messages
 from sft_lightning.data.templates.binding import special_tokens
 from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.data.tokens.example_checks import check_examples
@@ -28,38 +29,38 @@ from sft_lightning.types import LossOn, Message, Record, Segment
 MalformedPolicy = Literal["error", "drop"]
 
 REWRITTEN = "rewritten"
-"""Mark of a record that makes several examples, because the template rewrites earlier turns once others follow."""
+"""Mark of a record that makes several examples because the template rewrites earlier turns once others follow."""
+
+ALWAYS_DROPPED = ("no_answer", "no_question", "same_answers")
+"""Reasons for which a record is dropped whatever `data.malformed` says: it is well formed but teaches nothing."""
 
 _EXAMPLES_AT_ONCE = 2048
 _CHARACTERS_AT_ONCE = 1 << 22
 _CONVERSATIONS_CHECKED = 32
-"""Conversations of each source to prove the template and the tokenizer on."""
+"""Conversations of each source on which the template and the tokenizer are checked."""
 
 _LOCATIONS_KEPT = 20
-"""Places of dropped records to remember, for each reason."""
-
-ALWAYS_DROPPED = ("no_answer", "no_question", "same_answers")
-"""Reasons for which a record is left out whatever `data.malformed` says: it is well formed, but teaches nothing."""
+"""Locations of dropped records to keep for each reason."""
 
 
 @dataclass
 class RecordLog:
-    """What became of the records of a source while examples were made of them."""
+    """What happened to the records of a source while examples were made of them."""
 
     format: str = ""
-    """The format that was given or found."""
+    """The format, configured or detected."""
 
     codes: list[str] = field(default_factory=list)
-    """What may happen to a record, each a bit of `marks`: reasons for a drop, repairs, and `rewritten`."""
+    """What happened to records, one bit of `marks` each: reasons for a drop, repairs, and `rewritten`."""
 
     marks: array[int] = field(default_factory=lambda: array("I"))
     """For each record read, the bits of what happened to it."""
 
     dropped: list[str] = field(default_factory=list)
-    """The codes that mean that the record was left out."""
+    """The codes that are reasons for a drop."""
 
     dropped_at: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    """Index and place of the first records that were left out, by reason."""
+    """Index and location of the first dropped records, by reason."""
 
     def mark(self, code: str) -> None:
         """Note that something happened to the last record."""
@@ -68,7 +69,12 @@ class RecordLog:
         self.marks[-1] |= 1 << self.codes.index(code)
 
     def drop(self, reason: str, location: str) -> None:
-        """Note that the last record is left out."""
+        """Note that the last record is dropped.
+
+        Args:
+            reason: Why; a code of the data report.
+            location: Where the record stands.
+        """
         self.mark(reason)
         if reason not in self.dropped:
             self.dropped.append(reason)
@@ -77,7 +83,7 @@ class RecordLog:
             places.append((len(self.marks) - 1, location))
 
     def facts(self) -> dict[str, Any]:
-        """Return everything but the marks, for a store's manifest."""
+        """Return everything except the marks, for a store's manifest."""
         return {
             "format": self.format,
             "codes": self.codes,
@@ -86,22 +92,61 @@ class RecordLog:
         }
 
 
-Rendered = tuple[int, list[Segment]]
-"""Index of a record, and the segments of an example made of it."""
+class Conversation(NamedTuple):
+    """A conversation of a record, rendered."""
+
+    name: str
+    """Which conversation of the record it is, `chosen` or `rejected`; empty for the only one."""
+
+    messages: Sequence[Message]
+    """Its messages."""
+
+    examples: list[list[Segment]]
+    """The segments of each example; several examples where the template rewrites earlier turns."""
+
+
+class RenderedRecord(NamedTuple):
+    """A record with its conversations, or with the reason why it is dropped."""
+
+    record: Record
+    """The record."""
+
+    format: str
+    """The format of its source, configured or detected."""
+
+    conversations: Sequence[Conversation]
+    """Its conversations; none if it is dropped."""
+
+    repairs: Sequence[str]
+    """What was repaired, by code: `leading_answer`, `trailing_user`, `empty_turn`."""
+
+    dropped: Malformed | None
+    """Why the record is dropped; `None` if it is not."""
+
+
+IndexedSegments = tuple[int, list[Segment]]
+"""Index of a record, and the segments of one of its examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleBuilder:
-    """Makes examples of records, the same way for every source."""
+    """Turns records into examples, the same way for every source."""
 
     tokenizer: PreTrainedTokenizerFast
+    """The tokenizer, with `template` as its chat template."""
+
     template: Template
+    """The template of conversations."""
+
     loss_on: LossOn
+    """Which messages are supervised."""
+
     malformed: MalformedPolicy = "error"
+    """Whether a record that does not fit its format stops the run or is dropped."""
 
     @functools.cached_property
     def _documents(self) -> DocumentTemplate:
-        # Made once: asking the tokenizer for its BOS means tokenizing, and there is a question for every record.
+        # Cached: finding out whether the tokenizer adds a BOS means tokenizing, and this is used for every record.
         return DocumentTemplate(special_tokens(self.tokenizer))
 
     @functools.cached_property
@@ -110,16 +155,21 @@ class ExampleBuilder:
 
     @functools.cached_property
     def tokenizer_checksum(self) -> str:
-        """A hash of the tokenizer, special tokens included; made once, because a large vocabulary takes a while."""
+        """A hash of the tokenizer with its special tokens; cached, because hashing a large vocabulary takes a while."""
         digest = xxhash.xxh3_128(self.tokenizer.backend_tokenizer.to_str().encode())
         digest.update(json.dumps(self.tokenizer.special_tokens_map, default=str, sort_keys=True).encode())
         return digest.hexdigest()
 
     def format_of(self, record: Record, configured: str | None, path: str = "") -> str:
-        """Return the format of a source: as configured, else as its path or first record tells.
+        """Return the format of a source: the configured one, else the one detected from its path or first record.
+
+        Args:
+            record: The source's first record.
+            configured: The source's `format`.
+            path: The source's `path`.
 
         Raises:
-            UserError: If that cannot be told, or conversations are to be pretrained on.
+            UserError: If the format is unknown or cannot be detected, or if it is not text in pretraining.
         """
         if configured is None and isinstance(self.template, DocumentTemplate) and "text" in record.fields:
             return "text"
@@ -132,17 +182,17 @@ class ExampleBuilder:
         return name
 
     def template_for(self, messages: Sequence[Message]) -> Template:
-        """Return the run's template; plain documents have none."""
+        """Return the run's template, or the document template for plain documents."""
         return self._documents if messages[0].role == "text" else self.template
 
-    def conversations(
+    def messages_of(
         self, record: Record, format_name: str, repairs: Counter[str] | None = None
     ) -> dict[str, Sequence[Message]]:
-        """Return the conversations that a record's examples are made of, by name; the only one of a record has none.
+        """Return the conversations of a record by name; a record's only conversation has the empty name.
 
         Args:
-            record: The row.
-            format_name: The source's format, found.
+            record: The record.
+            format_name: The source's format, from `format_of`.
             repairs: Counts what was repaired in the record.
 
         Raises:
@@ -151,32 +201,71 @@ class ExampleBuilder:
         return {"": to_messages(record, format_name, repairs=repairs)}
 
     def render(self, record: Record, messages: Sequence[Message]) -> list[list[Segment]]:
-        """Render a record's messages; the error of a template that refuses them names the record."""
+        """Return the segments of each example of a conversation.
+
+        Args:
+            record: The record that it comes from, for messages.
+            messages: The conversation.
+
+        Raises:
+            UserError: If the template refuses the conversation.
+        """
         try:
             return self.template_for(messages).render(messages, self.loss_on)
         except UserError as error:
             raise UserError(f"{record.location}: {error}") from error
 
+    def render_records(
+        self, records: Iterable[Record], configured_format: str | None, path: str
+    ) -> Iterator[RenderedRecord]:
+        """Render the records of a source, one after the other.
+
+        Args:
+            records: The records of the source.
+            configured_format: The source's `format`.
+            path: The source's `path`.
+
+        Raises:
+            UserError: If a record is malformed and not dropped, or the template refuses it.
+        """
+        name = ""
+        repairs: Counter[str] = Counter()
+        for record in records:
+            name = name or self.format_of(record, configured_format, path)
+            repairs.clear()
+            try:
+                conversations = [
+                    Conversation(which, messages, self.render(record, messages))
+                    for which, messages in self.messages_of(record, name, repairs).items()
+                ]
+            except Malformed as error:
+                if self.malformed == "error" and error.reason not in ALWAYS_DROPPED:
+                    raise
+                yield RenderedRecord(record, name, (), (), error)
+            else:
+                yield RenderedRecord(record, name, conversations, tuple(repairs), None)
+
     def build(
         self, records: Iterable[Record], configured_format: str | None, path: str, log: RecordLog
     ) -> Iterator[tuple[TokenizedBatch, Longs]]:
-        """Tokenize a source, batch by batch; the next batch is read and rendered while one is tokenized.
+        """Tokenize a source batch by batch; while one batch is tokenized, the next is read and rendered.
 
         Args:
-            records: The source.
+            records: The records of the source.
             configured_format: The source's `format`.
             path: The source's `path`.
-            log: Filled with what becomes of the records.
+            log: Filled with what happens to the records; a format that it already has is used.
 
         Yields:
-            Examples, and the index of the record that each was made of.
+            Examples, and the index of the record of each, (N,).
 
         Raises:
-            UserError: If a record is wrong, and `malformed` is `error`.
+            UserError: If a record is malformed and not dropped, or the template or tokenizer fails a check.
         """
+        rendered = self.render_records(records, log.format or configured_format, path)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            pending: tuple[Future[Tokens], Sequence[Rendered]] | None = None
-            for batch in _batches(self._render_all(records, configured_format, path, log)):
+            pending: tuple[Future[Tokens], Sequence[IndexedSegments]] | None = None
+            for batch in _batches(self._logged(rendered, log)):
                 future = pool.submit(self._encoder.encode, join([segments for _, segments in batch]))
                 if pending is not None:
                     yield self._finish(*pending)
@@ -184,53 +273,46 @@ class ExampleBuilder:
             if pending is not None:
                 yield self._finish(*pending)
 
-    def _finish(self, tokens: Future[Tokens], batch: Sequence[Rendered]) -> tuple[TokenizedBatch, Longs]:
+    def _finish(self, tokens: Future[Tokens], batch: Sequence[IndexedSegments]) -> tuple[TokenizedBatch, Longs]:
         examples = weigh([segments for _, segments in batch], tokens.result(), self._encoder)
         return examples, np.array([record for record, _ in batch], np.int64)
 
-    def _render_all(
-        self, records: Iterable[Record], configured_format: str | None, path: str, log: RecordLog
-    ) -> Iterator[Rendered]:
+    def _logged(self, rendered: Iterable[RenderedRecord], log: RecordLog) -> Iterator[IndexedSegments]:
+        """Yield the segments of every example, check the first conversations, and log what happened to the records."""
         first: list[tuple[str, Sequence[Message]]] = []
-        repairs: Counter[str] = Counter()
-        for index, record in enumerate(records):
-            if not log.format:
-                log.format = self.format_of(record, configured_format, path)
+        checked = False
+        for index, each in enumerate(rendered):
+            log.format = each.format
             log.marks.append(0)
-            try:
-                messages = to_messages(record, log.format, repairs=repairs)
-            except Malformed as error:
-                if self.malformed == "error" and error.reason not in ALWAYS_DROPPED:
-                    raise
-                log.drop(error.reason, record.location)
-                continue
-            if repairs:
-                for repair in repairs:
-                    log.mark(repair)
-                repairs.clear()
-            rendered = self.render(record, messages)
-            if len(first) < _CONVERSATIONS_CHECKED:
-                first.append((record.location, messages))
-                if len(first) == _CONVERSATIONS_CHECKED:
-                    self._check(first)
-            if len(rendered) > 1:
-                log.mark(REWRITTEN)
-            for segments in rendered:
-                yield index, segments
-        if 0 < len(first) < _CONVERSATIONS_CHECKED:
-            self._check(first)
+            if each.dropped is not None:
+                log.drop(each.dropped.reason, each.record.location)
+            for repair in each.repairs:
+                log.mark(repair)
+            if not checked:
+                first += [(each.record.location, conversation.messages) for conversation in each.conversations]
+                checked = self._check(first, at_least=_CONVERSATIONS_CHECKED)
+            for conversation in each.conversations:
+                if len(conversation.examples) > 1:
+                    log.mark(REWRITTEN)
+                for segments in conversation.examples:
+                    yield index, segments
+        if not checked:
+            self._check(first, at_least=1)
 
-    def _check(self, conversations: Sequence[tuple[str, Sequence[Message]]]) -> None:
-        """Prove on the first conversations of a source that template and tokenizer do what they promise."""
+    def _check(self, conversations: Sequence[tuple[str, Sequence[Message]]], *, at_least: int) -> bool:
+        """Check template and tokenizer on the first conversations of a source, once there are so many."""
+        if len(conversations) < at_least:
+            return False
         template = self.template_for(conversations[0][1])
         check_examples(template, self.tokenizer, self._encoder, conversations, self.loss_on)
+        return True
 
 
-def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    """Group examples, as many as are worth tokenizing at once and no more than memory should hold."""
-    batch: list[Rendered] = []
+def _batches(examples: Iterable[IndexedSegments]) -> Iterator[list[IndexedSegments]]:
+    """Group examples: many enough to tokenize fast, few enough for memory."""
+    batch: list[IndexedSegments] = []
     characters = 0
-    for each in rendered:
+    for each in examples:
         batch.append(each)
         characters += sum([len(segment.text) for segment in each[1]])
         if len(batch) == _EXAMPLES_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
@@ -241,5 +323,5 @@ def _batches(rendered: Iterable[Rendered]) -> Iterator[list[Rendered]]:
 
 
 def marks_of(log: RecordLog) -> npt.NDArray[np.uint32]:
-    """Return a log's marks as an array, (records,)."""
+    """Return the marks of a log, (records,)."""
     return np.array(log.marks, np.uint32)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import groupby, islice
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.formats.registry import Malformed
-from sft_lightning.data.sources.source import SourceConfig, read_records
+from sft_lightning.data.sources.source import read_records
 from sft_lightning.data.tokens.example_checks import check_examples
-from sft_lightning.data.tokens.examples import ALWAYS_DROPPED
+from sft_lightning.data.tokens.examples import RenderedRecord
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize
 from sft_lightning.errors import UserError
 from sft_lightning.selftest.checks import Check
-from sft_lightning.types import Message, Record, Segment
+from sft_lightning.types import Segment
 from sft_lightning.views.highlight import show_tokens
-
-Conversation = tuple[Record, Sequence[Message]]
 
 
 def check_masks(data: SFTDataModule, num_records: int) -> Iterator[Check]:
@@ -33,45 +29,18 @@ def check_masks(data: SFTDataModule, num_records: int) -> Iterator[Check]:
     """
     for sources in (data.spec.sources_of("train"), data.spec.sources_of("val")):
         for name, config in sources.items():
-            conversations = read_conversations(data, name, config, num_records)
-            yield _supervised_text(data, name, conversations)
-            yield _served_prompts(data, name, conversations)
+            records = islice(read_records(name, config), num_records)
+            rendered = list(data.builder.render_records(records, config.format, config.path))
+            yield _supervised_text(data, name, rendered)
+            yield _served_prompts(data, name, rendered)
 
 
-def read_conversations(data: SFTDataModule, name: str, config: SourceConfig, num_records: int) -> list[Conversation]:
-    """Return the conversations of a source's first records that make an example, with their records.
-
-    Args:
-        data: The data of the run.
-        name: The source's name.
-        config: The source.
-        num_records: Records to read.
-
-    Raises:
-        UserError: If the source cannot be read, or a record is wrong and `data.malformed` is `error`.
-    """
-    limit = min(num_records, config.max_examples or num_records)
-    conversations: list[Conversation] = []
-    found = ""
-    for record in islice(read_records(name, replace(config, max_examples=limit)), limit):
-        found = found or data.builder.format_of(record, config.format, config.path)
-        try:
-            made = data.builder.conversations(record, found)
-        except Malformed as error:
-            if data.builder.malformed == "error" and error.reason not in ALWAYS_DROPPED:
-                raise
-            continue
-        conversations += [(record, messages) for messages in made.values()]
-    return conversations
-
-
-def _supervised_text(data: SFTDataModule, name: str, conversations: Sequence[Conversation]) -> Check:
+def _supervised_text(data: SFTDataModule, name: str, records: Sequence[RenderedRecord]) -> Check:
     encoder = TextEncoder(data.tokenizer)
     num_examples = num_supervised = 0
     wrong: list[str] = []
-    for record, messages in conversations:
-        rendered = data.builder.render(record, messages)
-        for segments, example in zip(rendered, tokenize(rendered, encoder), strict=True):
+    for record, conversation in ((each.record, one) for each in records for one in each.conversations):
+        for segments, example in zip(conversation.examples, tokenize(conversation.examples, encoder), strict=True):
             shown = show_tokens(example, data.tokenizer)
             runs = groupby(shown, key=lambda token: token.weight > 0)
             decoded = ["".join(token.text for token in run) for supervised, run in runs if supervised]
@@ -103,12 +72,13 @@ def first_difference(expected: Sequence[str], found: Sequence[str]) -> str | Non
     return None
 
 
-def _served_prompts(data: SFTDataModule, name: str, conversations: Sequence[Conversation]) -> Check:
+def _served_prompts(data: SFTDataModule, name: str, records: Sequence[RenderedRecord]) -> Check:
     encoder = TextEncoder(data.tokenizer)
+    conversations = [(each.record.location, one.messages) for each in records for one in each.conversations]
     try:
-        for record, messages in conversations:
+        for location, messages in conversations:
             template = data.builder.template_for(messages)
-            check_examples(template, data.tokenizer, encoder, [(record.location, messages)], data.spec.loss_on)
+            check_examples(template, data.tokenizer, encoder, [(location, messages)], data.spec.loss_on)
     except UserError as error:
         return Check(f"prompts of {name}", False, str(error))
     figure = f"{len(conversations)} records: stop tokens supervised, prompts served as they are trained"

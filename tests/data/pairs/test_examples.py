@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.formats.fields import Malformed
-from sft_lightning.data.pairs.examples import make_pair
-from sft_lightning.data.tokens.examples import ALWAYS_DROPPED
+from sft_lightning.data.pairs.examples import PairBuilder, make_pair
+from sft_lightning.data.templates.binding import bind_template
+from sft_lightning.data.tokens.examples import ALWAYS_DROPPED, RecordLog, marks_of
+from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Record
 
 
@@ -101,3 +106,61 @@ def test_an_empty_answer_is_counted() -> None:
 def test_the_weight_of_a_record_is_that_of_its_answers() -> None:
     pair = make_pair(record(prompt="q", chosen="a", rejected="b", weight=2))
     assert pair.chosen[-1].weight == pair.rejected[-1].weight == 2.0
+
+
+REWRITING = (
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% set past = m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] if past else m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+"""Leaves out the thoughts of earlier answers, as Qwen3's does."""
+
+
+@pytest.fixture
+def builder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Any:
+    def make(**options: Any) -> PairBuilder:
+        (tmp_path / "own.jinja").write_text(REWRITING)
+        own = copy.deepcopy(tokenizer)
+        template = bind_template(str(tmp_path / "own.jinja"), own)
+        return PairBuilder(tokenizer=own, template=template, **{"loss_on": "assistant", **options})
+
+    return make
+
+
+EARLY = {"chosen": turns("q", "<think>x</think>a", "r", "b"), "rejected": turns("q", "<think>y</think>a", "r", "c")}
+"""A pair that differs from its first answers on, which the template rewrites."""
+
+
+def test_a_record_makes_two_examples_in_the_order_chosen_rejected(builder: Any) -> None:
+    log = RecordLog()
+    [(batch, records)] = builder().build([record(prompt="q", chosen="good", rejected="bad")], None, "f", log)
+    answers = [example.input_ids[example.loss_weights > 0] for example in batch]
+    assert [builder().tokenizer.decode(answer) for answer in answers] == ["good</s>", "bad</s>"]
+    assert (records.tolist(), log.format, marks_of(log).tolist()) == ([0, 0], "preference", [0])
+
+
+def test_a_pair_that_the_template_renders_as_several_texts_stops_the_run_with_what_to_do(builder: Any) -> None:
+    with pytest.raises(Malformed, match=r"as 2 texts.*; set data\.loss_on: last_turn, fix the record or set") as caught:
+        list(builder().build([record(**EARLY)], None, "f", RecordLog()))
+    assert caught.value.reason == "rewritten_pair"
+
+
+def test_a_pair_that_the_template_renders_as_several_texts_can_be_dropped(builder: Any) -> None:
+    log = RecordLog()
+    rows = [record(prompt="q", chosen="good", rejected="bad"), record(**EARLY)]
+    [(_, records)] = builder(malformed="drop").build(rows, None, "f", log)
+    assert records.tolist() == [0, 0]
+    assert log.dropped == ["rewritten_pair"]
+
+
+def test_the_last_answers_of_such_a_pair_can_be_compared(builder: Any) -> None:
+    [rendered] = builder(loss_on="last_turn").render_records([record(**EARLY)], None, "f")
+    assert [conversation.name for conversation in rendered.conversations] == ["chosen", "rejected"]
+    assert [len(conversation.examples) for conversation in rendered.conversations] == [1, 1]
+
+
+def test_a_format_without_pairs_is_refused(builder: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.sources\.toy\.format: 'alpaca' has no pairs"):
+        list(builder().build([record(instruction="q", output="a")], None, "f", RecordLog()))

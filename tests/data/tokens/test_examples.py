@@ -157,6 +157,32 @@ def test_the_format_found_is_logged(builder: Any) -> None:
     assert build(builder("text"), [{"text": "a", "messages": 1}])[3].format == "text"
 
 
+def test_a_format_that_the_log_has_is_used_for_records_that_look_like_another(builder: Any) -> None:
+    rows = [{"text": "a", "instruction": "What?", "output": "That"}]
+    log = RecordLog(format="text")
+    [(batch, _)] = builder().build(records_of(rows), None, "f.json", log)
+    assert log.format == "text"
+    assert batch.counts.tolist() == [3]
+
+
+def test_a_rendered_record_has_its_messages_segments_and_repairs(builder: Any) -> None:
+    [rendered] = builder().render_records(records_of([chat("user: a", "assistant: b", "user: c")]), None, "f.json")
+    [conversation] = rendered.conversations
+    assert (rendered.format, rendered.repairs, rendered.dropped) == ("messages", ("trailing_user",), None)
+    assert (conversation.name, [message.content for message in conversation.messages]) == ("", ["a", "b"])
+    assert [[segment.text for segment in example if segment.supervised] for example in conversation.examples] == [
+        [" b</s>"],
+    ]  # fmt: skip
+
+
+def test_a_dropped_record_is_rendered_as_its_reason_and_the_next_has_no_repairs_of_it(builder: Any) -> None:
+    rows = [chat("user: a", "user: b", "assistant: c", "user: d"), chat("user: a", "assistant: b")]
+    first, second = builder(malformed="drop").render_records(records_of(rows), None, "f.json")
+    assert first.dropped.reason == "consecutive_turns"
+    assert (first.conversations, first.repairs) == ((), ())
+    assert (second.dropped, second.repairs) == (None, ())
+
+
 def test_conversations_are_not_pretrained_on(builder: Any) -> None:
     with pytest.raises(UserError, match=r"data\.sources\.s: the format is alpaca, but pretraining takes text"):
         build(builder("text"), ALPACA[:1])
