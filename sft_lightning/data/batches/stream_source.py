@@ -16,7 +16,8 @@ from sft_lightning.data.plan.blending import BlendConfig, BlendUnit
 from sft_lightning.data.plan.split_examples import Corpus, LengthLimits, make_corpus
 from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
 from sft_lightning.data.sources.source import SourceConfig, read_records
-from sft_lightning.data.tokens.examples import ExampleBuilder, RecordLog, marks_of
+from sft_lightning.data.tokens.examples import ExampleBuilder
+from sft_lightning.data.tokens.record_log import RecordLog
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.store_cache import Prepared
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
@@ -119,7 +120,7 @@ class SourceStream:
         log = RecordLog(format=self.report.format)
         built = list(self._builder.build(chunk, self.config.format, self.config.path, log))
         records = np.concatenate([np.zeros(0, np.int64), *(of for _, of in built)])
-        store = TokenStore.of(join_batches([batch for batch, _ in built]), records, marks_of(log))
+        store = TokenStore.of(join_batches([batch for batch, _ in built]), records, log.marks_array())
         prepared = Prepared(Path(), store, {**log.facts(), "files": _NO_FILES}, built=True)
         everything = np.ones(len(chunk), bool)
         corpus = make_corpus(

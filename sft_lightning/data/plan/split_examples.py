@@ -15,7 +15,7 @@ import xxhash
 from sft_lightning.data.plan.blending import BlendUnit
 from sft_lightning.data.plan.splits import Mask
 from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
-from sft_lightning.data.tokens.examples import REWRITTEN
+from sft_lightning.data.tokens.record_log import REWRITTEN
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.store_cache import Prepared
 from sft_lightning.errors import UserError

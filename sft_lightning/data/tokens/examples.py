@@ -1,18 +1,16 @@
-"""Records of a source → tokenized examples, batch by batch; a log notes what happened to every record."""
+"""Records of a source → tokenized examples, batch by batch."""
 
 from __future__ import annotations
 
 import functools
 import json
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 from transformers import PreTrainedTokenizerFast
 
@@ -22,14 +20,12 @@ from sft_lightning.data.templates.binding import special_tokens
 from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.data.tokens.example_checks import check_examples
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
+from sft_lightning.data.tokens.record_log import REWRITTEN, RecordLog
 from sft_lightning.data.tokens.tokenization import Longs, TokenizedBatch, Tokens, join, weigh
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Record, Segment
 
 MalformedPolicy = Literal["error", "drop"]
-
-REWRITTEN = "rewritten"
-"""Mark of a record that makes several examples because the template rewrites earlier turns once others follow."""
 
 ALWAYS_DROPPED = ("no_answer", "no_question", "same_answers")
 """Reasons for which a record is dropped whatever `data.malformed` says: it is well formed but teaches nothing."""
@@ -38,58 +34,6 @@ _EXAMPLES_AT_ONCE = 2048
 _CHARACTERS_AT_ONCE = 1 << 22
 _CONVERSATIONS_CHECKED = 32
 """Conversations of each source on which the template and the tokenizer are checked."""
-
-_LOCATIONS_KEPT = 20
-"""Locations of dropped records to keep for each reason."""
-
-
-@dataclass
-class RecordLog:
-    """What happened to the records of a source while examples were made of them."""
-
-    format: str = ""
-    """The format, configured or detected."""
-
-    codes: list[str] = field(default_factory=list)
-    """What happened to records, one bit of `marks` each: reasons for a drop, repairs, and `rewritten`."""
-
-    marks: array[int] = field(default_factory=lambda: array("I"))
-    """For each record read, the bits of what happened to it."""
-
-    dropped: list[str] = field(default_factory=list)
-    """The codes that are reasons for a drop."""
-
-    dropped_at: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    """Index and location of the first dropped records, by reason."""
-
-    def mark(self, code: str) -> None:
-        """Note that something happened to the last record."""
-        if code not in self.codes:
-            self.codes.append(code)
-        self.marks[-1] |= 1 << self.codes.index(code)
-
-    def drop(self, reason: str, location: str) -> None:
-        """Note that the last record is dropped.
-
-        Args:
-            reason: Why; a code of the data report.
-            location: Where the record stands.
-        """
-        self.mark(reason)
-        if reason not in self.dropped:
-            self.dropped.append(reason)
-        places = self.dropped_at.setdefault(reason, [])
-        if len(places) < _LOCATIONS_KEPT:
-            places.append((len(self.marks) - 1, location))
-
-    def facts(self) -> dict[str, Any]:
-        """Return everything except the marks, for a store's manifest."""
-        return {
-            "format": self.format,
-            "codes": self.codes,
-            "dropped": self.dropped,
-            "dropped_at": self.dropped_at,
-        }
 
 
 class Conversation(NamedTuple):
@@ -320,8 +264,3 @@ def _batches(examples: Iterable[IndexedSegments]) -> Iterator[list[IndexedSegmen
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def marks_of(log: RecordLog) -> npt.NDArray[np.uint32]:
-    """Return the marks of a log, (records,)."""
-    return np.array(log.marks, np.uint32)

@@ -33,7 +33,8 @@ from sft_lightning.data.formats.deepspeed_chat import dataset_format
 from sft_lightning.data.formats.user_format import is_dotted_path, user_function
 from sft_lightning.data.sources.source import SourceConfig, is_saved_dataset, load_dataset, read_records, source_files
 from sft_lightning.data.templates.named import NamedTemplate
-from sft_lightning.data.tokens.examples import ExampleBuilder, RecordLog, marks_of
+from sft_lightning.data.tokens.examples import ExampleBuilder
+from sft_lightning.data.tokens.record_log import RecordLog
 from sft_lightning.data.tokens.store import DamagedStoreError, StoreWriter, TokenStore, hash_file, open_store
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def _build(name: str, config: SourceConfig, builder: ExampleBuilder, folder: Pat
     try:
         for batch, records in builder.build(read_records(name, config), config.format, config.path, log):
             writer.append(batch, records)
-        writer.finish(marks_of(log), {"inputs": inputs, "places": _places(name, config), **log.facts()})
+        writer.finish(log.marks_array(), {"inputs": inputs, "places": _places(name, config), **log.facts()})
     except BaseException:
         writer.abandon()
         shutil.rmtree(partial, ignore_errors=True)

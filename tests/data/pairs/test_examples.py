@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from sft_lightning.data.formats.fields import Malformed
 from sft_lightning.data.pairs.examples import PairBuilder, make_pair
 from sft_lightning.data.templates.binding import bind_template
-from sft_lightning.data.tokens.examples import ALWAYS_DROPPED, RecordLog, marks_of
+from sft_lightning.data.tokens.examples import ALWAYS_DROPPED
+from sft_lightning.data.tokens.record_log import RecordLog
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Record
 
@@ -138,7 +139,7 @@ def test_a_record_makes_two_examples_in_the_order_chosen_rejected(builder: Any) 
     [(batch, records)] = builder().build([record(prompt="q", chosen="good", rejected="bad")], None, "f", log)
     answers = [example.input_ids[example.loss_weights > 0] for example in batch]
     assert [builder().tokenizer.decode(answer) for answer in answers] == ["good</s>", "bad</s>"]
-    assert (records.tolist(), log.format, marks_of(log).tolist()) == ([0, 0], "preference", [0])
+    assert (records.tolist(), log.format, log.marks_array().tolist()) == ([0, 0], "preference", [0])
 
 
 def test_a_pair_that_the_template_renders_as_several_texts_stops_the_run_with_what_to_do(builder: Any) -> None:

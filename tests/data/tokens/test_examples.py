@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from sft_lightning.data.templates.binding import bind_template, special_tokens
 from sft_lightning.data.templates.template import DocumentTemplate
 from sft_lightning.data.tokens import examples
-from sft_lightning.data.tokens.examples import ExampleBuilder, RecordLog, marks_of
+from sft_lightning.data.tokens.examples import ExampleBuilder
+from sft_lightning.data.tokens.record_log import RecordLog
 from sft_lightning.errors import UserError
 from sft_lightning.types import Record
 
@@ -95,7 +96,7 @@ def test_a_wrong_record_can_be_dropped_under_its_reason(builder: Any) -> None:
     assert records == [0, 2]
     assert log.dropped == ["consecutive_turns"]
     assert log.dropped_at == {"consecutive_turns": [(1, "f.json, record 1")]}
-    assert marks_of(log).tolist() == [0, 1 << log.codes.index("consecutive_turns"), 0]
+    assert log.marks_array().tolist() == [0, 1 << log.codes.index("consecutive_turns"), 0]
 
 
 def test_what_teaches_nothing_is_dropped_whatever_malformed_says(builder: Any) -> None:
@@ -112,7 +113,7 @@ def test_the_log_remembers_the_first_places_of_each_reason_and_marks_all(builder
     _, _, records, log = build(builder(), [chat("user: a")] * 50)
     assert records == []
     assert log.dropped_at["no_answer"] == [(i, f"f.json, record {i}") for i in range(20)]
-    assert marks_of(log).tolist() == [1] * 50
+    assert log.marks_array().tolist() == [1] * 50
 
 
 def test_repairs_are_marked_and_the_record_kept(builder: Any) -> None:
@@ -126,7 +127,7 @@ def test_repairs_are_marked_and_the_record_kept(builder: Any) -> None:
     assert set(log.codes) == {"trailing_user", "leading_answer"}
     assert log.dropped == []
     trailing, leading = (1 << log.codes.index(code) for code in ("trailing_user", "leading_answer"))
-    assert marks_of(log).tolist() == [trailing, trailing | leading, 0]
+    assert log.marks_array().tolist() == [trailing, trailing | leading, 0]
 
 
 REWRITING = (
@@ -146,7 +147,7 @@ def test_a_conversation_that_the_template_rewrites_makes_an_example_a_turn_and_i
     rows = [chat("user: a", "assistant: thought|b", "user: c", "assistant: thought|d"), chat("user: a", "assistant: b")]
     ids, weights, records, log = build(made, rows)
     assert records == [0, 0, 1]
-    assert (log.codes, marks_of(log).tolist()) == (["rewritten"], [1, 0])
+    assert (log.codes, log.marks_array().tolist()) == (["rewritten"], [1, 0])
     answers = [np.array(each)[np.array(weight) > 0].tolist() for each, weight in zip(ids, weights, strict=True)]
     assert [made.tokenizer.decode(answer) for answer in answers] == ["thought|b</s>", "thought|d</s>", "b</s>"]
 
@@ -205,21 +206,3 @@ def test_a_template_that_refuses_a_conversation_names_the_record(builder: Any, t
     rows = [chat("user: a", "assistant: b"), chat("user: forbidden", "assistant: b")]
     with pytest.raises(UserError, match=r"f\.json, record 1: .*no such thing"):
         build(made, rows)
-
-
-def test_facts_are_everything_but_the_marks(builder: Any) -> None:
-    _, _, _, log = build(builder(malformed="drop"), BROKEN)
-    assert log.facts() == {
-        "format": "messages",
-        "codes": ["consecutive_turns"],
-        "dropped": ["consecutive_turns"],
-        "dropped_at": {"consecutive_turns": [(1, "f.json, record 1")]},
-    }
-
-
-def test_more_kinds_of_marks_than_bits_do_not_exist() -> None:
-    from typing import get_args
-
-    from sft_lightning.data.formats.fields import Reason
-
-    assert len(get_args(Reason)) + len(("leading_answer", "trailing_user", "empty_turn", "rewritten")) <= 32
