@@ -29,7 +29,7 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter
 from sft_lightning.models.isolation import Isolation, measure_isolation
 from sft_lightning.training.module import CausalLMModule

@@ -11,7 +11,7 @@ from sft_lightning.estimation.memory import Memory, Setup, StepBytes
 from sft_lightning.estimation.sharding import Sharding
 from sft_lightning.estimation.simulation import optimizer_bytes, simulate_step
 from sft_lightning.estimation.skeleton import Skeleton, stored_bytes, stored_bytes_of
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.strategies.fsdp2.groups import shard_groups
 from sft_lightning.training.spec import TrainingSpec
 

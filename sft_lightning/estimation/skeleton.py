@@ -21,8 +21,8 @@ from sft_lightning.models.adapters.continuation import read_adapter_config
 from sft_lightning.models.adapters.targets import linear_names
 from sft_lightning.models.adapters.trainable import train_only
 from sft_lightning.models.adapters.wrapping import add_adapter
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
-from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.inspection import base_model
 from sft_lightning.models.spec import ModelSpec
 
@@ -139,7 +139,7 @@ def _plain_start(config: AdapterConfig) -> AdapterConfig:
     """Return an adapter of the same shapes whose start is no computation on weights that are not there."""
     if config.path is not None:
         continued = read_adapter_config(config.path, drop_modules_to_save=config.drop_modules_to_save)
-        return AdapterConfig(peft_config=continued, only_adapter=config.only_adapter)
+        return AdapterConfig(peft_config=continued, only_adapter=config.only_adapter)  # type: ignore[arg-type]  # a virtual subclass
     indices = None if isinstance(config.trainable_token_indices, str) else config.trainable_token_indices
     return replace(config, init="default", trainable_token_indices=indices)
 

@@ -26,7 +26,7 @@ from sft_lightning.merging.quantized import TrainedModel, load_trained_model
 from sft_lightning.merging.report import LogitDifference, MergeBase, MergeReport
 from sft_lightning.merging.stream import MergedWeights, merge_weights
 from sft_lightning.models.adapters.folder import AdapterError
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.export.write import replaced_folder
 from sft_lightning.models.inspection import max_positions
 from sft_lightning.models.probing import logits_of, mean_divergence, next_token_log_probs, random_ids

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.folder import read_config, read_weights
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.weight_files import weight_files
 from sft_lightning.models.export.write import MANIFEST
 

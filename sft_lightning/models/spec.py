@@ -7,9 +7,8 @@ from typing import Any
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.base.loading import DTypeName
+from sft_lightning.models.base.config import DTypeName, QuantizationConfig
 from sft_lightning.models.base.overrides import ConfigOverrides
-from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.base.rope import RopeScalingConfig
 
 

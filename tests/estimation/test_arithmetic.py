@@ -14,7 +14,7 @@ from sft_lightning.estimation.sharding import Sharding, sharding_of
 from sft_lightning.estimation.skeleton import quantized_bytes
 from sft_lightning.estimation.speed import arithmetic, mean_document_length
 from sft_lightning.estimation.tracker import StorageTracker
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 
 SETUP = Setup(batch_size=4, max_length=2048, checkpointing=False, bits=None, sharding=Sharding("one GPU"))
 

@@ -15,8 +15,8 @@ from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.base.loading import DTypeName
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.config import DTypeName, QuantizationConfig
+from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.inspection import base_model
 from sft_lightning.models.spec import ModelSpec
 

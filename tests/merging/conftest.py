@@ -20,7 +20,8 @@ from transformers import (
 
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.export.write import export_adapter
 
 IDS = torch.arange(20)[None]

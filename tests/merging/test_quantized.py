@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from sft_lightning.merging.merge import MergeOptions, merge_adapters
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.quantization import load_quantized
 
 Make = Callable[..., Any]
 """A helper of conftest.py."""

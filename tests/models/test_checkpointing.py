@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
-from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.checkpointing import (
     activation_gib,
     check_checkpointing_setting,

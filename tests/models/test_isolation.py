@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.isolation import Isolation, measure_isolation, verify_isolation
 
 CPU = torch.device("cpu")

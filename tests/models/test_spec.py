@@ -6,7 +6,7 @@ import pytest
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.rope import RopeScalingConfig
 from sft_lightning.models.spec import ModelSpec
 

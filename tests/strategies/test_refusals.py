@@ -10,7 +10,7 @@ import torch
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.strategies.fsdp2.strategy import FSDP2
 from sft_lightning.strategies.refusals import Asked, Sharding, check_optimizer, refusal
 from sft_lightning.training.module import model_from_keys

@@ -10,7 +10,8 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 
 from sft_lightning.__main__ import main
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.training.module import CausalLMModule
 
 NO_SAMPLES = "--trainer.callbacks+={class_path: callbacks.SampleGeneration, init_args: {prompts: []}}"

@@ -12,8 +12,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from sft_lightning.data.sources.files import READERS, Rows, read_file, reader_of
 from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import Record
@@ -154,7 +152,7 @@ def is_saved_dataset(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def load_dataset(name: str, config: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
+def load_dataset(name: str, config: SourceConfig) -> Any:
     """Load a `save_to_disk` folder or a data set from the Hub.
 
     Raises:
@@ -166,6 +164,8 @@ def load_dataset(name: str, config: SourceConfig) -> datasets.Dataset | datasets
         return _load_saved(key, path, config.split)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.path) or reader_of(path):
         raise UserError(f"{key}.path: {config.path!r} does not exist (looked in {Path.cwd()})")
+    import datasets  # takes a second, which plain files do not need
+
     try:
         return datasets.load_dataset(
             config.path,
@@ -181,7 +181,9 @@ def load_dataset(name: str, config: SourceConfig) -> datasets.Dataset | datasets
         ) from error
 
 
-def _load_saved(key: str, path: Path, split: str | None) -> datasets.Dataset:
+def _load_saved(key: str, path: Path, split: str | None) -> Any:
+    import datasets
+
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:

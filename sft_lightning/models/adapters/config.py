@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-import copy
+import sys
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import Any, Literal, cast
-
-from peft import LoraConfig, PeftConfig
+from typing import Any, Literal
 
 from sft_lightning.errors import UserError, one_of
-from sft_lightning.models.adapters.targets import PRESETS
 
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "mica", "loftq")
 _NOT_FOR_LORA_ONLY = ("peft_config", "path", "drop_modules_to_save", "only_adapter", "base_lr")
 _NEED_DATA = ("eva", "corda", "lora_ga")
+
+
+PRESETS = ("all-linear", "attention", "mlp", "mamba")
+"""`all-linear`: every linear layer but the head; `attention` and `mlp`: those inside and outside of attention;
+`mamba`: `in_proj` and the embeddings, unless they are tied to the head."""
+
+
+class PeftMethodConfig(ABC):
+    """Any `peft.PeftConfig`: a class is recognized as one without importing PEFT, which takes seconds."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys and their values."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        peft = sys.modules.get("peft")  # no class of PEFT exists before PEFT is imported
+        return peft is not None and issubclass(other, peft.PeftConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +85,7 @@ class AdapterConfig:
     lora_plus_ratio: float | None = None
     """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the B matrices learn at the learning rate times this."""
 
-    peft_config: PeftConfig | None = None
+    peft_config: PeftMethodConfig | None = None
     """Another method of PEFT, by `class_path` (such as `peft.IA3Config`) and `init_args`; takes the place of the keys
     above."""
 
@@ -127,31 +143,6 @@ class AdapterConfig:
                 f"model.adapter.peft_config: brings its own configuration, so model.adapter has no place for {keys}; "
                 "set it in peft_config.init_args, or remove one of the two"
             )
-
-    def to_peft(self) -> PeftConfig:
-        """Return the same configuration for PEFT; a preset of `target_modules` is not resolved yet."""
-        if self.peft_config is not None:
-            config = copy.deepcopy(self.peft_config)  # PEFT writes what it finds into it
-            config.task_type = config.task_type or "CAUSAL_LM"
-            return config
-        init: Any = True if self.init in ("default", "loftq") else self.init
-        indices = self.trainable_token_indices
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
-            lora_dropout=self.dropout,
-            target_modules=[] if self.target_modules in PRESETS else self.target_modules,
-            modules_to_save=self.modules_to_save,
-            trainable_token_indices=cast("Any", None if isinstance(indices, str) else indices),  # resolved later
-            bias=self.bias,
-            use_dora=self.use_dora,
-            use_rslora=self.use_rslora,
-            init_lora_weights=init,
-            rank_pattern=dict(self.rank_pattern or {}),
-            alpha_pattern=cast("Any", dict(self.alpha_pattern or {})),
-            layers_to_transform=self.layers_to_transform,
-        )
 
 
 def _default(name: str) -> Any:

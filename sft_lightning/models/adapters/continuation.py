@@ -7,9 +7,8 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.config import PRESETS, AdapterConfig
 from sft_lightning.models.adapters.folder import AdapterError, load_weights, name_in_base, read_config, read_weights
-from sft_lightning.models.adapters.targets import PRESETS
 from sft_lightning.models.adapters.trainable import trainable_base_names
 
 _COMPARED = {

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.trainable import HALF, keep_float32_masters
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 
 _INITS = {"pissa": (4, 8), "mica": (4, 8), "orthogonal": (8,)}
 """Initial weights of LoRA that PEFT takes from the base's weights without looking whether they are quantized, and the

@@ -10,12 +10,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sft_lightning.errors import UserError, did_you_mean
+from sft_lightning.models.adapters.config import PRESETS
 from sft_lightning.models.base.vocabulary import tied_embedding_names
 from sft_lightning.models.inspection import bypassed_modules
-
-PRESETS = ("all-linear", "attention", "mlp", "mamba")
-"""`all-linear`: every linear layer but the head; `attention` and `mlp`: those inside and outside of attention;
-`mamba`: `in_proj` and the embeddings, unless they are tied to the head."""
 
 
 def resolve_preset(model: PreTrainedModel, preset: str) -> list[str]:

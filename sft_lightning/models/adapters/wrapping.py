@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
 from transformers import PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.config import PRESETS, AdapterConfig
 from sft_lightning.models.adapters.continuation import continue_weights, read_adapter_config
 from sft_lightning.models.adapters.quantized import check_quantized_base, prepare_adapted
-from sft_lightning.models.adapters.targets import PRESETS, check_names, check_targets, resolve_preset
+from sft_lightning.models.adapters.targets import check_names, check_targets, resolve_preset
 from sft_lightning.models.adapters.trainable import train_base
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.vocabulary import embedding_names, tied_embedding_names
 
 
@@ -44,6 +45,32 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, *, added_token_id
     return wrapped
 
 
+def peft_config_of(config: AdapterConfig) -> PeftConfig:
+    """Return PEFT's configuration of an adapter; a preset of `target_modules` is not resolved yet."""
+    if config.peft_config is not None:
+        own = cast("PeftConfig", copy.deepcopy(config.peft_config))  # PEFT writes what it finds into it
+        own.task_type = own.task_type or "CAUSAL_LM"
+        return own
+    init: Any = True if config.init in ("default", "loftq") else config.init
+    indices = config.trainable_token_indices
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+        lora_dropout=config.dropout,
+        target_modules=[] if config.target_modules in PRESETS else config.target_modules,
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=cast("Any", None if isinstance(indices, str) else indices),  # resolved later
+        bias=config.bias,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+        init_lora_weights=init,
+        rank_pattern=dict(config.rank_pattern or {}),
+        alpha_pattern=cast("Any", dict(config.alpha_pattern or {})),
+        layers_to_transform=config.layers_to_transform,
+    )
+
+
 def check_adapter_on_quantized_base(config: AdapterConfig, quantization: QuantizationConfig, dtype: str) -> None:
     """Check that PEFT can put an adapter on a quantized base, before anything is loaded.
 
@@ -56,7 +83,7 @@ def check_adapter_on_quantized_base(config: AdapterConfig, quantization: Quantiz
         UserError: If PEFT cannot.
     """
     if config.path is None:
-        check_quantized_base(config.to_peft(), quantization, dtype)
+        check_quantized_base(peft_config_of(config), quantization, dtype)
     else:
         continued = read_adapter_config(config.path, drop_modules_to_save=config.drop_modules_to_save)
         check_quantized_base(continued, quantization, dtype)
@@ -64,7 +91,7 @@ def check_adapter_on_quantized_base(config: AdapterConfig, quantization: Quantiz
 
 def _resolve(model: PreTrainedModel, config: AdapterConfig, added_token_ids: Sequence[int]) -> PeftConfig:
     """Return PEFT's configuration with everything in it that depends on the model, checked against the model."""
-    peft_config: Any = config.to_peft()
+    peft_config: Any = peft_config_of(config)
     owner = "model.adapter" if config.peft_config is None else "model.adapter.peft_config.init_args"
     targets = getattr(peft_config, "target_modules", None)
     if config.peft_config is None and isinstance(config.target_modules, str) and config.target_modules in PRESETS:

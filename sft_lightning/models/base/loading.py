@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,11 +18,10 @@ from transformers import (
 from sft_lightning.compat.transformers import stores_other_tensors
 from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.attention.document_mask import choose_attention
+from sft_lightning.models.base.config import DTypeName, QuantizationConfig
 from sft_lightning.models.base.overrides import ConfigOverrides
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.inspection import base_model
-
-DTypeName = Literal["float32", "bfloat16", "float16"]
 
 _MODEL = ("model.model_name_or_path", "model")
 _MODEL_FILES = ("config.json",)

@@ -16,7 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.adapters.quantized import keep_input_dtype
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.base.vocabulary import resize_embeddings
 from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.generate import decode_answer, generate_ids

@@ -12,9 +12,10 @@ from peft import PeftModel, get_peft_model
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.quantized import check_quantized_base
-from sft_lightning.models.adapters.wrapping import add_adapter, check_adapter_on_quantized_base
+from sft_lightning.models.adapters.wrapping import add_adapter, check_adapter_on_quantized_base, peft_config_of
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.quantization import load_quantized
 
 ON = ["q_proj", "down_proj"]
 IDS = torch.arange(40)[None]
@@ -89,7 +90,7 @@ def losses_of_three_steps(model: PeftModel) -> list[float]:
 @pytest.mark.parametrize(("name", "bits", "dtype"), [each[:3] for each in REFUSED])
 def test_what_is_refused_does_fail_in_peft(name: str, bits: int, dtype: str, model_dir: Path) -> None:
     base = load_quantized(str(model_dir), QuantizationConfig(bits=bits), dtype=getattr(torch, dtype))
-    config: Any = METHODS[name]().to_peft()
+    config: Any = peft_config_of(METHODS[name]())
     config.target_modules = set(ON)
     try:
         model: Any = get_peft_model(base, config)
@@ -135,4 +136,4 @@ def test_a_continued_adapter_is_checked_by_its_own_configuration(model_dir: Path
 def test_plain_lora_goes_on_every_base() -> None:
     for bits in (4, 8):
         for dtype in ("float32", "bfloat16", "float16"):
-            check_quantized_base(AdapterConfig().to_peft(), QuantizationConfig(bits=bits), dtype)
+            check_quantized_base(peft_config_of(AdapterConfig()), QuantizationConfig(bits=bits), dtype)

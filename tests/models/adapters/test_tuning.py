@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import train_only, trainable_base_names
 from sft_lightning.models.adapters.wrapping import add_adapter
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
-from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter, export_model
 from sft_lightning.training.optim import build_optimizer, parameter_groups
 

@@ -15,8 +15,8 @@ from sft_lightning.models.adapters.continuation import describe_overrides
 from sft_lightning.models.adapters.targets import resolve_preset
 from sft_lightning.models.adapters.trainable import trainable_base_names
 from sft_lightning.models.adapters.wrapping import add_adapter
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
-from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter
 
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.base.overrides import ConfigOverrides
-from sft_lightning.models.base.quantization import QuantizationConfig
 from sft_lightning.models.base.rope import RopeScalingConfig
 
 TINY = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

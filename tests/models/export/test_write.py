@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Mixtra
 
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
-from sft_lightning.models.base.quantization import QuantizationConfig, load_quantized
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.export import write as export
 from sft_lightning.models.export.write import export_adapter, export_model
 

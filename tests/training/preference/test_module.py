@@ -17,7 +17,7 @@ from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.base.quantization import QuantizationConfig
+from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.training.optim import LRScheduleConfig
 from sft_lightning.training.preference.losses import PreferenceConfig
 from sft_lightning.training.preference.module import DPOModule, PreferenceSpec
