@@ -13,11 +13,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from sft_lightning.compat.peft import (
+    adapts_parameter,
+    changes_bias,
+    merge_into_weight,
+    module_saved_in_full,
+    module_under_adapter,
+    token_adapter_of,
+)
 from sft_lightning.models.adapters.folder import CHANGE_BASE, attach_adapter, base_tensors, read_config, read_weights
 
 ADAPTER = "default"
@@ -106,34 +112,32 @@ class LayerMerger:
         """
         weight = self._replaced[name].float() if name in self._replaced else weight
         module, attribute = self._find(name)
-        if isinstance(module, ModulesToSaveWrapper):
-            saved: torch.Tensor = getattr(module.modules_to_save[ADAPTER], attribute)
-            return saved.detach().float()
-        if isinstance(module, TrainableTokensWrapper):
-            module = module.token_adapter
-        if isinstance(module, BaseTunerLayer):
-            return _merge_in_layer(module, attribute, weight)
-        if name in self._replaced:
-            return weight
-        trained: torch.Tensor = getattr(module, attribute)  # inside a module that was saved in full
+        saved = module_saved_in_full(module, ADAPTER)
+        if saved is None:
+            module = token_adapter_of(module) or module
+            if isinstance(module, BaseTunerLayer):
+                return merge_into_weight(module, ADAPTER, attribute, weight)
+            if name in self._replaced:
+                return weight
+        trained: torch.Tensor = getattr(saved or module, attribute)  # of a module that was saved in full, or inside one
         return trained.detach().float()
 
     def _changes(self, name: str) -> bool:
         if name in self._replaced:
             return True
         module, attribute = self._find(name)
-        if isinstance(module, ParamWrapper):
+        if adapts_parameter(module):
             raise TypeError(f"{name}: {type(module).__name__} can only be merged into the whole model")
         if isinstance(module, BaseTunerLayer):
-            return attribute == "weight" or _adapts_bias(module)
-        return isinstance(module, TrainableTokensWrapper) or self._is_saved(name)
+            return attribute == "weight" or changes_bias(module, ADAPTER)
+        return token_adapter_of(module) is not None or self._is_saved(name)
 
     def _is_saved(self, name: str) -> bool:
         """Whether a parameter belongs to a module that was saved in full (`modules_to_save`)."""
         module: Any = self._model.get_base_model()
         for part in name.split(".")[:-1]:
             module = _unwrap(module).get_submodule(part)
-            if isinstance(module, ModulesToSaveWrapper):
+            if module_saved_in_full(module, ADAPTER) is not None:
                 return True
         return False
 
@@ -146,28 +150,6 @@ class LayerMerger:
         return module, attribute
 
 
-def _unwrap(module: Any) -> Any:
-    if isinstance(module, ModulesToSaveWrapper):
-        return module.modules_to_save[ADAPTER]
-    if isinstance(module, TrainableTokensWrapper):
-        return module.original_module
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _adapts_bias(layer: Any) -> bool:
-    return bool(getattr(layer, "lora_bias", {}).get(ADAPTER)) or not hasattr(layer, "lora_bias")
-
-
-def _merge_in_layer(layer: Any, attribute: str, weight: torch.Tensor) -> torch.Tensor:
-    """Put a weight into a layer, merge, and take it out; the layer's other parameters are zero meanwhile."""
-    own = {name: parameter.data for name, parameter in layer.get_base_layer().named_parameters(recurse=False)}
-    try:
-        for name, parameter in layer.get_base_layer().named_parameters(recurse=False):
-            parameter.data = weight.clone() if name == attribute else torch.zeros(parameter.shape)
-        layer.merge(adapter_names=[ADAPTER])
-        merged: torch.Tensor = getattr(layer.get_base_layer(), attribute).data
-    finally:
-        layer.merged_adapters.clear()
-        for name, parameter in layer.get_base_layer().named_parameters(recurse=False):
-            parameter.data = own[name]
-    return merged.float()
+def _unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that trains inside a wrapper of PEFT, or the base's own."""
+    return module_saved_in_full(module, ADAPTER) or module_under_adapter(module) or module

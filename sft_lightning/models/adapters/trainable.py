@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from bitsandbytes.nn.modules import Int8Params, Params4bit
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import ModulesToSaveWrapper
 
+from sft_lightning.compat.peft import adapter_name_parts, is_replaced_by_adapter
 from sft_lightning.errors import UserError
 
 HALF = (torch.float16, torch.bfloat16)
@@ -50,7 +50,7 @@ def train_base(model: PeftModel) -> None:
     As DeepSpeed-Chat without `--only_optimize_lora` (dschat/utils/module/lora.py): embeddings, norms, biases, the head.
     """
     for name, parameter in model.named_parameters():
-        replaced = name.endswith(".base_layer.weight") or ".original_module." in name
+        replaced = is_replaced_by_adapter(name)
         if parameter.is_floating_point() and not replaced and not isinstance(parameter, Params4bit | Int8Params):
             parameter.requires_grad = True
 
@@ -59,8 +59,7 @@ def trainable_base_names(model: torch.nn.Module) -> set[str]:
     """Return the names of the trainable parameters that are not an adapter's; empty without an adapter."""
     if not isinstance(model, PeftModel):
         return set()
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.active_peft_config.peft_type, "")
-    marks = [mark for mark in (prefix, "modules_to_save.", "trainable_tokens_") if mark]
+    marks = adapter_name_parts(model)
     trainable = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return {name for name in trainable if not any(mark in name for mark in marks)}
 

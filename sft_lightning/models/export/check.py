@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 
+from sft_lightning.compat.peft import module_under_adapter
 from sft_lightning.compat.torch import copy_sharing_tensors
 from sft_lightning.models.adapters.folder import CHANGE_BASE, attach_adapter, read_config
 from sft_lightning.models.adapters.quantized import prepare_adapted
@@ -33,10 +32,9 @@ def copy_without_adapters(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _copy_without_adapters(module: torch.nn.Module, copies: dict[int, torch.nn.Module]) -> torch.nn.Module:
-    if isinstance(module, BaseTunerLayer):
-        return _copy_without_adapters(module.get_base_layer(), copies)
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return _copy_without_adapters(module.original_module, copies)
+    inner = module_under_adapter(module)
+    if inner is not None:
+        return _copy_without_adapters(inner, copies)
     if id(module) not in copies:
         copied = copy_sharing_tensors(module, lambda child: _copy_without_adapters(child, copies))
         vars(copied).pop("peft_config", None)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.peft import module_saved_in_full
 from sft_lightning.compat.torch import forward_replaced_by
 from sft_lightning.models.inspection import base_model, evaluating
 
@@ -46,9 +46,8 @@ def find_sharded_head(model: PreTrainedModel | PeftModel, vocab_size: int, devic
         vocab_size: Ids to draw a probe from.
         device: Where the model computes.
     """
-    module = base_model(model).get_output_embeddings()
-    if isinstance(module, ModulesToSaveWrapper):
-        module = module.modules_to_save[module.active_adapters[0]]
+    output = base_model(model).get_output_embeddings()
+    module = module_saved_in_full(output) or output
     prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     if type(module) is not nn.Linear or prompts:
         return None

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.peft import module_saved_in_full
 from sft_lightning.models.head.routers import find_router_loss
 from sft_lightning.models.inspection import base_model, evaluating
 
@@ -39,9 +39,7 @@ class Head:
     @property
     def linear(self) -> nn.Linear | None:
         """The plain linear layer that the module is; `None` if something is wrapped around it."""
-        module = self.module
-        if isinstance(module, ModulesToSaveWrapper):
-            module = module.modules_to_save[module.active_adapters[0]]
+        module = module_saved_in_full(self.module) or self.module
         return module if type(module) is nn.Linear else None
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

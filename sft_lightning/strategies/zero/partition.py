@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sft_lightning.compat.peft import weights_read_by_dora
+
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Blocks of a DeepSpeed configuration → the type that its engine casts weights to."""
 
@@ -140,25 +142,14 @@ def name_external_weights(model: nn.Module) -> None:
     for module in model.modules():
         for weight in _in_collections(module):
             register(module, weight)
-        magnitudes = getattr(module, "lora_magnitude_vector", None)
-        for name, dora in magnitudes.items() if isinstance(magnitudes, nn.ModuleDict) else ():
-            for weight in _normed(module, name):
-                register(dora, weight)
+        for dora, weight in weights_read_by_dora(module):
+            register(dora, weight)
 
 
 def _in_collections(module: nn.Module) -> Iterator[nn.Parameter]:
     for child in module.children():
         if isinstance(child, nn.ParameterDict | nn.ParameterList):
             yield from child.parameters()
-
-
-def _normed(layer: Any, name: str) -> Iterator[nn.Parameter]:
-    """Yield the weights whose norms DoRA takes: the base's and the two low-rank ones (peft/tuners/lora/dora.py)."""
-    yield layer.get_base_layer().weight
-    if name in layer.lora_A:
-        yield from (layer.lora_A[name].weight, layer.lora_B[name].weight)
-    else:  # an embedding's
-        yield from (layer.lora_embedding_A[name], layer.lora_embedding_B[name])
 
 
 def external_weights(module: nn.Module) -> list[nn.Parameter]:
