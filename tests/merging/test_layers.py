@@ -33,7 +33,7 @@ def test_an_adapter_of_another_shape_is_refused(
     adapter: Path, tmp_path: Path, llama_config: Make, make_base: Make
 ) -> None:
     other = make_base(tmp_path / "other", llama_config(320, hidden_size=64))
-    with pytest.raises(UserError, match=r"does not fit this base: .* the model wants"):
+    with pytest.raises(UserError, match=r"does not fit this base: .* expected"):
         merge_adapters([str(adapter)], str(tmp_path / "merged"), MergeOptions(model_name_or_path=str(other)))
 
 

@@ -1,4 +1,4 @@
-"""The adapter that is asked for: the keys of `model.adapter`, checked and handed to PEFT."""
+"""The keys of `model.adapter`: checked, and converted to PEFT's configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sft_lightning.errors import UserError, one_of
 
 INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "mica", "loftq")
-_NOT_FOR_LORA_ONLY = ("peft_config", "path", "drop_modules_to_save", "only_adapter", "base_lr")
+_NOT_LORA = ("peft_config", "path", "drop_modules_to_save", "only_adapter", "base_lr")
 _NEED_DATA = ("eva", "corda", "lora_ga")
 
 
@@ -34,7 +34,7 @@ class PeftMethodConfig(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """A LoRA adapter (Hu et al., 2021, arXiv:2106.09685), as PEFT's `LoraConfig` under the field's names.
+    """A LoRA adapter (Hu et al., 2021, arXiv:2106.09685), another method of PEFT, or an adapter to continue.
 
     Raises:
         UserError: If a value is out of range, or two keys contradict each other.
@@ -44,14 +44,14 @@ class AdapterConfig:
     """Rank of the update."""
 
     alpha: float = 32
-    """The update is scaled by alpha / r (by alpha / sqrt(r) with rsLoRA)."""
+    """The update is scaled by alpha / r (with rsLoRA, by alpha / sqrt(r))."""
 
     dropout: float = 0.05
-    """Dropout on the adapter's input."""
+    """Dropout probability of the adapter's input."""
 
     target_modules: list[str] | str = "all-linear"
     """Modules to adapt: a list of name endings; a regular expression for whole names; or a preset: `all-linear` (all
-    linear but the head), `attention`, `mlp`, `mamba`."""
+    linear layers but the head), `attention`, `mlp`, `mamba`."""
 
     modules_to_save: list[str] | None = None
     """Modules to train in full and save with the adapter, such as `embed_tokens` and `lm_head`; kept in float32."""
@@ -74,35 +74,32 @@ class AdapterConfig:
     arXiv:2310.08659)."""
 
     rank_pattern: dict[str, int] | None = None
-    """Another `r` for the modules that a name ending or regular expression matches."""
+    """A different `r` for modules whose names match a name ending or a regular expression."""
 
     alpha_pattern: dict[str, float] | None = None
-    """Another `alpha`, in the same way."""
+    """A different `alpha` for modules, by the same patterns."""
 
     layers_to_transform: list[int] | None = None
     """Adapt only these layers, from 0."""
 
     lora_plus_ratio: float | None = None
-    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the B matrices learn at the learning rate times this."""
+    """LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the learning rate of the B matrices is multiplied by this."""
 
     peft_config: PeftMethodConfig | None = None
-    """Another method of PEFT, by `class_path` (such as `peft.IA3Config`) and `init_args`; takes the place of the keys
-    above."""
+    """Another method of PEFT, by `class_path` (such as `peft.IA3Config`) and `init_args`; replaces the keys above."""
 
     path: str | None = None
-    """Continue training the adapter in this folder, whatever its method; its own configuration wins over the keys
-    above, and every difference is said."""
+    """Continue training the adapter in this folder, of any method; its own configuration overrides the keys above, and
+    every difference is logged."""
 
     drop_modules_to_save: bool = False
-    """Continue with `path`'s adapter without the modules that it trained in full."""
+    """Continue the adapter in `path` without the modules that it trained in full."""
 
     only_adapter: bool = True
-    """`false`: every floating-point weight that the adapter does not stand for trains too, as by DeepSpeed-Chat's
-    default."""
+    """`false` also trains every floating-point weight that has no adapter, as DeepSpeed-Chat does by default."""
 
     base_lr: float | None = None
-    """With `only_adapter: false`, the learning rate of the weights that are not the adapter's; default: the
-    optimizer's."""
+    """With `only_adapter: false`: the learning rate of the base's weights; default: the optimizer's."""
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -120,28 +117,28 @@ class AdapterConfig:
             raise UserError(f"model.adapter.base_lr: must be above 0 (got {self.base_lr})")
         if self.base_lr is not None and self.only_adapter:
             raise UserError(
-                "model.adapter.base_lr: only the adapter trains, so no base weight would learn at "
-                f"{self.base_lr}; set model.adapter.only_adapter: false, or remove it"
+                f"model.adapter.base_lr: only valid with model.adapter.only_adapter: false (got {self.base_lr}); set "
+                "it, or remove base_lr"
             )
 
     def _check_method(self) -> None:
         is_regex = isinstance(self.target_modules, str) and self.target_modules not in PRESETS
         if self.layers_to_transform is not None and is_regex:
             raise UserError(
-                "model.adapter.layers_to_transform: does not go with target_modules as a regular expression; name the "
-                f"layers in it (got {self.target_modules!r})"
+                "model.adapter.layers_to_transform: cannot be combined with a regular expression in target_modules "
+                f"(got {self.target_modules!r}); name the layers in it"
             )
         if self.drop_modules_to_save and self.path is None:
-            raise UserError("model.adapter.drop_modules_to_save: is for continuing; set model.adapter.path")
+            raise UserError("model.adapter.drop_modules_to_save: only valid with model.adapter.path; set it")
         if self.peft_config is None:
             return
-        ignored = [field.name for field in fields(self) if field.name not in _NOT_FOR_LORA_ONLY]
+        ignored = [field.name for field in fields(self) if field.name not in _NOT_LORA]
         ignored = [name for name in ignored if getattr(self, name) != _default(name)]
         if ignored or self.path is not None:
             keys = ", ".join(ignored or ["path"])
             raise UserError(
-                f"model.adapter.peft_config: brings its own configuration, so model.adapter has no place for {keys}; "
-                "set it in peft_config.init_args, or remove one of the two"
+                f"model.adapter.peft_config: cannot be combined with {keys}; set them in peft_config.init_args, or "
+                "remove one of the two"
             )
 
 
@@ -151,11 +148,13 @@ def _default(name: str) -> Any:
 
 def _check_init(init: str) -> None:
     if init in _NEED_DATA:
-        raise UserError(f"model.adapter.init: {init!r} measures the model on data beforehand, which is not done here")
+        raise UserError(
+            f"model.adapter.init: {init!r} is not supported, because it measures the model on data first; use default"
+        )
     if init.startswith("pissa_niter"):
         raise UserError(
-            f"model.adapter.init: {init!r} changes the base by a random factorization, which nobody who loads the "
-            "adapter can repeat; use 'pissa', whose factorization is exact"
+            f"model.adapter.init: {init!r} changes the base by a random factorization, which cannot be repeated when "
+            "the adapter is loaded; use 'pissa', whose factorization is exact"
         )
     if init not in INITS:
         raise one_of("model.adapter.init", init, INITS)

@@ -1,4 +1,4 @@
-"""Continue training an adapter: its own configuration, exactly its weights, and what differs from the YAML."""
+"""Continue training an adapter from a folder: its configuration, its weights, and the YAML keys that it overrides."""
 
 from __future__ import annotations
 
@@ -25,14 +25,21 @@ _COMPARED = {
     "layers_to_transform": "layers_to_transform",
     "trainable_token_indices": "trainable_token_indices",
 }
-"""Our key, and PEFT's."""
+"""Our key → PEFT's."""
 
 
 def read_adapter_config(path: str, *, drop_modules_to_save: bool) -> PeftConfig:
-    """Return an adapter's configuration, ready for training.
+    """Read the configuration of an adapter that is to be trained further.
+
+    Args:
+        path: The adapter's folder, or a Hub id.
+        drop_modules_to_save: Leave out the modules that were trained in full.
+
+    Returns:
+        PEFT's configuration, in training mode.
 
     Raises:
-        UserError: If there is none, or it has no modules to drop.
+        UserError: If there is no adapter, or no `modules_to_save` to drop.
     """
     try:
         config = read_config(path)
@@ -49,15 +56,15 @@ def read_adapter_config(path: str, *, drop_modules_to_save: bool) -> PeftConfig:
 
 
 def continue_weights(model: PeftModel, config: AdapterConfig) -> None:
-    """Load a continued adapter's weights, and those of the base that trained beside it.
+    """Load the weights of a continued adapter, and the base's weights that were trained and saved with it.
 
     Args:
-        model: The base, wrapped with the adapter's configuration; what is to train does.
-        config: With `path`.
+        model: The base, wrapped with the adapter's configuration; `requires_grad` is set.
+        config: A configuration with `path`.
 
     Raises:
-        UserError: If the file holds other tensors than the model wants, in name or shape, or weights of the base that
-            would not be saved again, because they do not train.
+        UserError: If names or shapes of the tensors do not fit the model, or if the file has weights of the base that
+            would not train here, and so would be missing in the next export.
     """
     path = str(config.path)
     try:
@@ -72,9 +79,9 @@ def continue_weights(model: PeftModel, config: AdapterConfig) -> None:
         frozen = sorted(n for k in weights.keys() - wanted.keys() if (n := name_in_base(k)) in names - trained)
         if frozen:
             raise UserError(
-                f"model.adapter.only_adapter: the adapter in {path!r} was trained together with {len(frozen)} weights "
-                f"of its base ({frozen[0]} …), which would be frozen here and missing in the next export; set "
-                "model.adapter.only_adapter: false, or merge the adapter first and start from the merged model"
+                f"model.adapter.only_adapter: must be false, because the adapter in {path!r} was trained together with "
+                f"{len(frozen)} weights of its base ({frozen[0]} …), which would be missing in the next export; or "
+                "merge the adapter first, and start from the merged model"
             )
         load_weights(model, weights, source=path, base_parameters=trained)
     except AdapterError as error:
@@ -82,29 +89,34 @@ def continue_weights(model: PeftModel, config: AdapterConfig) -> None:
 
 
 def describe_overrides(model: PeftModel, config: AdapterConfig) -> list[str]:
-    """Return one line for every key of `model.adapter` that the continued adapter's own configuration overrides."""
+    """Return a line for each key of `model.adapter` that the continued adapter's configuration overrides.
+
+    Args:
+        model: The model with the adapter.
+        config: The YAML's keys.
+    """
     if config.path is None:
         return []
     own: Any = model.active_peft_config
     lines = []
     for key, peft_key in _COMPARED.items():
-        ours = _plain(getattr(config, key))
-        # What a preset stood for is written out in the adapter, and cannot be compared with its name.
+        ours = _normalize(getattr(config, key))
+        # The adapter stores the modules that a preset was resolved to, which cannot be compared with its name.
         if ours in (*PRESETS, "added"):
             continue
         if not hasattr(own, peft_key):
-            if ours != _plain(getattr(type(config), key, None)):
+            if ours != _normalize(getattr(type(config), key, None)):
                 kind = getattr(own.peft_type, "value", own.peft_type)
-                lines.append(f"model.adapter.{key}: {ours!r} is not used; the {kind} adapter in {config.path} has none")
-        elif ours != (theirs := _plain(getattr(own, peft_key))):
-            lines.append(
-                f"model.adapter.{key}: {theirs!r}, as in {config.path}; the {ours!r} of this configuration is not used"
-            )
+                lines.append(
+                    f"model.adapter.{key}: {ours!r} is ignored; the {kind} adapter in {config.path} has no {key}"
+                )
+        elif ours != (theirs := _normalize(getattr(own, peft_key))):
+            lines.append(f"model.adapter.{key}: {theirs!r} from the adapter in {config.path} is used, not {ours!r}")
     return lines
 
 
-def _plain(value: Any) -> Any:
-    """Sets and lists sorted, empty collections as nothing, so that equal settings are equal."""
+def _normalize(value: Any) -> Any:
+    """Return collections as sorted lists and empty ones as `None`, so that equal settings compare equal."""
     if isinstance(value, set | list | tuple):
         value = sorted(value)
     return None if value in ([], {}, None) else value

@@ -1,4 +1,4 @@
-"""An adapter folder as PEFT reads it, with every tensor accounted for."""
+"""Read an adapter folder with PEFT, and load it into a model with every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
 
 from sft_lightning.errors import UserError
 
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica", "lora_ga", "eva")
-"""Initial weights of LoRA that are taken from the base's, which then no longer are what they were."""
+"""Values of `init_lora_weights` that change the base's weights."""
 
 _PREFIX = "base_model.model."
 
 
 class AdapterError(UserError):
-    """A folder is no adapter, or does not fit a model; the message names the folder, whoever catches it the key."""
+    """A folder is not an adapter, or does not fit a model; the caller adds the YAML key to the message."""
 
 
 def read_config(source: Path | str) -> Any:
     """Return PEFT's configuration of an adapter.
 
     Args:
-        source: Its folder; as a `str` that is no folder here, a Hub id.
+        source: The adapter's folder; a `str` that is not a folder here is a Hub id.
 
     Raises:
-        AdapterError: If there is none, or PEFT does not know it.
+        AdapterError: If there is no configuration, or PEFT cannot read it.
     """
     folder = Path(source)
     if (folder.is_dir() or isinstance(source, Path)) and not (folder / "adapter_config.json").is_file():
@@ -49,10 +50,13 @@ def read_config(source: Path | str) -> Any:
 
 
 def read_weights(source: Path | str) -> dict[str, torch.Tensor]:
-    """Return an adapter's tensors, on the CPU.
+    """Return the tensors of an adapter, on the CPU.
+
+    Args:
+        source: The adapter's folder; a `str` that is not a folder here is a Hub id.
 
     Raises:
-        AdapterError: If there is no file with them.
+        AdapterError: If there is no weight file, or PEFT cannot read it.
     """
     folder = Path(source)
     files = ("adapter_model.safetensors", "adapter_model.bin")
@@ -60,23 +64,23 @@ def read_weights(source: Path | str) -> dict[str, torch.Tensor]:
         raise AdapterError(f"{str(source)!r} has no {files[0]} (nor .bin)")
     try:
         weights: dict[str, torch.Tensor] = load_peft_weights(str(source), device="cpu")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"PEFT cannot read the weights of {str(source)!r}: {error}") from error
     return weights
 
 
 def name_in_base(key: str) -> str:
-    """Return what the base, without an adapter, calls a parameter of a wrapped model or a tensor of an adapter."""
+    """Return the base's own name of a parameter of a wrapped model, or of a tensor of an adapter."""
     return key.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def base_tensors(weights: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return those of an adapter's tensors that take the place of the base's own, under the base's names.
+    """Return the tensors of an adapter that replace the base's own, under the base's names.
 
-    Biases that trained, embeddings that PEFT saved, and weights that trained beside the adapter.
+    These are trained biases, embeddings that PEFT saved, and weights that were trained beside the adapter.
 
     Args:
-        weights: From `read_weights`.
+        weights: From `read_weights`, tensors of any shape.
         model: The base, without an adapter.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -90,16 +94,16 @@ def attach_adapter(
     config: Any = None,
     prepare: Callable[[PeftModel], None] | None = None,
 ) -> PeftModel:
-    """Put an adapter on a model through PEFT; neither a tensor of the file nor one of the model may be left over.
+    """Put an adapter on a model with PEFT, and check that its tensors are exactly those that the model expects.
 
     Args:
         model: The base, changed in place.
         folder: Adapter folder.
-        config: Instead of the folder's configuration.
+        config: Replaces the folder's configuration.
         prepare: Called with the wrapped model before the weights are loaded.
 
     Raises:
-        AdapterError: If keys are missing or left over, or shapes differ.
+        AdapterError: If tensors are missing or left over, or shapes differ.
     """
     config = read_config(folder) if config is None else config
     weights = read_weights(folder)
@@ -117,24 +121,24 @@ def attach_adapter(
 def load_weights(
     wrapped: PeftModel, weights: dict[str, torch.Tensor], *, source: Path | str, base_parameters: Collection[str]
 ) -> None:
-    """Load an adapter's tensors into a model that was wrapped with its configuration.
+    """Load the tensors of an adapter into a model that is wrapped with its configuration.
 
     Args:
         wrapped: The model.
-        weights: From `read_weights`.
-        source: Where they are from.
+        weights: From `read_weights`, tensors of any shape.
+        source: Where they are from, for messages.
         base_parameters: Names of the base's own parameters that the weights may include.
 
     Raises:
-        AdapterError: If the model wants other tensors, in name or shape.
+        AdapterError: If names or shapes of the tensors are not those that the model expects.
     """
     wanted = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     missing = sorted(wanted.keys() - weights.keys())
     extra = sorted(key for key in weights.keys() - wanted.keys() if name_in_base(key) not in base_parameters)
     if missing or extra:
         raise AdapterError(
-            f"{str(source)!r} holds other tensors than its adapter_config.json asks for on this base: "
-            f"missing {_few(missing)}, left over {_few(extra)}"
+            f"{str(source)!r}: the tensors do not match adapter_config.json on this base: missing {_few(missing)}, "
+            f"left over {_few(extra)}"
         )
     shapes = {
         name_in_base(name): parameter.shape for name, parameter in wrapped.named_parameters(remove_duplicate=False)
@@ -144,8 +148,8 @@ def load_weights(
         shape = shapes[key if key in wanted else name_in_base(key)]
         if tensor.shape != shape:
             raise AdapterError(
-                f"{str(source)!r} does not fit this base: {key} is {tuple(tensor.shape)}, the model wants "
-                f"{tuple(shape)}; is it of another base, or does model.add_tokens differ?"
+                f"{str(source)!r} does not fit this base: {key} has the shape {tuple(tensor.shape)}, expected "
+                f"{tuple(shape)}; check that the base and model.add_tokens are those that it was trained with"
             )
     set_peft_model_state_dict(wrapped, weights)
 

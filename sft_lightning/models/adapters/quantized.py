@@ -1,4 +1,4 @@
-"""PEFT's methods on a quantized base: which of them cannot read its weights, and what the others need."""
+"""PEFT's methods on a quantized base: refuse those that cannot read its weights, and fix the types of the others."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.trainable import HALF, keep_float32_masters
 from sft_lightning.models.base.config import QuantizationConfig
 
-_INITS = {"pissa": (4, 8), "mica": (4, 8), "orthogonal": (8,)}
-"""Initial weights of LoRA that PEFT takes from the base's weights without looking whether they are quantized, and the
-bits in which they are then."""
+_UNREADABLE_INITS = {"pissa": (4, 8), "mica": (4, 8), "orthogonal": (8,)}
+"""Values of `init_lora_weights` that PEFT computes from the base's weights as if they were not quantized, and the bits
+for which that fails."""
 
-_METHODS = {"DELORA": (4, 8), "OSF": (4, 8), "LOHA": (4,), "LOKR": (4,), "HRA": (4,)}
-"""Methods that compute with the base's weights themselves, and take packed ones for values."""
+_UNREADABLE_METHODS = {"DELORA": (4, 8), "OSF": (4, 8), "LOHA": (4,), "LOKR": (4,), "HRA": (4,)}
+"""Methods that compute with the base's weights as if they were not quantized, and the bits for which that fails."""
 
 _FLOAT32_METHODS = {"SHIRA": (8,)}
-"""Methods that get float32 weights from a quantized base and multiply 16-bit inputs by them."""
+"""Methods that multiply 16-bit inputs by float32 weights on a quantized base, and the bits for which that fails."""
 
 
 def check_quantized_base(config: PeftConfig, quantization: QuantizationConfig, dtype: str) -> None:
-    """Check that PEFT can put a method on a quantized base, before anything is loaded.
+    """Check, before anything is loaded, that a PEFT method works on a quantized base.
 
     Args:
         config: PEFT's configuration of the method.
-        quantization: How the base is stored.
+        quantization: How the base is quantized.
         dtype: `model.dtype`.
 
     Raises:
-        UserError: If PEFT fails on such a base, or computes nonsense.
+        UserError: If PEFT fails on such a base, or computes wrong values.
     """
     bits, kind = quantization.bits, str(getattr(config.peft_type, "value", config.peft_type))
     init = getattr(config, "init_lora_weights", None)
-    if bits in _INITS.get(str(init), ()):
+    if bits in _UNREADABLE_INITS.get(str(init), ()):
         raise UserError(
             f"model.adapter.init: {init!r} starts from the base's own weights, which PEFT cannot read in {bits} bits "
             "(model.quantization); use default, gaussian or olora, or set model.quantization: null"
         )
-    if bits in _METHODS.get(kind, ()):
-        way_out = "" if 8 in _METHODS[kind] else "model.quantization.bits: 8, "
+    if bits in _UNREADABLE_METHODS.get(kind, ()):
+        way_out = "" if 8 in _UNREADABLE_METHODS[kind] else "model.quantization.bits: 8, "
         raise UserError(
             f"model.adapter.peft_config: {kind} computes with the base's own weights, which PEFT cannot read in {bits} "
             f"bits (model.quantization); set {way_out}model.quantization: null, or use a LoRA adapter"
@@ -56,20 +56,20 @@ def check_quantized_base(config: PeftConfig, quantization: QuantizationConfig, d
 
 
 def prepare_adapted(model: PeftModel) -> None:
-    """Make a freshly wrapped model compute as it is to be trained: float32 masters, types that go together.
+    """Set the types of a model that PEFT has just wrapped: float32 masters, and outputs in the type of the inputs.
 
     Raises:
-        UserError: As `keep_float32_masters`.
+        UserError: If a module of `modules_to_save` is quantized.
     """
     keep_float32_masters(model)
     keep_input_dtype(model)
 
 
 def keep_input_dtype(model: torch.nn.Module) -> None:
-    """Let adapted quantized layers answer 16-bit inputs in 16 bits.
+    """Cast the output of adapted quantized layers to the type of 16-bit inputs.
 
-    Several of PEFT's methods (IA3, AdaLoRA, RandLoRA, RoAd) answer in float32 there, which attention does not take
-    beside the 16-bit answers of other layers.
+    Several PEFT methods (IA3, AdaLoRA, RandLoRA, RoAd) return float32 there; attention then fails, because other layers
+    return 16 bits.
     """
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), Linear4bit | Linear8bitLt):

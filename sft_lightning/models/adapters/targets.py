@@ -1,4 +1,4 @@
-"""Which modules an adapter goes on: presets found on the loaded model, and errors that list the names that exist."""
+"""Find and check the modules that an adapter is put on: presets, names and regular expressions."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from sft_lightning.models.inspection import bypassed_modules
 
 def resolve_preset(model: PreTrainedModel, preset: str) -> list[str]:
     """Return the shortest name endings that match exactly the modules of a preset.
+
+    Args:
+        model: The base.
+        preset: One of `PRESETS`.
 
     Raises:
         UserError: If the model has no such module.
@@ -42,7 +46,7 @@ def resolve_preset(model: PreTrainedModel, preset: str) -> list[str]:
 
 
 def linear_names(model: PreTrainedModel) -> set[str]:
-    """Return the names of the linear layers that an adapter can train: not the head, nor what the model bypasses."""
+    """Return the names of the linear layers that can have an adapter: not the head, nor layers that are bypassed."""
     head = model.get_output_embeddings()
     bypassed = bypassed_modules(model.config)
     return {
@@ -54,11 +58,16 @@ def linear_names(model: PreTrainedModel) -> set[str]:
     }
 
 
-def check_names(model: torch.nn.Module, key: str, names: Iterable[str]) -> None:
-    """Check that every listed name is the end of some module's name.
+def check_module_names(model: torch.nn.Module, key: str, names: Iterable[str]) -> None:
+    """Check that every name is the ending of some module's name.
+
+    Args:
+        model: The base.
+        key: The YAML key, for messages.
+        names: Name endings.
 
     Raises:
-        UserError: If one is not; it lists those that exist.
+        UserError: If a name matches no module; the message lists the names that exist.
     """
     existing = [name for name, _ in model.named_modules() if name]
     for wanted in names:
@@ -68,31 +77,36 @@ def check_names(model: torch.nn.Module, key: str, names: Iterable[str]) -> None:
 
 
 def check_targets(model: PreTrainedModel, key: str, targets: str | Collection[str]) -> None:
-    """Check that every listed name, or a regular expression, matches a module that an adapter can train.
+    """Check that every name, or the regular expression, matches a module that can have an adapter.
+
+    Args:
+        model: The base.
+        key: The YAML key, for messages.
+        targets: Name endings, or a regular expression for whole names.
 
     Raises:
-        UserError: If something matches nothing, is no regular expression, is bypassed by the model, or is an embedding
-            tied to the head, where an update of one cannot be merged into the matrix of both.
+        UserError: If a name matches no module, the regular expression is invalid, the model bypasses a module, or a
+            module is an embedding tied to the head, whose update could not be merged.
     """
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(targets, str):
         try:
             matched = [name for name in names if re.fullmatch(targets, name)]
         except re.error as error:
-            raise UserError(f"{key}: {targets!r} is no regular expression: {error}") from error
+            raise UserError(f"{key}: {targets!r} is not a valid regular expression: {error}") from error
         if not matched:
             near = did_you_mean(targets, [*PRESETS, *module_endings(model)])
             raise UserError(
                 f"{key}: the regular expression {targets!r} matches no whole module name.{near} {_what_exists(model)}"
             )
     else:
-        check_names(model, key, targets)
+        check_module_names(model, key, targets)
         matched = [name for name in names if any(name == end or name.endswith("." + end) for end in targets)]
     bypassed = {name.rsplit(".", 1)[-1] for name in matched} & bypassed_modules(model.config)
     if bypassed:
         raise UserError(
-            f"{key}: {model.config.model_type} reads the weight of {', '.join(sorted(bypassed))} past the module, so "
-            "an adapter there would not train; use the preset 'mamba', or 'in_proj'"
+            f"{key}: {model.config.model_type} reads the weight of {', '.join(sorted(bypassed))} without calling the "
+            "module, so an adapter there would not train; use the preset 'mamba', or 'in_proj'"
         )
     tied = tied_embedding_names(model)
     if adapted := sorted(set(matched) & set(tied)):
@@ -104,7 +118,7 @@ def check_targets(model: PreTrainedModel, key: str, targets: str | Collection[st
 
 
 def module_endings(model: torch.nn.Module) -> list[str]:
-    """Return the last parts of all module names, without layer numbers."""
+    """Return the sorted last parts of all module names, without layer numbers."""
     endings = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
     return sorted(ending for ending in endings if not ending.isdigit())
 
@@ -124,7 +138,7 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
 
 
 def _endings(wanted: set[str], others: set[str]) -> list[str]:
-    """Return name endings that match all of `wanted` and none of `others`, each as short as it can be."""
+    """Return the shortest name endings that match all of `wanted` and none of `others`."""
     found = set()
     for name in wanted:
         parts = name.split(".")

@@ -1,4 +1,4 @@
-"""What trains besides an adapter: named weights, the base around it, and masters in float32."""
+"""Set which weights train without an adapter or beside one, and keep trained modules in float32."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def train_only(model: torch.nn.Module, patterns: Sequence[str]) -> None:
-    """Train the parameters whose names a regular expression of `model.trainable` is found in; freeze all others.
+    """Train the parameters whose names contain a match of `model.trainable`, and freeze all others.
+
+    Args:
+        model: Changed in place.
+        patterns: Regular expressions.
 
     Raises:
-        UserError: If one matches nothing, or is no regular expression.
+        UserError: If a pattern matches no name, or is not a valid regular expression.
     """
     names = [name for name, _ in model.named_parameters()]
     chosen: set[str] = set()
@@ -29,10 +33,10 @@ def train_only(model: torch.nn.Module, patterns: Sequence[str]) -> None:
         try:
             found = {name for name in names if re.search(pattern, name)}
         except re.error as error:
-            raise UserError(f"model.trainable: {pattern!r} is no regular expression: {error}") from error
+            raise UserError(f"model.trainable: {pattern!r} is not a valid regular expression: {error}") from error
         if not found:
             raise UserError(
-                f"model.trainable: {pattern!r} is found in no parameter's name; they are: {_summary(names)}"
+                f"model.trainable: {pattern!r} matches no parameter's name; the names are: {_summary(names)}"
             )
         chosen |= found
     for name, parameter in model.named_parameters():
@@ -40,14 +44,14 @@ def train_only(model: torch.nn.Module, patterns: Sequence[str]) -> None:
 
 
 def _summary(names: Sequence[str]) -> str:
-    """Name every kind of parameter once, its layer number as `N`."""
+    """Return all names with layer numbers replaced by `N`, each once."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
 
 
 def train_base(model: PeftModel) -> None:
-    """Train every floating-point weight too, but those that an adapter stands for, and quantized ones.
+    """Also train every floating-point weight that has no adapter and is not quantized: embeddings, norms, biases, head.
 
-    As DeepSpeed-Chat without `--only_optimize_lora` (dschat/utils/module/lora.py): embeddings, norms, biases, the head.
+    DeepSpeed-Chat does the same without `--only_optimize_lora` (dschat/utils/module/lora.py).
     """
     for name, parameter in model.named_parameters():
         replaced = is_replaced_by_adapter(name)
@@ -56,7 +60,7 @@ def train_base(model: PeftModel) -> None:
 
 
 def trainable_base_names(model: torch.nn.Module) -> set[str]:
-    """Return the names of the trainable parameters that are not an adapter's; empty without an adapter."""
+    """Return the names of the trainable parameters that belong to the base; empty without an adapter."""
     if not isinstance(model, PeftModel):
         return set()
     marks = adapter_name_parts(model)
@@ -65,22 +69,23 @@ def trainable_base_names(model: torch.nn.Module) -> set[str]:
 
 
 def keep_float32_masters(model: PeftModel) -> None:
-    """Keep `modules_to_save` in float32 over a float16 or bfloat16 base, as PEFT keeps its adapters.
+    """Keep `modules_to_save` in float32 on a float16 or bfloat16 base, as PEFT keeps its adapters.
 
-    Small updates are lost in 16 bits, and float16 gradients cannot be unscaled. The module computes in its own type;
-    its output comes back in the base's, so that the layers around it do not notice.
+    Small updates are lost in 16 bits, and float16 gradients cannot be unscaled. The module computes in float32; its
+    output is cast back to the type of the base.
 
     Raises:
         UserError: If such a module is quantized, and so cannot be trained.
     """
-    found: list[tuple[torch.nn.Module, torch.dtype]] = []  # first all: tied modules share what the first one changes
+    # Collected before any is cast: tied modules share one parameter.
+    found: list[tuple[torch.nn.Module, torch.dtype]] = []
     for name, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue
         for module in wrapper.modules_to_save.values():
             if any(isinstance(parameter, Params4bit | Int8Params) for parameter in module.parameters()):
                 raise UserError(
-                    f"model.adapter.modules_to_save: {name} is quantized and cannot be trained in full; adapt it by "
+                    f"model.adapter.modules_to_save: {name} is quantized and cannot be trained in full; put it into "
                     "target_modules, or remove it"
                 )
             dtype = next(module.parameters()).dtype
@@ -98,7 +103,7 @@ def _to_own_dtype(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, 
 
 
 class _ToDtype:
-    """A forward hook that returns a module's output in a type; a class, so that the model can be copied and pickled."""
+    """A forward hook that casts a module's output; a class, so that the model can be copied and pickled."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype

@@ -15,22 +15,22 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import PRESETS, AdapterConfig
 from sft_lightning.models.adapters.continuation import continue_weights, read_adapter_config
 from sft_lightning.models.adapters.quantized import check_quantized_base, prepare_adapted
-from sft_lightning.models.adapters.targets import check_names, check_targets, resolve_preset
+from sft_lightning.models.adapters.targets import check_module_names, check_targets, resolve_preset
 from sft_lightning.models.adapters.trainable import train_base
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.vocabulary import embedding_names, tied_embedding_names
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, *, added_token_ids: Sequence[int] = ()) -> PeftModel:
-    """Freeze the model and put a trainable adapter on it; adapter weights are float32 whatever the base is.
+    """Freeze a model and put a trainable adapter on it; the adapter's weights are float32 on any base.
 
     Args:
         model: The base, changed in place.
-        config: What to put on it, or which adapter to continue.
-        added_token_ids: Tokens that are new to the model, for `trainable_token_indices: added`.
+        config: The adapter, or which one to continue.
+        added_token_ids: Ids of tokens that are new to the model, for `trainable_token_indices: added`.
 
     Raises:
-        UserError: If a target matches no module, PEFT refuses the configuration, or `path` holds no adapter that fits.
+        UserError: If a target matches no module, PEFT rejects the configuration, or the adapter in `path` does not fit.
     """
     if config.path is None:
         wrapped = _wrap(model, _resolve(model, config, added_token_ids))
@@ -72,15 +72,15 @@ def peft_config_of(config: AdapterConfig) -> PeftConfig:
 
 
 def check_adapter_on_quantized_base(config: AdapterConfig, quantization: QuantizationConfig, dtype: str) -> None:
-    """Check that PEFT can put an adapter on a quantized base, before anything is loaded.
+    """Check, before anything is loaded, that an adapter, new or continued, works on a quantized base.
 
     Args:
         config: The adapter.
-        quantization: How the base is stored.
+        quantization: How the base is quantized.
         dtype: `model.dtype`.
 
     Raises:
-        UserError: If PEFT cannot.
+        UserError: If PEFT's method does not work on such a base.
     """
     if config.path is None:
         check_quantized_base(peft_config_of(config), quantization, dtype)
@@ -90,7 +90,7 @@ def check_adapter_on_quantized_base(config: AdapterConfig, quantization: Quantiz
 
 
 def _resolve(model: PreTrainedModel, config: AdapterConfig, added_token_ids: Sequence[int]) -> PeftConfig:
-    """Return PEFT's configuration with everything in it that depends on the model, checked against the model."""
+    """Return PEFT's configuration, with presets and `added` resolved and names checked on the model."""
     peft_config: Any = peft_config_of(config)
     owner = "model.adapter" if config.peft_config is None else "model.adapter.peft_config.init_args"
     targets = getattr(peft_config, "target_modules", None)
@@ -100,15 +100,17 @@ def _resolve(model: PreTrainedModel, config: AdapterConfig, added_token_ids: Seq
         peft_config.target_modules = set(resolve_preset(model, targets))
     elif targets:
         check_targets(model, f"{owner}.target_modules", targets)
-    check_names(model, f"{owner}.modules_to_save", getattr(peft_config, "modules_to_save", None) or [])
+    check_module_names(model, f"{owner}.modules_to_save", getattr(peft_config, "modules_to_save", None) or [])
     if isinstance(config.trainable_token_indices, str):
         if not added_token_ids:
-            raise UserError("model.adapter.trainable_token_indices: 'added', but model.add_tokens adds none")
+            raise UserError(
+                "model.adapter.trainable_token_indices: added requires new tokens, but model.add_tokens adds none"
+            )
         peft_config.trainable_token_indices = {name: list(added_token_ids) for name in embedding_names(model)}
     trained_in_full = getattr(peft_config, "modules_to_save", None) or []
     tied = any(name.endswith(module) for name in tied_embedding_names(model) for module in trained_in_full)
     if tied and hasattr(peft_config, "ensure_weight_tying"):
-        peft_config.ensure_weight_tying = True  # else PEFT would train two copies of what is one matrix
+        peft_config.ensure_weight_tying = True  # else PEFT would train two copies of one matrix
     return cast("PeftConfig", peft_config)
 
 
@@ -120,28 +122,26 @@ def _wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     try:
         wrapped = get_peft_model(model, peft_config)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise UserError(f"model.adapter: PEFT refuses {type(peft_config).__name__}: {error}") from error
+        raise UserError(f"model.adapter: PEFT rejects {type(peft_config).__name__}: {error}") from error
     if not isinstance(wrapped, PeftModel):
         raise TypeError(f"PEFT returned a {type(wrapped).__name__}")
-    prepare_adapted(wrapped)  # before weights are loaded, which would be rounded
+    prepare_adapted(wrapped)  # before the weights are loaded, which would be rounded
     return wrapped
 
 
 def _start_at_quantization_error(wrapped: PeftModel) -> None:
-    """LoftQ on a 4-bit base: A and B start at what quantization lost; the base stays as it is."""
+    """LoftQ on a 4-bit base: A and B start at the quantization error; the base does not change."""
     base = wrapped.get_base_model()
     if not getattr(base, "is_loaded_in_4bit", False):
-        raise UserError("model.adapter.init: 'loftq' makes up for a 4-bit base; set model.quantization: {bits: 4}")
+        raise UserError("model.adapter.init: 'loftq' requires a 4-bit base; set model.quantization: {bits: 4}")
     _check_cuda_for_loftq()
     source = str(cast("PreTrainedModel", base).config.name_or_path)
     try:
         replace_lora_weights_loftq(wrapped, model_path=source if Path(source).is_dir() else None)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.adapter.init: 'loftq' needs the base's safetensors on disk: {error}") from error
+        raise UserError(f"model.adapter.init: 'loftq' requires the base's safetensors on disk: {error}") from error
 
 
 def _check_cuda_for_loftq() -> None:
     if not torch.cuda.is_available():
-        raise UserError(
-            "model.adapter.init: PEFT computes 'loftq' on a CUDA device only, and there is none; use 'pissa'"
-        )
+        raise UserError("model.adapter.init: 'loftq' requires a CUDA device, and there is none; use 'pissa'")

@@ -68,7 +68,7 @@ WORKS = [
 
 
 @pytest.mark.parametrize(("name", "bits", "dtype", "said"), REFUSED)
-def test_what_peft_cannot_put_on_a_quantized_base_is_refused_before_it_is_loaded(
+def test_a_method_that_fails_on_a_quantized_base_is_refused_before_loading(
     name: str, bits: int, dtype: str, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
@@ -88,7 +88,7 @@ def losses_of_three_steps(model: PeftModel) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "bits", "dtype"), [each[:3] for each in REFUSED])
-def test_what_is_refused_does_fail_in_peft(name: str, bits: int, dtype: str, model_dir: Path) -> None:
+def test_a_refused_method_does_fail_in_peft(name: str, bits: int, dtype: str, model_dir: Path) -> None:
     base = load_quantized(str(model_dir), QuantizationConfig(bits=bits), dtype=getattr(torch, dtype))
     config: Any = peft_config_of(METHODS[name]())
     config.target_modules = set(ON)
@@ -101,7 +101,7 @@ def test_what_is_refused_does_fail_in_peft(name: str, bits: int, dtype: str, mod
 
 
 @pytest.mark.parametrize(("name", "bits", "dtype"), WORKS)
-def test_what_is_not_refused_learns_and_is_continued_with_the_same_answers(
+def test_an_accepted_method_learns_and_is_continued_with_the_same_logits(
     name: str, bits: int, dtype: Any, model_dir: Path, tmp_path: Path
 ) -> None:
     quantization = QuantizationConfig(bits=bits)
@@ -133,7 +133,7 @@ def test_a_continued_adapter_is_checked_by_its_own_configuration(model_dir: Path
         check_adapter_on_quantized_base(AdapterConfig(path=str(tmp_path)), QuantizationConfig(), "float32")
 
 
-def test_plain_lora_goes_on_every_base() -> None:
+def test_plain_lora_is_accepted_on_every_base() -> None:
     for bits in (4, 8):
         for dtype in ("float32", "bfloat16", "float16"):
             check_quantized_base(peft_config_of(AdapterConfig()), QuantizationConfig(bits=bits), dtype)

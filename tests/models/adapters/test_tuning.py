@@ -1,4 +1,4 @@
-"""Every way of tuning, on a tiny Llama: steps change exactly the weights meant, exports are what was trained."""
+"""Covers sft_lightning.models.adapters and sft_lightning.models.export: every kind of tuning, trained and exported."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def build(mode: Mode, model_dir: Path) -> PreTrainedModel | PeftModel:
 
 
 def take_steps(model: PreTrainedModel | PeftModel, mode: Mode, num_steps: int = 2) -> None:
-    """Two steps, because LoRA's A has no gradient while B is zero."""
+    """Take two steps, because LoRA's A has no gradient while B is zero."""
     options = {key: (mode.adapter or {}).get(key) for key in ("base_lr", "lora_plus_ratio")}
-    groups = parameter_groups(model.named_parameters(), trainable_base_names=trainable_base_names(model), **options)
+    groups = parameter_groups(model.named_parameters(), base_names=trainable_base_names(model), **options)
     optimizer = build_optimizer(lambda given: torch.optim.AdamW(given, lr=1e-2), groups)
     for _ in range(num_steps):
         optimizer.zero_grad()
@@ -114,7 +114,7 @@ def take_steps(model: PreTrainedModel | PeftModel, mode: Mode, num_steps: int = 
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Packed weights are no numbers in the type that they are stored as: some look like NaN, which equals nothing."""
+    """Compare bits: packed 4-bit weights may read as NaN in the type that they are stored as."""
     return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (one, other)))
 
 
@@ -125,7 +125,7 @@ def logits(model: PreTrainedModel | PeftModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_steps_change_exactly_what_is_meant(name: str, model_dir: Path) -> None:
+def test_steps_change_exactly_the_intended_weights(name: str, model_dir: Path) -> None:
     mode = MODES[name]
     model = build(mode, model_dir)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -159,7 +159,7 @@ def test_an_exported_adapter_loads_with_plain_peft(
 
 
 @pytest.mark.parametrize("name", RELOADED)
-def test_an_exported_adapter_is_continued_where_it_was(
+def test_an_exported_adapter_is_continued_with_the_same_logits(
     name: str, model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     mode = MODES[name]
@@ -186,7 +186,7 @@ def test_an_exported_model_loads_with_plain_transformers(
     assert torch.equal(logits(build(Mode(EVERYTHING, None), tmp_path / "model")), logits(model))
 
 
-def test_alpha_1_is_deepspeed_chats_scaling(model_dir: Path) -> None:
+def test_alpha_1_scales_as_deepspeed_chat_does(model_dir: Path) -> None:
     model = build(Mode(LORA, {"alpha": 1}), model_dir)
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     scalings = {value for layer in layers for value in layer.scaling.values()}

@@ -135,5 +135,5 @@ def test_only_the_rows_of_the_added_tokens_learn(tied: bool, extended: PreTraine
 
 def test_training_added_tokens_requires_added_tokens(model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
-    with pytest.raises(UserError, match=r"model\.add_tokens adds none"):
+    with pytest.raises(UserError, match=r"requires new tokens, but model\.add_tokens adds none"):
         add_adapter(model, AdapterConfig(trainable_token_indices="added"))
