@@ -9,6 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sft_lightning.compat.deepspeed import is_partitioned
+
 _UNLIMITED = 1 << 30
 
 # Mamba's fused kernels take `x_proj` and `out_proj` as plain tensors (peft#2274), and `dt_proj` is always multiplied by
@@ -44,7 +46,7 @@ def bypassed_modules(config: PretrainedConfig) -> frozenset[str]:
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether this process holds only its part of some parameter, under FSDP2 or DeepSpeed ZeRO-3."""
-    return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(hasattr(parameter, "device_mesh") or is_partitioned(parameter) for parameter in model.parameters())
 
 
 def computing_device(model: torch.nn.Module) -> torch.device:

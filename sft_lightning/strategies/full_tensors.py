@@ -13,6 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from sft_lightning.compat.deepspeed import is_partitioned
+
 
 def gather_parameters(module: nn.Module, *, keep: bool, trainable_only: bool) -> dict[str, torch.Tensor]:
     """Gather parameters one after the other; every process must call this.
@@ -43,7 +45,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    if hasattr(tensor, "ds_id"):  # ZeRO-3's
+    if is_partitioned(tensor):
         zero = importlib.import_module("deepspeed.runtime.zero")
         with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from sft_lightning.compat.deepspeed import full_shape
 from sft_lightning.compat.torch import unscales_in_step
 from sft_lightning.errors import UserError
 
@@ -134,7 +135,7 @@ def parameter_groups(
             is_base = base_lr is not None and name in base_names
             is_b = lora_plus_ratio is not None and re.search(r"\.lora_(embedding_)?B\b", name) is not None
             kind = 2 if is_base else 1 if is_b else 0
-            groups.setdefault((kind, _num_axes(parameter) < 2), []).append(parameter)
+            groups.setdefault((kind, len(full_shape(parameter)) < 2), []).append(parameter)
     if not groups:
         raise UserError("model: nothing trains; set model.adapter, or remove it for full fine-tuning")
     if lora_plus_ratio is not None and not any(kind == 1 for kind, _ in groups):
@@ -144,11 +145,6 @@ def parameter_groups(
         {"params": groups[kind, is_vector], **rates[kind], **({"weight_decay": 0.0} if is_vector else {})}
         for kind, is_vector in sorted(groups)
     ]
-
-
-def _num_axes(parameter: torch.nn.Parameter) -> int:
-    """Return the number of axes, also of what ZeRO-3 has flattened."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def build_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:

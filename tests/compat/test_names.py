@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import logging
 import pkgutil
 import subprocess
@@ -16,7 +16,7 @@ from sft_lightning.errors import UserError
 for found in pkgutil.walk_packages(sft_lightning.compat.__path__, "sft_lightning.compat."):
     importlib.import_module(found.name)
 
-EVERY = list(ENTRIES)
+EVERY = [entry for entry in ENTRIES if importlib.util.find_spec(entry.library) is not None]  # deepspeed is an extra
 
 
 def function_of(entry: Entry) -> Any:

@@ -10,6 +10,7 @@ import xxhash
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.deepspeed import own_part
 from sft_lightning.models.inspection import base_model
 
 
@@ -27,7 +28,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 def _own_part(tensor: Any) -> torch.Tensor:
     """Return what this process has of a tensor: FSDP2's shard, ZeRO-3's partition, or all."""
-    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+    part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else own_part(tensor)
     return part
 
 

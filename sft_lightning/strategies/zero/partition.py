@@ -15,15 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sft_lightning.compat.deepspeed import (
+    cut_own_part,
+    external_weights,
+    is_gathered,
+    is_partitioned,
+    own_part_in_memory,
+)
 from sft_lightning.compat.peft import weights_read_by_dora
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Blocks of a DeepSpeed configuration → the type that its engine casts weights to."""
-
-
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO-3 has cut a parameter up."""
-    return hasattr(parameter, "ds_id")
 
 
 def keep_what_is_sent(module: nn.Module, config: Mapping[str, Any]) -> None:
@@ -68,14 +70,6 @@ def _half_precision(config: Mapping[str, Any]) -> torch.dtype | None:
     return next((dtype for block, dtype in _HALF.items() if config.get(block, {}).get("enabled") is True), None)
 
 
-def own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """Cut out what ZeRO-3 gives this process of a tensor, which it fills up with zeros to divide it evenly."""
-    size, group = parameter.ds_tensor.ds_numel, parameter.ds_process_group
-    padding = size * dist.get_world_size(group) - value.numel()
-    padded = nn.functional.pad(value.flatten(), (0, padding))
-    return padded.narrow(0, size * dist.get_rank(group), size)
-
-
 def load_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
     """Put this process's part of a whole tensor into a partitioned parameter; return what loading then finds to do.
 
@@ -85,26 +79,10 @@ def load_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
     """
     if parameter is None or not is_partitioned(parameter):
         return value
-    with _part_in_memory(parameter) as part:
-        part.copy_(own_part(parameter, value))
+    with own_part_in_memory(parameter) as part:
+        part.copy_(cut_own_part(parameter, value))
     nothing: torch.Tensor = parameter.data
     return nothing
-
-
-@contextmanager
-def _part_in_memory(parameter: Any) -> Iterator[torch.Tensor]:
-    """Have this process's part of a parameter in memory, and write it back if it is from NVMe."""
-    on_nvme = parameter.ds_tensor.final_location == "nvme"
-    if on_nvme:
-        parameter.nvme_swapper.swap_in([parameter], async_op=False)
-    yield parameter.ds_tensor.data
-    if on_nvme:
-        parameter.nvme_swapper.swap_out_and_release([parameter])
-
-
-def _is_whole(parameter: Any) -> bool:
-    """Whether a partitioned parameter is gathered at the moment."""
-    return str(parameter.ds_status.name) == "AVAILABLE"
 
 
 @contextmanager
@@ -115,7 +93,7 @@ def gathered_in_forward(module: nn.Module) -> Iterator[None]:
 
     def gather(owner: nn.Module, args: Any) -> None:
         used = [*owner.parameters(recurse=False), *external_weights(owner)]
-        cut_up = [parameter for parameter in used if is_partitioned(parameter) and not _is_whole(parameter)]
+        cut_up = [parameter for parameter in used if is_partitioned(parameter) and not is_gathered(parameter)]
         open_contexts.append(gathered(cut_up, enabled=bool(cut_up)))
         open_contexts[-1].__enter__()
 
@@ -150,9 +128,3 @@ def _in_collections(module: nn.Module) -> Iterator[nn.Parameter]:
     for child in module.children():
         if isinstance(child, nn.ParameterDict | nn.ParameterList):
             yield from child.parameters()
-
-
-def external_weights(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights that a module uses though they are another's, where DeepSpeed has been told so."""
-    registered: dict[int, nn.Parameter] = getattr(module, "_external_params", {})
-    return list(registered.values())

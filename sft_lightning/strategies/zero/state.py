@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft_lightning.strategies.zero.state_access import get, in_memory, link, partitions, put
+from sft_lightning.compat.deepspeed import flat_partitions, gather, link_states, partitions_in_memory, scatter
 
 Groups = Sequence[Sequence[nn.Parameter]]
 """The parameters of each group of the optimizer, as it was made."""
@@ -23,9 +23,9 @@ def gather_weights(zero: Any, names: Mapping[nn.Parameter, str], *, keep: bool) 
         keep: Whether this process wants them; another takes part and gets nothing.
     """
     found: dict[str, torch.Tensor] = {}
-    for _, parameters in in_memory(zero, names):
+    for _, parameters in partitions_in_memory(zero, names):
         for parameter in parameters:
-            whole = get(zero, parameter, None)
+            whole = gather(zero, parameter, None)
             if keep:
                 found[names[parameter]] = whole.cpu()
     return {name: found[name] for name in names.values() if name in found}
@@ -40,16 +40,16 @@ def gather_state(zero: Any, groups: Groups, *, keep: bool) -> dict[str, Any]:
         keep: Whether this process wants it; another takes part and gets an empty dict.
     """
     inner = zero.optimizer
-    state = inner.state.get(partitions(zero)[0], {})
+    state = inner.state.get(flat_partitions(zero)[0], {})
     if state:
-        link(zero)
+        link_states(zero)
     sharded = sorted(key for key, value in state.items() if _is_sharded(value))
     single = {key: _as_tensor(value) for key, value in state.items() if not _is_sharded(value)}
     places = {parameter: index for index, parameter in enumerate(parameter for group in groups for parameter in group)}
     found: dict[int, dict[str, Any]] = {}
-    for _, parameters in in_memory(zero, places if state else ()):
+    for _, parameters in partitions_in_memory(zero, places if state else ()):
         for parameter in parameters:
-            whole = {key: get(zero, parameter, key) for key in sharded}
+            whole = {key: gather(zero, parameter, key) for key in sharded}
             if keep:
                 counts = {key: value.clone() for key, value in single.items()}  # each parameter counts its own steps
                 found[places[parameter]] = {**counts, **{key: value.cpu() for key, value in whole.items()}}
@@ -80,19 +80,19 @@ def load_state(zero: Any, groups: Groups, saved: Mapping[str, Any]) -> None:
         return
     places = dict(zip(parameters, indices, strict=True))
     example = next(iter(saved["state"].values()))
-    for flats, together in in_memory(zero, parameters, changed=True):
+    for flats, together in partitions_in_memory(zero, parameters, changed=True):
         _make_room(zero, flats, example)
         for parameter in together:
             for key, value in saved["state"].get(places[parameter], {}).items():
                 if _is_sharded(value):
-                    put(zero, parameter, value, key)
+                    scatter(zero, parameter, value, key)
 
 
 def load_weights(zero: Any, weights: Mapping[nn.Parameter, torch.Tensor]) -> None:
     """Put whole weights into the float32 partitions; needs no communication."""
-    for _, parameters in in_memory(zero, weights, changed=True):
+    for _, parameters in partitions_in_memory(zero, weights, changed=True):
         for parameter in parameters:
-            put(zero, parameter, weights[parameter], None)
+            scatter(zero, parameter, weights[parameter], None)
 
 
 def _make_room(zero: Any, flats: Iterable[torch.Tensor], example: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ def _make_room(zero: Any, flats: Iterable[torch.Tensor], example: Mapping[str, A
                 state[key] = int(value)
             else:
                 state[key] = _as_tensor(value).clone().to(flat.device if on_device else "cpu")
-    link(zero)
+    link_states(zero)
 
 
 def _is_sharded(value: Any) -> bool:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.optim import Optimizer
 
+from sft_lightning.compat.deepspeed import flat_partitions
 from sft_lightning.compat.lightning.loops import inner_optimizer
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import store_4bit_as_bytes
@@ -43,7 +44,6 @@ from sft_lightning.strategies.zero.partition import (
     partition_model,
 )
 from sft_lightning.strategies.zero.state import gather_state, gather_weights, load_state, load_weights
-from sft_lightning.strategies.zero.state_access import partitions
 
 _OF_OPTIMIZER = ("optimizer", "scheduler")
 
@@ -211,14 +211,14 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gather what trains, in float32; empty but on rank 0."""
-        if not partitions(self._zero):
+        if not flat_partitions(self._zero):
             return dict(self._module.state_dict())
         names = {parameter: name for name, parameter in self._trained.items()}
         return gather_weights(self._zero, names, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gather the optimizer's state; empty but on rank 0."""
-        if not partitions(self._zero):
+        if not flat_partitions(self._zero):
             return gather_optimizer_state(self._zero, keep=self.is_global_zero)
         return gather_state(self._zero, self._groups, keep=self.is_global_zero)
 
@@ -231,7 +231,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give DeepSpeed its part of the float32 weights and of the optimizer's state."""
         [state] = checkpoint["optimizer_states"]
-        if not partitions(self._zero):
+        if not flat_partitions(self._zero):
             self._zero.load_state_dict(state)
             return
         trained = self._trained

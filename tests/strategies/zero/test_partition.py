@@ -9,7 +9,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from sft_lightning.strategies.zero.partition import external_weights, name_external_weights
+from sft_lightning.compat.deepspeed import external_weights
+from sft_lightning.strategies.zero.partition import name_external_weights
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 
