@@ -5,8 +5,11 @@ from __future__ import annotations
 from sft_lightning.errors import UserError
 
 DDP = "ddp"
+"""Every process holds the whole model; Lightning's."""
+
 FSDP2 = "fsdp2"
 FSDP2_OFFLOAD = "fsdp2_offload"
+"""FSDP2, with its shards on the GPUs or on the CPU."""
 
 _FSDP1 = {"fsdp": FSDP2, "fsdp_cpu_offload": FSDP2_OFFLOAD}
 """Lightning's names of the first FSDP → what to use instead."""
