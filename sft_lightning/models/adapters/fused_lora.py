@@ -1,0 +1,225 @@
+"""LoRA's linear layer as one autograd function: the input is read once, nothing is saved twice, float32 masters.
+
+PEFT computes `base(x) + B(A(dropout(x))) * scaling` as separate operations, in the adapter's float32 unless autocast
+is on: it casts x, saves it twice, and writes the output three times. Here the low-rank update is added in the epilogue
+of a matrix product (`addmm`), in the type that the base computes in; the adapter's weights stay float32 and are cast
+on use.
+
+The layers stay PEFT's: same modules, same parameter names, same state dict. Their class becomes a subclass that takes
+this path where the layer is plain LoRA, and PEFT's own forward everywhere else (DoRA and other variants, merged or
+disabled adapters, several adapters, weights that ZeRO-3 gathers module by module).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from peft import PeftModel
+from peft.tuners import lora
+from torch.autograd.function import once_differentiable
+
+
+class _LoraUpdate(torch.autograd.Function):
+    """`y + (dropout(x) Aᵀ) Bᵀ · scaling`; y is the base's output or, given the base's weight, is computed here too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        base: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        """Return the adapted output.
+
+        Args:
+            ctx: Keeps x, A, B and x Aᵀ for the backward pass.
+            x: Input, (N, in), in the type to compute in.
+            lora_a: A, (r, in), float32.
+            lora_b: B, (out, r), float32.
+            base: The base's output, (N, out); empty if it is computed here.
+            weight: The base's frozen weight, (out, in), or packed in 4 bits; `None` if `base` is given.
+            bias: The base's frozen bias, (out,).
+            scaling: Factor on the update.
+            dropout: Probability of dropping a value of x on its way to A.
+        """
+        seed = int(torch.randint(2**62, ())) if dropout else 0  # of the CPU's generator: checkpoints hold its state
+        dropped = _dropped(x, dropout, seed)
+        low_rank = dropped @ lora_a.to(x.dtype).T
+        y = base if weight is None else F.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        up = lora_b.to(x.dtype).T
+        y = torch.addmm(y, low_rank, up, alpha=scaling) if weight is None else y.addmm_(low_rank, up, alpha=scaling)
+        ctx.save_for_backward(x, lora_a, lora_b, low_rank, weight)
+        ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x (N, in), A (r, in), B (out, r) and the base's output (N, out)."""
+        x, lora_a, lora_b, low_rank, weight = ctx.saved_tensors
+        wants_x, wants_a, wants_b, wants_base = ctx.needs_input_grad[:4]
+        grad_low_rank = (grad @ lora_b.to(grad.dtype)).mul_(ctx.scaling)
+        grad_a = grad_b = grad_x = None
+        if wants_a:
+            grad_a = (grad_low_rank.T @ _dropped(x, ctx.dropout, ctx.seed)).to(lora_a.dtype)
+        if wants_b:
+            grad_b = (grad.T @ low_rank).to(lora_b.dtype).mul_(ctx.scaling)
+        if wants_x:
+            down = lora_a.to(grad.dtype)
+            if weight is None:
+                grad_x = _dropped(grad_low_rank @ down, ctx.dropout, ctx.seed)
+            else:
+                grad_x = grad @ _dense(weight, grad.dtype)
+                if ctx.dropout:
+                    grad_x += _dropped(grad_low_rank @ down, ctx.dropout, ctx.seed)
+                else:
+                    grad_x.addmm_(grad_low_rank, down)
+        return grad_x, grad_a, grad_b, grad if wants_base else None, None, None, None, None
+
+
+def _dropped(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
+    """Return x (N, in) with values dropped; the same seed drops the same values, so that no mask is saved."""
+    if not probability:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    kept = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
+    return kept.mul_(x).div_(1 - probability)
+
+
+def _dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the base's weight, (out, in), unpacked and in the type to compute in."""
+    if isinstance(weight, Params4bit):
+        return cast(torch.Tensor, dequantize_4bit(weight.data, weight.quant_state)).to(dtype)
+    return weight.to(dtype)
+
+
+def adapted_linear(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
+    """Compute a plain LoRA layer.
+
+    Args:
+        layer: PEFT's layer around a linear one.
+        adapter: Name of its one active adapter.
+        x: Input, (..., in).
+
+    Returns:
+        (..., out), in the type that the base computes in.
+    """
+    inner = layer.get_base_layer()
+    a, b, scaling = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+    probability = getattr(layer.lora_dropout[adapter], "p", 0.0) if layer.training else 0.0
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if torch.compiler.is_compiling():  # the compiler fuses the operations and decides itself what to save
+        y = inner(x)
+        low_rank = F.linear(F.dropout(x.to(y.dtype), probability), a.to(y.dtype))
+        return cast(torch.Tensor, y + F.linear(low_rank, b.to(y.dtype)) * scaling)
+    in_one = _computes_alike(inner, dtype)
+    base = None if in_one else inner(x)
+    with torch.autocast(x.device.type, enabled=False):
+        flat = x.to(dtype if base is None else base.dtype).reshape(-1, x.shape[-1])
+        given = flat.new_empty(0) if base is None else base.reshape(-1, base.shape[-1])
+        y = _LoraUpdate.apply(  # type: ignore[no-untyped-call]
+            flat, a, b, given, inner.weight if in_one else None, inner.bias if in_one else None, scaling, probability
+        )
+    return cast(torch.Tensor, y.view(*x.shape[:-1], y.shape[-1]))
+
+
+def _computes_alike(inner: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the base is a plain matrix product in a type, which may stand in one function with the update."""
+    if isinstance(inner, Linear4bit):
+        weight = inner.weight
+        packed = type(weight) is Params4bit and weight.quant_state is not None and weight.shape[0] != 1
+        return packed and inner.compute_dtype in (None, dtype)
+    return type(inner) is torch.nn.Linear
+
+
+def why_not_plain(layer: Any) -> str | None:
+    """Return why a LoRA layer keeps PEFT's own forward pass for good, in a few words; `None` if it does not.
+
+    Args:
+        layer: PEFT's layer.
+    """
+    inner = layer.get_base_layer()
+    if not isinstance(inner, torch.nn.Linear):
+        return f"on {type(inner).__name__}"
+    if any(name in layer.lora_variant for name in layer.lora_A):
+        return "a variant of LoRA"
+    if any(b.bias is not None for b in layer.lora_B.values()):
+        return "lora_bias"
+    if any(parameter.requires_grad for parameter in inner.parameters()):
+        return "its base trains too"
+    return None
+
+
+def _takes_fused_path(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a layer is plain LoRA as it stands now, with all its weights in this process's memory."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1 or why_not_plain(layer):
+        return False
+    parts = (layer.get_base_layer(), layer.lora_A[active[0]], layer.lora_B[active[0]])
+    # Hooks of these modules would not run: those of ZeRO-3 gather weights, others observe.
+    return not any(part._forward_hooks or part._forward_pre_hooks or hasattr(part.weight, "ds_id") for part in parts)
+
+
+class _Fused:
+    """Mixed into PEFT's layers: the fused path where a layer is plain LoRA, PEFT's own elsewhere."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return (..., out) of (..., in)."""
+        layer = cast(Any, self)
+        if not _takes_fused_path(layer, args, kwargs):
+            return cast(torch.Tensor, super().forward(x, *args, **kwargs))  # type: ignore[misc]
+        (adapter,) = (name for name in layer.active_adapters if name in layer.lora_A)
+        return adapted_linear(layer, adapter, x)
+
+
+class FusedLinear(_Fused, lora.Linear):
+    """PEFT's LoRA on a dense linear layer."""
+
+
+class FusedLinear4bit(_Fused, lora.Linear4bit):  # type: ignore[misc]  # peft loads it lazily
+    """PEFT's LoRA on a linear layer in 4 bits."""
+
+
+class FusedLinear8bitLt(_Fused, lora.Linear8bitLt):  # type: ignore[misc]
+    """PEFT's LoRA on a linear layer in 8 bits."""
+
+
+_FUSED: dict[type, type] = {
+    lora.Linear: FusedLinear,
+    lora.Linear4bit: FusedLinear4bit,
+    lora.Linear8bitLt: FusedLinear8bitLt,
+}
+
+
+def fuse_lora(model: PeftModel) -> str | None:
+    """Let a model's plain LoRA layers compute as one function each, in place.
+
+    Args:
+        model: The adapted model.
+
+    Returns:
+        A line for the log on the layers that keep PEFT's own forward pass and why; `None` if there are none.
+    """
+    kept: Counter[str] = Counter()
+    for module in model.modules():
+        if not isinstance(module, lora.LoraLayer):
+            continue
+        reason = why_not_plain(module) if type(module) in _FUSED else f"on {type(module).__name__}"
+        if reason is None:
+            module.__class__ = _FUSED[type(module)]
+        else:
+            kept[reason] += 1
+    if not kept:
+        return None
+    reasons = ", ".join(f"{number} {reason}" for reason, number in kept.items())
+    return f"LoRA: {sum(kept.values())} layers keep PEFT's own forward pass ({reasons})"
