@@ -99,7 +99,7 @@ def _dropped(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
 def _dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the base's weight, (out, in), unpacked and in the type to compute in."""
     if isinstance(weight, Params4bit):
-        return cast(torch.Tensor, dequantize_4bit(weight.data, weight.quant_state)).to(dtype)
+        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
     return weight.to(dtype)
 
 
