@@ -150,13 +150,13 @@ def why_not_plain(layer: Any) -> str | None:
     """
     inner = layer.get_base_layer()
     if not isinstance(inner, torch.nn.Linear):
-        return f"on {type(inner).__name__}"
+        return f"{type(inner).__name__} layer"
     if any(name in layer.lora_variant for name in layer.lora_A):
-        return "a variant of LoRA"
+        return "variant of LoRA, such as DoRA"
     if any(b.bias is not None for b in layer.lora_B.values()):
         return "lora_bias"
     if any(parameter.requires_grad for parameter in inner.parameters()):
-        return "its base trains too"
+        return "base that trains too"
     return None
 
 
@@ -201,25 +201,29 @@ _FUSED: dict[type, type] = {
 }
 
 
-def fuse_lora(model: PeftModel) -> str | None:
+def fuse_lora(model: PeftModel) -> None:
     """Let a model's plain LoRA layers compute as one function each, in place.
 
     Args:
         model: The adapted model.
+    """
+    for module in model.modules():
+        if type(module) in _FUSED and why_not_plain(module) is None:
+            module.__class__ = _FUSED[type(module)]
+
+
+def describe_unfused(model: PeftModel) -> str | None:
+    """Say which LoRA layers keep PEFT's own forward pass, and why.
+
+    Args:
+        model: The adapted model, after `fuse_lora`.
 
     Returns:
-        A line for the log on the layers that keep PEFT's own forward pass and why; `None` if there are none.
+        A line for the log; `None` if there are no such layers.
     """
-    kept: Counter[str] = Counter()
-    for module in model.modules():
-        if not isinstance(module, lora.LoraLayer):
-            continue
-        reason = why_not_plain(module) if type(module) in _FUSED else f"on {type(module).__name__}"
-        if reason is None:
-            module.__class__ = _FUSED[type(module)]
-        else:
-            kept[reason] += 1
-    if not kept:
+    layers = [m for m in model.modules() if isinstance(m, lora.LoraLayer) and not isinstance(m, _Fused)]
+    if not layers:
         return None
-    reasons = ", ".join(f"{number} {reason}" for reason, number in kept.items())
-    return f"LoRA: {sum(kept.values())} layers keep PEFT's own forward pass ({reasons})"
+    kept = Counter(why_not_plain(layer) or f"{type(layer).__name__} layer" for layer in layers)
+    reasons = ", ".join(f"{number} × {reason}" for reason, number in kept.items())
+    return f"LoRA: {len(layers)} layers keep PEFT's own forward pass ({reasons})"

@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from sft_lightning.models.adapters import fused_lora
-from sft_lightning.models.adapters.fused_lora import fuse_lora
+from sft_lightning.models.adapters.fused_lora import describe_unfused, fuse_lora
 
 SIZE, ROWS = 64, (2, 9)
 
@@ -75,7 +75,8 @@ def test_float32_is_pefts_own_on_every_kind_of_base(kind: Any) -> None:
     assert type(model.base_model.model.up).__name__ == (kind or torch.nn.Linear).__name__
     assert kind is not Linear4bit or base.up.weight.quant_state is not None
     fused = copy.deepcopy(model)
-    assert fuse_lora(fused) is None
+    fuse_lora(fused)
+    assert describe_unfused(fused) is None
     assert distance(run(fused), run(model)) <= 1e-6
 
 
@@ -182,12 +183,14 @@ def test_other_states_of_a_layer_take_pefts_own_forward(state: str) -> None:
 
 def test_dora_keeps_pefts_own_forward_and_the_log_says_so() -> None:
     model = adapted(Block(), use_dora=True)
-    assert fuse_lora(model) == "LoRA: 2 layers keep PEFT's own forward pass (2 a variant of LoRA)"
+    fuse_lora(model)
+    assert describe_unfused(model) == "LoRA: 2 layers keep PEFT's own forward pass (2 × variant of LoRA, such as DoRA)"
 
 
 def test_a_base_whose_bias_trains_keeps_pefts_own_forward() -> None:
     model = adapted(Block(), bias="lora_only")
-    assert fuse_lora(model) == "LoRA: 1 layers keep PEFT's own forward pass (1 its base trains too)"
+    fuse_lora(model)
+    assert describe_unfused(model) == "LoRA: 1 layers keep PEFT's own forward pass (1 × base that trains too)"
     assert "base_model.model.up.base_layer.bias" in run(model)
 
 
