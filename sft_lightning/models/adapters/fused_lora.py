@@ -52,14 +52,13 @@ class _LoraUpdate(torch.autograd.Function):
             scaling: Factor on the update.
             dropout: Probability of dropping a value of x on its way to A.
         """
-        seed = int(torch.randint(2**62, ())) if dropout else 0  # of the CPU's generator: checkpoints hold its state
-        dropped = _dropped(x, dropout, seed)
-        low_rank = dropped @ lora_a.to(x.dtype).T
+        state = _random_state(x.device) if dropout else None
+        low_rank = (x * _mask(x, dropout) if dropout else x) @ lora_a.to(x.dtype).T
         y = base if weight is None else F.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
         up = lora_b.to(x.dtype).T
         y = torch.addmm(y, low_rank, up, alpha=scaling) if weight is None else y.addmm_(low_rank, up, alpha=scaling)
         ctx.save_for_backward(x, lora_a, lora_b, low_rank, weight)
-        ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
+        ctx.scaling, ctx.dropout, ctx.state = scaling, dropout, state
         return y
 
     @staticmethod
@@ -68,32 +67,47 @@ class _LoraUpdate(torch.autograd.Function):
         """Return the gradients of x (N, in), A (r, in), B (out, r) and the base's output (N, out)."""
         x, lora_a, lora_b, low_rank, weight = ctx.saved_tensors
         wants_x, wants_a, wants_b, wants_base = ctx.needs_input_grad[:4]
+        mask = _mask_again(x, ctx.dropout, ctx.state) if ctx.dropout else None
         grad_low_rank = (grad @ lora_b.to(grad.dtype)).mul_(ctx.scaling)
         grad_a = grad_b = grad_x = None
         if wants_a:
-            grad_a = (grad_low_rank.T @ _dropped(x, ctx.dropout, ctx.seed)).to(lora_a.dtype)
+            grad_a = (grad_low_rank.T @ (x if mask is None else x * mask)).to(lora_a.dtype)
         if wants_b:
             grad_b = (grad.T @ low_rank).to(lora_b.dtype).mul_(ctx.scaling)
         if wants_x:
             down = lora_a.to(grad.dtype)
-            if weight is None:
-                grad_x = _dropped(grad_low_rank @ down, ctx.dropout, ctx.seed)
+            grad_x = None if weight is None else grad @ _dense(weight, grad.dtype)
+            if mask is not None:
+                through_a = (grad_low_rank @ down).mul_(mask)
+                grad_x = through_a if grad_x is None else grad_x.add_(through_a)
             else:
-                grad_x = grad @ _dense(weight, grad.dtype)
-                if ctx.dropout:
-                    grad_x += _dropped(grad_low_rank @ down, ctx.dropout, ctx.seed)
-                else:
-                    grad_x.addmm_(grad_low_rank, down)
+                grad_x = grad_low_rank @ down if grad_x is None else grad_x.addmm_(grad_low_rank, down)
         return grad_x, grad_a, grad_b, grad if wants_base else None, None, None, None, None
 
 
-def _dropped(x: torch.Tensor, probability: float, seed: int) -> torch.Tensor:
-    """Return x (N, in) with values dropped; the same seed drops the same values, so that no mask is saved."""
-    if not probability:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    kept = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
-    return kept.mul_(x).div_(1 - probability)
+def _mask(x: torch.Tensor, probability: float) -> torch.Tensor:
+    """Return what dropout multiplies x (N, in) by: 0 or 1 / (1 - probability), from the device's random generator."""
+    return F.dropout(torch.ones_like(x), probability)
+
+
+def _mask_again(x: torch.Tensor, probability: float, state: torch.Tensor) -> torch.Tensor:
+    """Return the mask (N, in) of the forward pass: keeping the generator's state costs less than keeping the mask."""
+    now = _random_state(x.device)
+    _set_random_state(x.device, state)
+    mask = _mask(x, probability)
+    _set_random_state(x.device, now)
+    return mask
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+
+def _set_random_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _dense(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -139,7 +153,7 @@ def _computes_alike(inner: torch.nn.Module, dtype: torch.dtype) -> bool:
         weight = inner.weight
         packed = type(weight) is Params4bit and weight.quant_state is not None and weight.shape[0] != 1
         return packed and inner.compute_dtype in (None, dtype)
-    return type(inner) is torch.nn.Linear
+    return type(inner) is torch.nn.Linear and "forward" not in vars(inner)  # `plan` replaces it to model LLM.int8
 
 
 def why_not_plain(layer: Any) -> str | None:
