@@ -149,11 +149,13 @@ def adapted_linear(layer: Any, adapter: str, x: torch.Tensor) -> torch.Tensor:
 
 def _computes_alike(inner: torch.nn.Module, dtype: torch.dtype) -> bool:
     """Whether the base is a plain matrix product in a type, which may stand in one function with the update."""
+    if _needs_its_call(inner):
+        return False
     if isinstance(inner, Linear4bit):
         weight = inner.weight
         packed = type(weight) is Params4bit and weight.quant_state is not None and weight.shape[0] != 1
         return packed and inner.compute_dtype in (None, dtype)
-    return type(inner) is torch.nn.Linear and "forward" not in vars(inner)  # `plan` replaces it to model LLM.int8
+    return type(inner) is torch.nn.Linear
 
 
 def why_not_plain(layer: Any) -> str | None:
@@ -179,9 +181,13 @@ def _takes_fused_path(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1 or why_not_plain(layer):
         return False
-    parts = (layer.get_base_layer(), layer.lora_A[active[0]], layer.lora_B[active[0]])
-    # Hooks of these modules would not run: those of ZeRO-3 gather weights, others observe.
-    return not any(part._forward_hooks or part._forward_pre_hooks or hasattr(part.weight, "ds_id") for part in parts)
+    return not (_needs_its_call(layer.lora_A[active[0]]) or _needs_its_call(layer.lora_B[active[0]]))
+
+
+def _needs_its_call(module: torch.nn.Module) -> bool:
+    """Whether a module's weight may be used only through its call: hooks run there, and ZeRO-3 gathers the weight."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module) or hasattr(module.weight, "ds_id")
 
 
 class _Fused:
