@@ -46,7 +46,7 @@ def prepare(data: SFTDataModule, *, rebuild: bool = False, report: str | None = 
         console.print(part, markup=False)
     for name, prepared in stores.items():
         tokens = prepared.facts["num_tokens"]
-        print(f"{name}: {tokens:,} tokens in {prepared.folder}, {'built now' if prepared.built else 'found'}")
+        print(f"{name}: {tokens:,} tokens in {prepared.folder}, {prepared.origin}")
     if report is not None:
         path = Path(report)
         try:

@@ -1,127 +1,128 @@
-"""A source's token store: found by what went into it, or built.
+"""A source's token store: found by its key, or built.
 
-The key is made of everything that decides the tokens: the bytes of the files, the template, the tokenizer, the options
-of reading and of the loss, and our own code. Nothing that only decides what is done with the tokens is in it
-(`max_length`, packing, blend, seed, split), so changing those tokenizes nothing.
-
-Whoever needs a store takes its file lock. Who gets it first builds; the others find the store when they get the lock.
-That is how two runs, or all ranks of one, come to the same store: without a process group, however long it takes. The
-lock of a process that died is free again, and what it left half-written is thrown away.
+`store_key` says what the key is made of. A process that needs a store takes the store's file lock. The first process
+builds the store; the others find it when they get the lock. So two runs, or all ranks of one, share one build without a
+process group, however long it takes. When a process dies, its lock is free again, and the next one deletes what it left
+half-written.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import inspect
 import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import tokenizers
-import transformers
-import xxhash
 from filelock import FileLock
 
-from sft_lightning.data.formats.deepspeed_chat import dataset_format
-from sft_lightning.data.formats.user_format import is_dotted_path, user_function
-from sft_lightning.data.sources.source import SourceConfig, is_saved_dataset, load_dataset, read_records, source_files
-from sft_lightning.data.templates.named import NamedTemplate
+from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.record_log import RecordLog
-from sft_lightning.data.tokens.store import DamagedStoreError, StoreWriter, TokenStore, hash_file, open_store
+from sft_lightning.data.tokens.store import MANIFEST, DamagedStoreError, StoreWriter, TokenStore, open_store
+from sft_lightning.data.tokens.store_key import differences, key_of, key_parts, source_identity, source_places
 
 logger = logging.getLogger(__name__)
 
-TOKENIZATION_VERSION = 1
-"""Part of every store's key: raise it with any change of this package that changes a record's tokens or weights."""
+_PARTIAL = ".partial"
+"""Ending of the folder in which a store is being built."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A source, tokenized."""
+    """The token store of a source."""
 
     folder: Path
-    """Where it lies."""
+    """The store's folder."""
 
     store: TokenStore
+    """The store, mapped into memory."""
+
     facts: dict[str, Any]
-    """The store's manifest: what it was made of, and what became of the records."""
+    """The store's manifest: what it was made of, and what happened to the records."""
 
     built: bool
     """Whether it was built now, not found."""
 
     moved: bool = False
-    """Whether its files had other names when it was built, so that the places in `facts` are theirs."""
+    """Whether its files had other names when it was built, so that the locations in `facts` are out of date."""
+
+    reason: str = ""
+    """Why it was built anew; empty if it was found, or if there was no earlier store of the source."""
 
     @property
     def num_records(self) -> int:
-        """Records that the source has."""
+        """Number of records of the source."""
         return len(self.store.marks)
+
+    @property
+    def origin(self) -> str:
+        """Whether it was found or built, and why it was built anew."""
+        if not self.built:
+            return "found"
+        return f"built anew because {self.reason}" if self.reason else "built now"
 
 
 def default_store_dir() -> Path:
-    """Return where token stores lie unless `data.store_dir` says otherwise."""
+    """Return the folder of token stores that is used unless `data.store_dir` is set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sft_lightning" / "stores"
 
 
 def prepare_source(
     name: str, config: SourceConfig, builder: ExampleBuilder, root: Path, *, rebuild: bool = False
 ) -> Prepared:
-    """Return a source's token store, built if there is none, or none that is whole.
+    """Return a source's token store; build it if there is none, or if it is damaged.
 
     Args:
         name: The source's name in the YAML.
         config: The source.
         builder: What makes examples.
         root: Folder of token stores.
-        rebuild: Build even if there is one.
+        rebuild: Build the store even if there is one.
 
     Raises:
         UserError: If the source cannot be read.
     """
-    inputs = _inputs(name, config, builder)
-    key = xxhash.xxh3_128(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    folder = root / key
+    parts = key_parts(name, config, builder)
+    made_of = {
+        "source": source_identity(name, config),
+        "parts": parts,
+        "places": source_places(name, config),
+    }
+    folder = root / key_of(parts)
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{key}.lock"):
+    with FileLock(root / f"{folder.name}.lock"):
+        reason = "--rebuild was given"
         if not rebuild:
-            found = _find(name, config, folder)
-            if found is not None:
-                return found
-        _build(name, config, builder, folder, inputs)
+            try:
+                store, facts = open_store(folder)
+                return Prepared(folder, store, facts, built=False, moved=facts["places"] != made_of["places"])
+            except FileNotFoundError:
+                reason = _changes(root, made_of)
+            except DamagedStoreError as error:
+                reason = f"the store is damaged: {error}"
+            if reason:
+                logger.warning("data.sources.%s: the token store is built anew because %s", name, reason)
+        _build(name, config, builder, folder, made_of)
         store, facts = open_store(folder)
-        return Prepared(folder, store, facts, built=True)
+        return Prepared(folder, store, facts, built=True, reason=reason)
 
 
-def _find(name: str, config: SourceConfig, folder: Path) -> Prepared | None:
-    try:
-        store, facts = open_store(folder)
-    except FileNotFoundError:
-        return None
-    except DamagedStoreError as error:
-        logger.warning("data.sources.%s: the token store %s is damaged (%s) and is built again", name, folder, error)
-        return None
-    return Prepared(folder, store, facts, built=False, moved=facts.get("places") != _places(name, config))
-
-
-def _build(name: str, config: SourceConfig, builder: ExampleBuilder, folder: Path, inputs: dict[str, Any]) -> None:
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: we have its lock
+def _build(name: str, config: SourceConfig, builder: ExampleBuilder, folder: Path, made_of: dict[str, Any]) -> None:
+    partial = folder.with_suffix(_PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)  # left by a build that was killed: this process has its lock
     writer = StoreWriter(partial)
     log = RecordLog()
-    # A full collection looks at every object of torch and transformers again; frozen, only at those of this build.
+    # A full collection would visit every object of torch and transformers again; frozen objects are not visited.
     gc.freeze()
     try:
         for batch, records in builder.build(read_records(name, config), config.format, config.path, log):
             writer.append(batch, records)
-        writer.finish(log.marks_array(), {"inputs": inputs, "places": _places(name, config), **log.facts()})
+        writer.finish(log.marks_array(), {**made_of, **log.facts()})
     except BaseException:
         writer.abandon()
         shutil.rmtree(partial, ignore_errors=True)
@@ -132,57 +133,36 @@ def _build(name: str, config: SourceConfig, builder: ExampleBuilder, folder: Pat
     partial.rename(folder)
 
 
-def _inputs(name: str, config: SourceConfig, builder: ExampleBuilder) -> dict[str, Any]:
-    """Return everything that decides the tokens of a source."""
-    return {
-        "content": _content(name, config),
-        "format": config.format or dataset_format(config.path),
-        "user_format": _user_code(name, config.format),
-        "columns": config.columns,
-        "max_examples": config.max_examples,
-        "template": _template(builder),
-        "tokenizer": builder.tokenizer_checksum,
-        "loss_on": builder.loss_on,
-        "malformed": builder.malformed,
-        "code": _versions(),
-    }
+def _changes(root: Path, made_of: dict[str, Any]) -> str:
+    """Return what changed since the most similar store of the same source was built; empty if there is none."""
+    old_version = False
+    nearest: list[str] = []
+    for manifest in _manifests(root):
+        if manifest.get("source") == made_of["source"]:
+            told = differences(manifest["parts"], made_of["parts"], manifest["places"], made_of["places"])
+            if told and (not nearest or len(told) < len(nearest)):
+                nearest = told
+        elif "source" not in manifest and manifest.get("places") == made_of["places"]:
+            old_version = True
+    if nearest:
+        return "; ".join(nearest)
+    return "the earlier store was built by an older version of sft_lightning" if old_version else ""
 
 
-def _content(name: str, config: SourceConfig) -> Sequence[str]:
-    path = Path(config.path).expanduser()
-    if _is_files(path):
-        return [f"{''.join(file.suffixes)} {hash_file(file)}" for file in source_files(name, config)]
-    if path.exists():
-        return [str(config.split), *(hash_file(file) for file in sorted(path.rglob("*")) if file.is_file())]
-    return [str(load_dataset(name, config)._fingerprint)]
+def _manifests(root: Path) -> Iterator[dict[str, Any]]:
+    """Yield the manifests of all stores, the latest first."""
+    files = [file for file in root.glob(f"*/{MANIFEST}") if file.parent.suffix != _PARTIAL]
+    for file in sorted(files, key=_time, reverse=True):
+        try:
+            manifest = json.loads(file.read_bytes())
+        except (OSError, ValueError):
+            continue  # another store, deleted meanwhile or damaged: it says nothing about this one
+        if isinstance(manifest, dict):
+            yield manifest
 
 
-def _places(name: str, config: SourceConfig) -> list[str]:
-    """Return what the locations of a source's records begin with."""
-    path = Path(config.path).expanduser()
-    return [str(file) for file in source_files(name, config)] if _is_files(path) else [config.path]
-
-
-def _is_files(path: Path) -> bool:
-    return path.exists() and not is_saved_dataset(path)
-
-
-def _user_code(name: str, format_name: str | None) -> str | None:
-    """Return the source text of the module that a user's own format is in."""
-    if format_name is None or not is_dotted_path(format_name):
-        return None
-    module = inspect.getmodule(user_function(format_name, name))
-    return inspect.getsource(module) if module is not None else None
-
-
-def _template(builder: ExampleBuilder) -> str:
-    template = builder.template
-    if isinstance(template, NamedTemplate):
-        return f"{template.name} {template.tokens}"
-    return f"{template.name} {builder.tokenizer.chat_template}"
-
-
-@functools.cache
-def _versions() -> str:
-    libraries = [f"{library.__name__} {library.__version__}" for library in (tokenizers, jinja2, transformers)]
-    return " ".join([f"tokenization {TOKENIZATION_VERSION}", *libraries])
+def _time(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
