@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +20,13 @@ from sft_lightning.cli.defaults import (
     default_run_folder,
     with_default_callbacks,
 )
-from sft_lightning.cli.parsing import CommandParser, clear_message, known_keys
+from sft_lightning.cli.parsing import CommandParser, clear_message
+from sft_lightning.compat.jsonargparse import is_about_a_value, known_keys
 from sft_lightning.data.datamodule import SFTDataModule, data_from_keys
 from sft_lightning.data.pairs.datamodule import pair_data_from_keys
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.names import check_name
-from sft_lightning.strategies.registry import register_strategies
+from sft_lightning.strategies.names import check_name, register_strategies
 from sft_lightning.training.checkpoint import AtomicCheckpointIO, check_run_folder
 from sft_lightning.training.module import CausalLMModule, model_from_keys
 from sft_lightning.training.preference.module import preference_model_from_keys
@@ -107,9 +106,9 @@ class SFTCommandLine(LightningCLI):
             else:
                 self.config_init = self.parser.instantiate(self.config)
         except (TypeError, ValueError) as error:
-            if isinstance(error, UserError) or not re.search("Parser key|Does not validate", str(error)):
+            if isinstance(error, UserError) or not is_about_a_value(error):
                 raise
-            raise UserError(clear_message(str(error), known_keys(self.parser))) from error
+            raise UserError(clear_message(str(error), known_keys(self.parser) or ())) from error
 
     @property
     def module(self) -> CausalLMModule:

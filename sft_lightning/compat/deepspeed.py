@@ -30,18 +30,33 @@ _SAVING = "saving and continuing a run under trainer.strategy: deepspeed_stage_*
 # --- a weight under ZeRO-3 --------------------------------------------------------------------------------------------
 
 
+@uses(
+    feature="trainer.strategy: deepspeed_stage_3",
+    since="0.3",
+    replacement="`deepspeed.runtime.zero.partition_parameters.is_zero_param`",
+)
 def is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is partitioned by ZeRO-3 (DeepSpeed 0.3: it has a `ds_id`)."""
+    """Whether a parameter is partitioned by ZeRO-3 (it has a `ds_id`)."""
     return hasattr(parameter, "ds_id")
 
 
+@uses(
+    feature="trainer.strategy: deepspeed_stage_3",
+    since="0.3",
+    replacement="noting the shapes before the model is partitioned",
+)
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """Return the shape of a parameter; of a partitioned one (`ds_shape`, DeepSpeed 0.3), that of the whole."""
+    """Return the shape of a parameter; of a partitioned one (`ds_shape`), that of the whole."""
     return cast("torch.Size", getattr(parameter, "ds_shape", parameter.shape))
 
 
+@uses(
+    feature="trainer.strategy: deepspeed_stage_3",
+    since="0.3",
+    replacement="`deepspeed.utils.safe_get_local_fp32_param`",
+)
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a tensor (`ds_tensor`, DeepSpeed 0.3); the tensor where it is not partitioned."""
+    """Return this process's part of a tensor (`ds_tensor`); the tensor where it is not partitioned."""
     return cast("torch.Tensor", getattr(tensor, "ds_tensor", tensor))
 
 
@@ -115,6 +130,11 @@ def external_weights(module: nn.Module) -> list[nn.Parameter]:
 # --- what ZeRO's optimizer holds --------------------------------------------------------------------------------------
 
 
+@uses(
+    feature="saving and continuing a run under trainer.strategy: deepspeed_stage_*",
+    since="0.9",
+    replacement="`deepspeed.utils.safe_get_local_fp32_param`",
+)
 def flat_partitions(zero: Any) -> list[torch.Tensor]:
     """Return this process's flat float32 partitions; none if the optimizer is not ZeRO's.
 
@@ -130,6 +150,11 @@ def flat_partitions(zero: Any) -> list[torch.Tensor]:
     return found
 
 
+@uses(
+    feature="saving and continuing a run under trainer.strategy: deepspeed_stage_3",
+    since="0.5",
+    replacement="`deepspeed.utils.safe_get_local_fp32_param`, which reads a partition once for each parameter",
+)
 def partitions_in_memory(
     zero: Any, parameters: Iterable[nn.Parameter], *, changed: bool = False
 ) -> Iterator[tuple[list[torch.Tensor], list[nn.Parameter]]]:

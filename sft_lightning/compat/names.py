@@ -29,7 +29,7 @@ class Entry:
     """Module and name of the function, without `sft_lightning.compat.`."""
 
     names: tuple[str, ...]
-    """`module:attribute` of what must exist in the library."""
+    """`module:attribute` of what must exist in the library; none for a behaviour, such as the wording of a message."""
 
     attributes: tuple[str, ...]
     """Attributes, dotted, that the function's first argument must have; they exist on objects only."""
@@ -51,8 +51,8 @@ class Entry:
 
     @property
     def library(self) -> str:
-        """The library's import name."""
-        return self.names[0].partition(":")[0].partition(".")[0]
+        """The library's import name: that of the module which the function stands in, or of the first name."""
+        return self.names[0].partition(":")[0].partition(".")[0] if self.names else self.function.partition(".")[0]
 
     def missing(self, subject: object = None) -> list[str]:
         """Return the names that the installed library does not have.
@@ -60,10 +60,14 @@ class Entry:
         Args:
             subject: The object that `attributes` are looked for on.
         """
-        missing = [name for name in self.names if not _exists(name)]
-        return missing or [
-            f"{type(subject).__name__}.{path}" for path in self.attributes if not _reaches(subject, path)
-        ]
+        gone = [name for name in self.names if not _exists(name)]
+        kind = type(subject).__name__
+        return gone or [f"{kind}.{path}" for path in self.attributes if not _reaches(subject, path)]
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether a call looks for anything; a behaviour shows only in the tests."""
+        return bool(self.names or self.attributes)
 
     def message(self, missing: list[str]) -> str:
         """Return what is said of missing names: the feature, the library, and the way out."""
@@ -86,10 +90,10 @@ def uses(
     attributes: tuple[str, ...] = (),
     optional: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Say which undocumented names a function stands on; each call looks for them first.
+    """Say which undocumented names or behaviour a function stands on; each call looks for the names first.
 
     Args:
-        names: `module:attribute`, the first one of the library that the entry belongs to.
+        names: `module:attribute`, the first one of the library that the entry belongs to; none for a behaviour.
         feature: As in `Entry`, as all that follow.
         since: The release that brought them.
         replacement: What to use once they are gone.
@@ -112,6 +116,8 @@ def uses(
             optional=optional,
         )
         ENTRIES.append(entry)
+        if not names and not attributes:
+            return function
 
         @functools.wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:

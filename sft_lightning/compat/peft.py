@@ -111,8 +111,13 @@ def merge_into_weight(layer: Any, adapter: str, attribute: str, weight: torch.Te
     return merged.float()
 
 
+@uses(
+    feature="merge",
+    since="0.14",
+    replacement="merging on the whole model in memory",
+)
 def changes_bias(layer: Any, adapter: str) -> bool:
-    """Whether merging a layer changes the base's bias: with `lora_bias` (PEFT 0.14), and by other methods than LoRA.
+    """Whether merging a layer changes the base's bias: with `lora_bias`, and by other methods than LoRA.
 
     Args:
         layer: A layer of PEFT.
@@ -134,15 +139,25 @@ def adapter_name_parts(model: PeftModel) -> tuple[str, ...]:
     return tuple(part for part in (prefix, "modules_to_save.", "trainable_tokens_") if part)
 
 
+@uses(
+    feature="model.adapter.only_adapter: false",
+    since="0.6",
+    replacement="`module_under_adapter` on every module",
+)
 def is_replaced_by_adapter(name: str) -> bool:
-    """Whether a parameter of a PEFT model, by its name, is a base weight that an adapter stands for (PEFT 0.6)."""
+    """Whether a parameter of a PEFT model, by its name, is a base weight that an adapter stands for."""
     return name.endswith(".base_layer.weight") or ".original_module." in name
 
 
+@uses(
+    feature="model.adapter.use_dora under trainer.strategy: deepspeed_stage_3",
+    since="0.11",
+    replacement="the documented `get_base_layer`, and a forward pass that notes what is read",
+)
 def weights_read_by_dora(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Parameter]]:
     """Yield DoRA's modules within a LoRA layer, and the weights of others whose norms they take.
 
-    Those are the base's and the two low-rank ones (peft/tuners/lora/dora.py, PEFT 0.11; Liu et al., 2024,
+    Those are the base's and the two low-rank ones (peft/tuners/lora/dora.py; Liu et al., 2024,
     arXiv:2402.09353).
     """
     import torch

@@ -33,10 +33,15 @@ def loss_scale(scaler: torch.amp.GradScaler) -> tuple[torch.Tensor | None, float
     return scaler._scale, float(scaler._init_scale)
 
 
+@uses(
+    feature="trainer.precision: 16-mixed",
+    since="2.0",
+    replacement="`optimizer.defaults['fused']`, which decides where the attribute is gone",
+)
 def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a loss scaler leaves it to the optimizer's step to unscale the gradients, as it does to fused ones.
 
-    The scaler asks the same attribute, which only such optimizers have (torch 2.0). Without it, `fused` decides.
+    The scaler asks the same attribute, which only such optimizers have. Without it, `fused` decides.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", optimizer.defaults.get("fused")))
 
@@ -117,10 +122,15 @@ def copy_sharing_tensors(
 
 
 @contextmanager
+@uses(
+    feature="the loss of a sharded model in its head's place, and `plan` with bits: 8",
+    since="1.0",
+    replacement="a module of our own in the other's place, which hooks and sharding would have to be told of",
+)
 def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Patch the `forward` of one module; its hooks, and those that gather its weights, run as always.
 
-    `nn.Module.__call__` looks `forward` up on the object (torch 1.0). The patch ends with the context.
+    `nn.Module.__call__` looks `forward` up on the object. The patch ends with the context.
 
     Args:
         module: The module, not its class.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import pkgutil
 import subprocess
@@ -13,9 +14,10 @@ import sft_lightning.compat
 from sft_lightning.compat.names import ENTRIES, Entry, uses
 from sft_lightning.errors import UserError
 
-for found in pkgutil.walk_packages(sft_lightning.compat.__path__, "sft_lightning.compat."):
+COMPAT = [
     importlib.import_module(found.name)
-
+    for found in pkgutil.walk_packages(sft_lightning.compat.__path__, "sft_lightning.compat.")
+]
 EVERY = [entry for entry in ENTRIES if importlib.util.find_spec(entry.library) is not None]  # deepspeed is an extra
 
 
@@ -47,7 +49,7 @@ def test_the_installed_version_has_every_name(entry: Entry) -> None:
     assert [name for name in entry.missing() if ":" in name] == []
 
 
-@pytest.mark.parametrize("entry", EVERY, ids=lambda entry: entry.function)
+@pytest.mark.parametrize("entry", [entry for entry in EVERY if entry.is_checked], ids=lambda entry: entry.function)
 def test_without_a_name_the_feature_is_refused_or_left_out_with_a_warning(
     entry: Entry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -72,6 +74,17 @@ def test_an_entry_says_since_when_and_what_comes_after(entry: Entry) -> None:
     assert entry.since
     assert entry.replacement
     assert function_of(entry).__doc__
+
+
+def test_every_public_function_has_an_entry() -> None:
+    modules = [each for each in COMPAT if each.__name__ != "sft_lightning.compat.names"]
+    public = {
+        f"{each.__name__.removeprefix('sft_lightning.compat.')}.{name}"
+        for each in modules
+        for name, value in vars(each).items()
+        if inspect.isfunction(value) and not name.startswith("_") and value.__module__ == each.__name__
+    }
+    assert not public - {entry.function for entry in ENTRIES}
 
 
 def test_a_message_names_the_feature_the_name_and_the_versions_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
