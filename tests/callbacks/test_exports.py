@@ -91,7 +91,7 @@ def test_an_export_that_is_not_what_was_trained_stops_the_run(
     fit_args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sft_lightning.models.export.write.export_difference", lambda *args, **options: (1.0, 1.0))
-    with pytest.raises(RuntimeError, match="answers otherwise than the live model"):
+    with pytest.raises(RuntimeError, match="does not answer like the live model"):
         main(["fit", *fit_args, "--trainer.max_steps=1"])
     assert not (tmp_path / "run" / "adapter").exists()
 

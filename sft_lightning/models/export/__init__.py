@@ -1,1 +1,1 @@
-"""Adapter and model folders: written, opened again, and compared."""
+"""Write adapter and model folders, and verify them by loading them again."""

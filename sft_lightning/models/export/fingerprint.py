@@ -1,4 +1,4 @@
-"""What tells one model from another: a hash of everything that decides its answers."""
+"""Hashes of a model: of its weights, and of everything that decides its answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sft_lightning.compat.deepspeed import own_part
 from sft_lightning.models.inspection import base_model
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Return a hash of every weight and buffer; of a sharded model, of this process's part."""
+def weight_fingerprint(model: torch.nn.Module) -> str:
+    """Return a hash of all weights and buffers; for a sharded model, of this process's part of them."""
     digest = xxhash.xxh3_128()
     tensors: list[tuple[str, Any]] = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
@@ -27,15 +27,15 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def _own_part(tensor: Any) -> torch.Tensor:
-    """Return what this process has of a tensor: FSDP2's shard, ZeRO-3's partition, or all."""
+    """Return this process's part of a tensor: the shard of FSDP2, the partition of ZeRO-3, or the whole tensor."""
     part: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else own_part(tensor)
     return part
 
 
 def model_fingerprint(model: PreTrainedModel | PeftModel) -> str:
-    """Return a hash of the weights and of what is computed with them: the model's configuration, and its adapters'."""
+    """Return a hash of the weights, the model's configuration and the adapters' configurations."""
     configs: list[dict[str, Any]] = [base_model(model).config.to_dict()]
     if isinstance(model, PeftModel):
         configs += [config.to_dict() for _, config in sorted(model.peft_config.items())]
     text = json.dumps(configs, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    return xxhash.xxh3_128(f"{fingerprint(model)} {text}".encode()).hexdigest()
+    return xxhash.xxh3_128(f"{weight_fingerprint(model)} {text}".encode()).hexdigest()

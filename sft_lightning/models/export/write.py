@@ -1,6 +1,6 @@
-"""Folders that others load: a PEFT adapter or a whole model, with the tokenizer and its chat template beside it.
+"""Export a PEFT adapter or a whole model to a folder, with the tokenizer and its chat template.
 
-A folder is written under a temporary name, opened again, compared with the live weights, and only then given its name.
+A folder is written under a temporary name, loaded again, compared with the live weights, and only then renamed.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _ADAPTER = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What an exported adapter was found to be."""
+    """The verification of an exported adapter."""
 
     zeros: list[str]
-    """Names of tensors that are all zero, which means that they have not learned anything yet."""
+    """Names of tensors that are all zero, because they have not learned anything yet."""
 
     base_weights: list[str]
-    """Names of trained tensors that are not the adapter's but the base's own; they are in the file too."""
+    """Names of trained tensors in the file that belong to the base, not to the adapter."""
 
     logit_difference: float | None
-    """Largest difference between the logits of the live model and of its base under the exported adapter; `None`
-    where this process holds only a part of the model."""
+    """Largest absolute difference between the logits of the live model and of its base under the exported adapter;
+    `None` if the model is sharded."""
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder` that takes its name, and the place of what was there, at the end.
+    """Yield an empty temporary folder that replaces `folder` when the block ends.
 
-    After an error inside, `folder` is as it was, and nothing is left beside it.
+    After an error in the block, `folder` is unchanged, and the temporary folder is deleted.
     """
     temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, old):
@@ -72,20 +72,20 @@ def export_adapter(
     *,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> AdapterReport:
-    """Write the adapter as plain PEFT reads it, and verify it.
+    """Write an adapter that plain PEFT loads, and verify it.
 
-    What trains beside the adapter (`model.adapter.only_adapter: false`) goes into the same file under the base's
-    names, and PEFT loads it from there into the base.
+    Weights that were trained beside the adapter (`model.adapter.only_adapter: false`) go into the same file under the
+    base's names, and PEFT loads them into the base.
 
     Args:
         model: The live model.
         tokenizer: Saved beside the weights, chat template included.
-        folder: Replaced as a whole, or not at all.
-        manifest: What this run was, for `run_manifest.json`.
-        precision: What the model is asked in, such as autocast.
+        folder: The folder to write; replaced as a whole, or not at all.
+        manifest: The run's description, for `run_manifest.json`.
+        precision: Makes the context of the forward passes, such as autocast.
 
     Raises:
-        RuntimeError: If what was written is not what is live, or does not answer like it.
+        RuntimeError: If the written tensors, or the logits that they give, differ from the live ones.
     """
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     beside = _trained_beside(model, live)
@@ -95,15 +95,25 @@ def export_adapter(
         model.save_pretrained(str(target), save_embedding_layers=False)
         if beside:
             _add_tensors(target / _ADAPTER, beside)
-        zeros = _verify(target / _ADAPTER, {**live, **beside})
-        difference = _verify_answers(model, target, precision) if not is_sharded(model) else None
+        zeros = _verify_tensors(target / _ADAPTER, {**live, **beside})
+        difference = _verify_logits(model, target, precision) if not is_sharded(model) else None
     return AdapterReport(zeros, sorted(beside), difference)
 
 
 def export_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, manifest: Mapping[str, Any]
 ) -> None:
-    """Write the whole model as `AutoModelForCausalLM.from_pretrained` reads it; raises as `export_adapter` does."""
+    """Write a whole model that `AutoModelForCausalLM.from_pretrained` loads, and verify it.
+
+    Args:
+        model: The live model.
+        tokenizer: Saved beside the weights, chat template included.
+        folder: The folder to write; replaced as a whole, or not at all.
+        manifest: The run's description, for `run_manifest.json`.
+
+    Raises:
+        RuntimeError: If the written tensors differ from the live ones.
+    """
     with replaced_folder(folder) as target:
         _write_companions(target, tokenizer, manifest)
         model.save_pretrained(target)
@@ -116,7 +126,7 @@ def _write_companions(folder: Path, tokenizer: PreTrainedTokenizerFast, manifest
 
 
 def _trained_beside(model: PeftModel, adapter: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what trains and is not in the adapter's own state, under the names that PEFT loads it by."""
+    """Return trained weights that are not in the adapter's state, under the names by which PEFT loads them."""
     known = {tensor.data_ptr() for tensor in adapter.values()}
     return {
         name: parameter.detach()
@@ -130,12 +140,12 @@ def _add_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     save_file({**load_file(file), **more}, file, metadata={"format": "pt"})
 
 
-def _verify(file: Path, live: Mapping[str, torch.Tensor]) -> list[str]:
+def _verify_tensors(file: Path, live: Mapping[str, torch.Tensor]) -> list[str]:
     """Compare a safetensors file with live tensors; return the names of all-zero ones."""
     written = load_file(file)
     if written.keys() != live.keys():
         missing, extra = sorted(live.keys() - written.keys()), sorted(written.keys() - live.keys())
-        raise RuntimeError(f"{file}: written keys differ from the trained ones: missing {missing}, extra {extra}")
+        raise RuntimeError(f"{file}: the written tensors are not the trained ones: missing {missing}, extra {extra}")
     for name, tensor in live.items():
         _compare(file, name, written[name], tensor)
     return sorted(name for name, tensor in written.items() if not tensor.any())
@@ -143,34 +153,36 @@ def _verify(file: Path, live: Mapping[str, torch.Tensor]) -> list[str]:
 
 def _compare(file: Path, name: str, written: torch.Tensor, live: torch.Tensor) -> None:
     if written.numel() == 0 or written.shape != live.shape:
-        raise RuntimeError(f"{file}: {name} was written as {tuple(written.shape)}, not {tuple(live.shape)}")
+        raise RuntimeError(
+            f"{file}: {name} was written with the shape {tuple(written.shape)}, expected {tuple(live.shape)}"
+        )
     if not torch.equal(written, live.detach().cpu()):
-        raise RuntimeError(f"{file}: {name} was written with other values than the live ones")
+        raise RuntimeError(f"{file}: the written values of {name} differ from the live ones")
 
 
-def _verify_answers(model: PeftModel, folder: Path, precision: Callable[[], AbstractContextManager[Any]]) -> float:
-    """Return the largest difference between logits of a probe; raise if rounding does not explain it."""
+def _verify_logits(model: PeftModel, folder: Path, precision: Callable[[], AbstractContextManager[Any]]) -> float:
+    """Return the largest difference between logits of a probe; raise if it is more than rounding."""
     config = base_model(model).config
     probe = random_ids(config.get_text_config().vocab_size, rows=1, length=min(16, max_positions(config)))
     try:
         difference, scale = export_difference(model, folder, probe.to(model.device), precision=precision)
     except AdapterError as error:
-        raise RuntimeError(f"cannot load the export again: {error}") from error
+        raise RuntimeError(f"the export cannot be loaded again: {error}") from error
     if not difference <= 1e-4 * max(scale, 1.0):  # not-a-number included
         raise RuntimeError(
-            f"{folder}: the base under the exported adapter answers otherwise than the live model: logits differ by "
-            f"up to {difference:.2e}, the largest is {scale:.2e}"
+            f"{folder}: the exported adapter does not answer like the live model: logits differ by up to "
+            f"{difference:.2e}, the largest is {scale:.2e}"
         )
     return difference
 
 
 def _verify_model(folder: Path, model: PreTrainedModel) -> None:
-    """Every live tensor is in the files with its values, tied ones once."""
+    """Check that the files have every live tensor with its values, tied tensors once."""
     live = model.state_dict()
     written: Iterator[tuple[str, torch.Tensor]]
     if tensor_names(folder) <= live.keys():
         written = (item for file in weight_files(folder) for item in read_tensors(file))
-    else:  # the files of some families have other names than their modules
+    else:  # some families store their tensors under other names
         written = iter(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict().items())
     stored = set()
     for name, tensor in written:
@@ -178,4 +190,4 @@ def _verify_model(folder: Path, model: PreTrainedModel) -> None:
         stored.add(live[name].data_ptr())
     missing = sorted(name for name, tensor in live.items() if tensor.data_ptr() not in stored)
     if missing:
-        raise RuntimeError(f"{folder}: written without {missing}")
+        raise RuntimeError(f"{folder}: these tensors are missing in the written files: {missing}")

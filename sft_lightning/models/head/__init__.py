@@ -1,1 +1,1 @@
-"""The output head, applied to supervised positions alone; the loss of routers."""
+"""The output head, applied to supervised positions only, and the load-balancing loss of routers."""

@@ -1,8 +1,8 @@
-"""What keeps the experts of a mixture evenly used: the load-balancing loss of its routers.
+"""The load-balancing loss of a mixture of experts, which keeps its experts evenly used.
 
-Each family has its own copy of one function (Fedus et al., 2022, arXiv:2101.03961, equations 4 to 6); here it is called
-on the router logits that decoder and model return alike, so that a model's own head need not run for it, and over the
-tokens of documents only: padding all looks the same, and would count as one overused expert.
+Each family has a copy of the same function (Fedus et al., 2022, arXiv:2101.03961, equations 4 to 6). It is called here
+on the router logits, which the decoder returns without running the model's head, and only for tokens of documents:
+padding tokens are all alike, and would count as one overused expert.
 """
 
 from __future__ import annotations
@@ -22,33 +22,35 @@ from sft_lightning.types import IGNORE_INDEX, DocumentLength, num_tokens
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The routers' loss of a mixture of experts."""
+    """The load-balancing loss of a mixture of experts."""
 
     balance: Callable[..., torch.Tensor]
     """The family's own `load_balancing_loss_func`."""
 
     num_experts: int
+    """Number of experts."""
+
     top_k: int
-    """Experts that each token goes to."""
+    """Experts per token."""
 
     coefficient: float
-    """`router_aux_loss_coef`: what the loss is multiplied by."""
+    """`router_aux_loss_coef`: factor on the loss."""
 
     def __call__(self, outputs: Any, counted: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the loss, coefficient included, float32 scalar.
+        """Return the loss times the coefficient, a float32 scalar.
 
         Args:
-            outputs: What the model or its decoder returned; `router_logits` has (B · S, experts) for each layer.
-            counted: Tokens that count, (B, S); `None`: all.
+            outputs: Output of the model or its decoder; `router_logits` has (B · S, experts) for each layer.
+            counted: Mask of the tokens that count, (B, S); `None` counts all.
         """
         loss = self.balance(outputs.router_logits, self.num_experts, self.top_k, counted)
         return self.coefficient * loss
 
 
 def find_router_loss(model: PreTrainedModel | PeftModel) -> RouterLoss | None:
-    """Return the routers' loss of a model whose configuration asks for it; `None` if it has none, or one of its own."""
+    """Return the load-balancing loss that a model's configuration enables; `None` for none, or one of another form."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return None  # its virtual tokens go through the routers too
+        return None  # its virtual tokens go through the routers, too
     base: Any = base_model(model)
     config = base.config.get_text_config()
     balance = balancing_loss_of(base)
@@ -59,10 +61,10 @@ def find_router_loss(model: PreTrainedModel | PeftModel) -> RouterLoss | None:
 
 
 def tokens_of_documents(labels: torch.Tensor, document_lengths: Sequence[Sequence[DocumentLength]]) -> torch.Tensor:
-    """Return which tokens of a micro-batch are not padding, (B, S); all, where there is nothing but padding.
+    """Return the mask of tokens that are not padding, (B, S); if all are padding, all are true.
 
     Args:
-        labels: Aligned labels, (B, S); a row's padding is its last document and has none.
+        labels: Labels, aligned with the tokens, (B, S); padding is the last document of a row and has none.
         document_lengths: Tokens of each document of each row.
     """
     counted = torch.ones_like(labels, dtype=torch.bool)

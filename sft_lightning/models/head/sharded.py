@@ -1,7 +1,7 @@
-"""The head of a model whose weights are sharded: whole only while it runs, within the model's own forward pass.
+"""The output head of a sharded model, whose weights are complete only while it runs in the model's forward pass.
 
-What is to be made of the hidden states instead of logits is therefore computed in the head's place, and comes out of
-the model as its logits would: whoever gathers weights and reduces gradients around the head sees a pass as any other.
+A loss that is computed from hidden states therefore runs in place of the head, and the model returns its result as if
+it were logits. The hooks that gather weights and reduce gradients around the head work as in any forward pass.
 """
 
 from __future__ import annotations
@@ -21,30 +21,35 @@ from sft_lightning.compat.torch import forward_replaced_by
 from sft_lightning.models.inspection import base_model, evaluating
 
 _MARK = (1 / 3, -1e4 / 7)
-"""Numbers that no rounding, scaling or squashing leaves alone."""
+"""Values that any rounding, scaling or squashing would change."""
 
 
 @dataclass(frozen=True)
 class ShardedHead:
-    """A plain linear head, whose product the model returns as it is."""
+    """A plain linear head whose output the model returns unchanged as its logits."""
 
     module: nn.Linear
     """The output embedding, (…, D) → (…, V)."""
 
     @contextmanager
     def replaced_by(self, compute: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Let `compute` run in the head's place: hidden states (B, C, D) → what the model returns as its logits."""
+        """Run `compute` in place of the head: hidden states (B, C, D) → what the model returns as its logits."""
         with forward_replaced_by(self.module, compute):
             yield
 
 
 def find_sharded_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch.device) -> ShardedHead | None:
-    """Return the head of a model, if the model returns what comes out of it unchanged; all processes call this.
+    """Return the head of a sharded model, if the model returns the head's output unchanged.
+
+    All processes must call this together.
 
     Args:
         model: The model, adapters included.
-        vocab_size: Ids to draw a probe from.
-        device: Where the model computes.
+        vocab_size: Random token ids of the probe are below it.
+        device: The device that the model computes on.
+
+    Returns:
+        The head; `None` if it is not a plain linear layer, or if the model changes its output.
     """
     output = base_model(model).get_output_embeddings()
     module = module_saved_in_full(output) or output
@@ -57,7 +62,7 @@ def find_sharded_head(model: PreTrainedModel | PeftModel, vocab_size: int, devic
 
 @torch.no_grad()
 def _comes_out_unchanged(model: PreTrainedModel, head: ShardedHead, vocab_size: int, device: torch.device) -> bool:
-    """Whether the model returns the head's product as its logits, and anything else in its place too."""
+    """Whether the model returns the head's output as its logits, and also whatever replaces that output."""
     ids = torch.randint(vocab_size, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
     inputs: dict[str, Any] = {
         "input_ids": ids, "position_ids": torch.arange(8, device=device)[None], "document_lengths": [[8]],

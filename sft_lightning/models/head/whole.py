@@ -1,7 +1,7 @@
-"""The decoder and the output head of a loaded model apart, so that logits need never exist for all positions at once.
+"""Separate the decoder and the output head of a model, so that logits need not exist for all positions at once.
 
-Where a family does something of its own after the head (a soft cap, a scale), its configuration says so; whether we
-know all that it does is not trusted but proven, on the model that is loaded.
+Some families scale or cap the output of the head, as their configuration says. That decoder and head together give the
+model's own logits is verified on the loaded model.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from sft_lightning.models.inspection import base_model, evaluating
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits."""
+    """The decoder and the output head of a model."""
 
     decoder: Callable[..., Any]
-    """The model below the head; its output has `last_hidden_state`, (B, S, D)."""
+    """The model without its head; its output has `last_hidden_state`, (B, S, D)."""
 
     module: nn.Module
     """The output embedding, (…, D) → (…, V)."""
 
     scale: float
-    """What its output is multiplied by."""
+    """Factor on the output of the module."""
 
     softcap: float | None
-    """Logits are squashed to ± this by a tanh; `None` as they are."""
+    """Logits become softcap · tanh(logits / softcap); `None` for no cap."""
 
     @property
     def linear(self) -> nn.Linear | None:
-        """The plain linear layer that the module is; `None` if something is wrapped around it."""
+        """The module, if it is a plain linear layer; `None` if an adapter is wrapped around it."""
         module = module_saved_in_full(self.module) or self.module
         return module if type(module) is nn.Linear else None
 
@@ -50,19 +50,18 @@ class Head:
 
 
 def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch.device) -> Head | None:
-    """Return the model's head, if decoder and head together give the model's own logits.
+    """Return the model's decoder and head, if together they give the model's own logits.
 
     Args:
-        model: The model, adapters included.
-        vocab_size: Ids to draw a probe from.
-        device: Where the model is.
+        model: The model, adapters included; for a sharded one, use `find_sharded_head`.
+        vocab_size: Random token ids of the probe are below it.
+        device: The model's device.
 
     Returns:
-        The head; `None` if the model does something else, with the loss of its routers too. A sharded model has an
-        `ShardedHead`.
+        The head; `None` if the model computes its logits, or the loss of its routers, in another way.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return None  # its own forward puts virtual tokens before the text
+        return None  # PEFT's forward puts virtual tokens before the text
     base = base_model(model)
     output, decoder = base.get_output_embeddings(), base.base_model
     if output is None or decoder is base:

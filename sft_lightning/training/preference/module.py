@@ -16,7 +16,7 @@ from sft_lightning.data.pairs.datamodule import PairDataModule, PairPart
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.quantization import without_int8_outliers
-from sft_lightning.models.export.fingerprint import fingerprint
+from sft_lightning.models.export.fingerprint import weight_fingerprint
 from sft_lightning.models.head.whole import Head
 from sft_lightning.models.inspection import evaluating
 from sft_lightning.training.forward import decoder_inputs, logits_at, router_loss
@@ -92,7 +92,7 @@ class DPOModule(CausalLMModule):
         self._reference = choose_reference(self.preference.reference, self.language_model, self.spec.adapter)
         rank_zero_info(f"reference model: {self._reference.kind} ({self._reference.reason})")
         if self._reference.kind == "precomputed":
-            self._start = fingerprint(self.language_model)
+            self._start = weight_fingerprint(self.language_model)
 
     @property
     def _pairs(self) -> PairDataModule:

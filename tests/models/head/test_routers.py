@@ -97,7 +97,7 @@ def test_the_loss_of_the_models_own_logits_is_the_same(model_type: str) -> None:
     torch.testing.assert_close(own.loss, chunked.loss, rtol=1e-6, atol=0)
 
 
-def test_the_routers_loss_is_no_part_of_an_evaluation() -> None:
+def test_an_evaluation_leaves_out_the_routers_loss() -> None:
     batch, model = micro_batch(), mixture("mixtral")
     head = find_head(model, 50, CPU)
     plain = token_loss_sums(mixture("mixtral", output_router_logits=False), None, batch).loss
@@ -105,7 +105,7 @@ def test_the_routers_loss_is_no_part_of_an_evaluation() -> None:
     torch.testing.assert_close(token_loss_sums(model.eval(), head, batch).loss, plain)
 
 
-def test_an_adapted_mixture_has_the_routers_loss_too() -> None:
+def test_an_adapted_mixture_of_experts_has_the_routers_loss_too() -> None:
     base = mixture("mixtral")
     adapted: Any = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     assert find_router_loss(adapted) == find_router_loss(base)
@@ -113,7 +113,7 @@ def test_an_adapted_mixture_has_the_routers_loss_too() -> None:
     torch.testing.assert_close(sums.loss / sums.weight, own_loss(mixture("mixtral")), rtol=1e-6, atol=0)
 
 
-def test_a_mixture_whose_routers_are_balanced_otherwise_makes_its_own_logits() -> None:
+def test_a_mixture_whose_routers_are_balanced_in_another_way_uses_its_own_logits() -> None:
     class Other(type(mixture("mixtral"))):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             out = super().forward(*args, **kwargs)
@@ -125,13 +125,13 @@ def test_a_mixture_whose_routers_are_balanced_otherwise_makes_its_own_logits() -
     assert find_head(model, 50, CPU) is None
 
 
-def test_models_without_routers_or_with_virtual_tokens_have_no_such_loss() -> None:
+def test_models_without_routers_or_with_virtual_tokens_have_no_routers_loss() -> None:
     assert find_router_loss(mixture("mixtral", output_router_logits=False)) is None
     prefix: Any = get_peft_model(mixture("mixtral"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert find_router_loss(prefix) is None
 
 
-def test_padding_is_no_token_of_a_document() -> None:
+def test_padding_does_not_count_as_tokens_of_a_document() -> None:
     batch = micro_batch()
     counted = tokens_of_documents(batch["labels"], LENGTHS)
     assert counted.sum(1).tolist() == [13, 9]

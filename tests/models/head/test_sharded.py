@@ -70,7 +70,7 @@ def group(tmp_path: Path) -> Iterator[None]:
     [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 8})],
     ids=["llama", "tied", "opt"],
 )
-def test_a_head_whose_product_is_the_models_logits_is_found(model_type: str, changes: dict[str, Any]) -> None:
+def test_a_head_whose_output_is_the_models_logits_is_found(model_type: str, changes: dict[str, Any]) -> None:
     model = build(model_type, **changes)
     head = find_sharded_head(model, VOCABULARY, CPU)
     assert head is not None
@@ -87,13 +87,13 @@ def test_a_head_whose_product_is_the_models_logits_is_found(model_type: str, cha
         ("granite", {"logits_scaling": 4.0}),
     ],
 )
-def test_a_model_that_changes_what_comes_out_of_its_head_is_left_to_itself(
+def test_a_model_that_changes_the_output_of_its_head_uses_its_own_logits(
     model_type: str, changes: dict[str, Any]
 ) -> None:
     assert find_sharded_head(build(model_type, **changes), VOCABULARY, CPU) is None
 
 
-def test_a_head_with_an_adapter_and_virtual_tokens_are_left_to_the_model() -> None:
+def test_a_head_with_an_adapter_and_virtual_tokens_use_the_models_own_logits() -> None:
     on_head = get_peft_model(build(), LoraConfig(target_modules=["lm_head"]))
     assert find_sharded_head(on_head, VOCABULARY, CPU) is None  # type: ignore[arg-type]
     prefix = get_peft_model(build(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
@@ -103,7 +103,7 @@ def test_a_head_with_an_adapter_and_virtual_tokens_are_left_to_the_model() -> No
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("adapted", [False, True], ids=["full", "LoRA with a trained head"])
 @pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "nothing supervised"])
-def test_shards_have_the_loss_and_the_gradients_of_the_whole_model(adapted: bool, supervised: bool) -> None:
+def test_a_sharded_model_has_the_loss_and_gradients_of_the_whole_model(adapted: bool, supervised: bool) -> None:
     whole, sharded = build(), build()
     one, two = (with_lora(each) if adapted else each for each in (whole, sharded))
     shard_model(base_model(two), init_device_mesh("cpu", (1,)), CPU)
@@ -133,7 +133,7 @@ class LargestTable(TorchDispatchMode):
         return out
 
 
-def test_there_is_never_a_table_of_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_all_positions_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 4 * VOCABULARY)
     model = build(hidden_size=4)
     head = find_sharded_head(model, VOCABULARY, CPU)

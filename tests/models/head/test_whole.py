@@ -34,7 +34,7 @@ def build(model_type: str, **changes: Any) -> PreTrainedModel:
         ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 8, "do_layer_norm_before": False}, 1.0, None),
     ],
 )
-def test_what_a_family_does_after_its_head_is_known(
+def test_a_familys_scale_and_cap_of_logits_are_applied(
     model_type: str, changes: dict[str, Any], scale: float, softcap: float | None
 ) -> None:
     model = build(model_type, **changes).eval()
@@ -54,7 +54,7 @@ def test_the_head_is_found_under_an_adapter() -> None:
     assert head.linear is not None
 
 
-def test_a_head_that_trains_a_copy_is_the_copy() -> None:
+def test_a_head_in_modules_to_save_is_the_trained_copy() -> None:
     adapted = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     head = find_head(adapted, 50, CPU)
     assert head is not None
@@ -68,7 +68,7 @@ def test_an_adapter_on_the_head_leaves_no_plain_linear_layer() -> None:
     assert head.linear is None
 
 
-def test_a_model_that_changes_its_logits_in_a_way_of_its_own_is_left_to_itself() -> None:
+def test_a_model_that_changes_its_logits_in_an_unknown_way_uses_its_own_logits() -> None:
     class Shifted(type(build("llama"))):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             out = super().forward(*args, **kwargs)
@@ -80,12 +80,12 @@ def test_a_model_that_changes_its_logits_in_a_way_of_its_own_is_left_to_itself()
     assert find_head(model, 50, CPU) is None
 
 
-def test_virtual_tokens_need_the_models_own_forward() -> None:
+def test_virtual_tokens_require_the_models_own_forward() -> None:
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     assert find_head(get_peft_model(build("llama"), prefix), 50, CPU) is None
 
 
-def test_routers_that_nobody_knows_the_loss_of_need_the_models_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routers_with_an_unknown_loss_require_the_models_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     routers = build("mixtral", num_local_experts=2, num_experts_per_tok=1, output_router_logits=True)
     assert find_head(routers, 50, CPU) is not None
     monkeypatch.setattr("sft_lightning.models.head.whole.find_router_loss", lambda model: None)
