@@ -119,7 +119,7 @@ def _talk(served: ServedModel, conversation: Conversation, *, keep: bool) -> Non
         elif line:
             _stream(served, conversation, line)
             if not keep:
-                conversation.turns = []
+                conversation.messages = []
 
 
 def _stream(served: ServedModel, conversation: Conversation, line: str) -> None:
@@ -150,7 +150,7 @@ def _answer_lines(lines: Iterable[str], conversation: Conversation, *, keep: boo
             raise UserError(f"line {number} of the input: {error}") from error
         print(printable(answer).replace("\\", "\\\\").replace("\n", "\\n"), flush=True)
         if not keep:
-            conversation.turns = []
+            conversation.messages = []
 
 
 def _note(text: str) -> None:

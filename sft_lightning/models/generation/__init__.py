@@ -1,1 +1,1 @@
-"""Answers of a model: decoding, and models that are served."""
+"""Generate answers: decoding modes, generation on sharded models, and checkpoints that answer prompts."""

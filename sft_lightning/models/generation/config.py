@@ -15,23 +15,23 @@ class GenerationConfig:
     """How answers are generated.
 
     Raises:
-        UserError: If a value is out of range, or two do not go together.
+        UserError: If a value is out of range, or two values cannot be combined.
     """
 
     max_new_tokens: int = 64
-    """Tokens per answer at most."""
+    """Most tokens per answer."""
 
     temperature: float = 0.0
-    """0 takes the most likely token; above 0 samples."""
+    """0: take the most likely token; above 0: sample."""
 
     top_k: int = 0
-    """Sample among this many most likely tokens, 0 for all; candidates of contrastive search."""
+    """Sample among this many most likely tokens, 0 for all; in contrastive search, the number of candidates."""
 
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability."""
 
     repetition_penalty: float = 1.0
-    """Divides the logits of tokens that have occurred (Keskar et al., 2019, arXiv:1909.05858); 1 is none."""
+    """Penalty on tokens that have occurred (Keskar et al., 2019, arXiv:1909.05858); 1: no penalty."""
 
     num_beams: int = 1
     """Above 1: beam search; with a temperature above 0, beam search that samples."""
@@ -40,13 +40,13 @@ class GenerationConfig:
     """Above 1: diverse beam search in this many groups (Vijayakumar et al., 2016, arXiv:1610.02424)."""
 
     diversity_penalty: float = 1.0
-    """What a group of beams pays for a token that an earlier group has chosen; used with `num_beam_groups`."""
+    """Penalty on a token that an earlier group of beams has chosen at the same step; used with `num_beam_groups`."""
 
     penalty_alpha: float = 0.0
     """Above 0: contrastive search among `top_k` candidates (Su et al., 2022, arXiv:2202.06417)."""
 
     seed: int = 0
-    """Seed of the sampling; the run's own random state is left as it is."""
+    """Seed of the sampling; the run's own random state does not change."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "num_beam_groups"):
@@ -66,11 +66,14 @@ class GenerationConfig:
     def _check_together(self) -> None:
         mode = self.mode
         if mode in ("contrastive", "diverse_beam") and (self.temperature > 0 or self.repetition_penalty != 1):
-            raise UserError(f"generation: {mode} goes neither with a temperature nor with a repetition_penalty")
+            raise UserError(
+                f"generation: {mode} search cannot be combined with temperature or repetition_penalty (got "
+                f"{self.temperature} and {self.repetition_penalty})"
+            )
         if mode == "contrastive" and (self.top_k < 2 or self.num_beams > 1 or self.num_beam_groups > 1):
             raise UserError(
-                f"generation: penalty_alpha {self.penalty_alpha} is contrastive search, which needs top_k of at least "
-                f"2 (got {self.top_k}) and no beams (got {self.num_beams} in {self.num_beam_groups} groups)"
+                f"generation: contrastive search (penalty_alpha {self.penalty_alpha}) requires a top_k of at least 2 "
+                f"(got {self.top_k}) and no beams (got {self.num_beams} in {self.num_beam_groups} groups)"
             )
         if self.num_beams % self.num_beam_groups:
             raise UserError(
@@ -79,7 +82,7 @@ class GenerationConfig:
 
     @property
     def mode(self) -> DecodingMode:
-        """The decoding that the values describe, as in transformers."""
+        """The decoding mode that the values select, by the same rules as in transformers."""
         if self.penalty_alpha > 0:
             return "contrastive"
         if self.num_beam_groups > 1:
@@ -89,5 +92,5 @@ class GenerationConfig:
         return "sampling" if self.temperature > 0 else "greedy"
 
     def max_answers(self) -> int | None:
-        """Return how many different answers a prompt can have; `None` for any number."""
+        """Return the most answers that a prompt can have in this mode; `None` for any number."""
         return {"greedy": 1, "contrastive": 1, "sampling": None}.get(self.mode, self.num_beams)

@@ -1,4 +1,4 @@
-"""Contrastive search (Su et al., 2022, arXiv:2202.06417): likely, and unlike what was said before."""
+"""Contrastive search (Su et al., 2022, arXiv:2202.06417): likely tokens that are unlike the text before them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def contrastive_search(
     stop_token_ids: Sequence[int],
     pad_token_id: int,
 ) -> torch.Tensor:
-    """Answer each text with one sequence.
+    """Generate one answer to each prompt by contrastive search.
 
     Args:
         model: The model, in evaluation mode.
         input_ids: Left-padded prompts, (B, S).
         attention_mask: 1 at tokens, 0 at padding, (B, S).
-        top_k: Candidates for each token.
-        penalty_alpha: α of the paper: 0 is greedy search, 1 looks at likeness alone.
-        max_new_tokens: Tokens per answer at most.
+        top_k: Number of candidates for each token.
+        penalty_alpha: α of the paper: 0 is greedy search, 1 considers only the similarity.
+        max_new_tokens: Most tokens per answer.
         stop_token_ids: Tokens that end an answer.
-        pad_token_id: What follows the end of an answer.
+        pad_token_id: Token that fills answers up.
 
     Returns:
         Answers, padded on the right, (B, at most max_new_tokens).
@@ -50,7 +50,7 @@ def contrastive_search(
         texts.select(rows.repeat_interleave(top_k))
         texts.feed(candidates.flatten())
         states = F.normalize(texts.hidden[:, -1], dim=-1).unflatten(0, (-1, top_k))
-        chosen = choose(probabilities, states, context, seen, penalty_alpha)
+        chosen = choose_candidates(probabilities, states, context, seen, penalty_alpha)
         texts.select(rows * top_k + chosen)
         context = torch.cat([context, states[rows, chosen][:, None]], dim=1)
         tokens = candidates[rows, chosen].masked_fill(done, pad_token_id)
@@ -59,20 +59,20 @@ def contrastive_search(
     return torch.stack(answers, dim=1)
 
 
-def choose(
+def choose_candidates(
     probabilities: torch.Tensor, states: torch.Tensor, context: torch.Tensor, seen: torch.Tensor, penalty_alpha: float
 ) -> torch.Tensor:
-    """Return each row's candidate v with the largest (1 − α) · p(v) − α · max over earlier tokens j of cos(h_v, h_j).
+    """Choose the candidate v of each row that maximizes (1 − α) · p(v) − α · max over tokens j before of cos(h_v, h_j).
 
     Args:
-        probabilities: p of each candidate, (B, K).
+        probabilities: p of the candidates, (B, K).
         states: Unit states of the candidates, (B, K, H).
-        context: Unit states of what stands before, (B, T, H).
-        seen: Which of these are tokens and not padding, (B, T).
+        context: Unit states of the tokens before, (B, T, H).
+        seen: Which of these are tokens, not padding, (B, T).
         penalty_alpha: α.
 
     Returns:
         Indices of candidates, (B,).
     """
-    likeness = (states @ context.transpose(1, 2)).masked_fill(~seen[:, None], float("-inf")).amax(-1)
-    return ((1 - penalty_alpha) * probabilities - penalty_alpha * likeness).argmax(-1)
+    similarity = (states @ context.transpose(1, 2)).masked_fill(~seen[:, None], float("-inf")).amax(-1)
+    return ((1 - penalty_alpha) * probabilities - penalty_alpha * similarity).argmax(-1)

@@ -1,4 +1,4 @@
-"""Answers from a model: one batched, left-padded generation that every command and callback uses."""
+"""Generate answers to a batch of left-padded prompts; all commands and callbacks use this."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sft_lightning.models.generation.lockstep import lockstep
 from sft_lightning.models.inspection import base_model, computing_device, evaluating
 
 
-class Generated(NamedTuple):
+class GeneratedAnswer(NamedTuple):
     """One answer, as tokens."""
 
     token_ids: list[int]
-    """Without the stop token."""
+    """The tokens, without the stop token."""
 
     stopped: bool
-    """Whether the model ended the answer itself; else `max_new_tokens` did."""
+    """Whether the model ended the answer with a stop token; otherwise `max_new_tokens` did."""
 
 
 def generate(
@@ -42,15 +42,15 @@ def generate(
     """Generate an answer to each prompt.
 
     Args:
-        model: The model; its mode and its attention implementation are restored afterwards. Where processes share its
-            weights, all of them call this, one that has no prompts too.
-        tokenizer: Its tokenizer.
+        model: The model; its mode and its attention implementation are restored afterwards. If its weights are sharded,
+            all processes must call this, also those without prompts.
+        tokenizer: The model's tokenizer.
         prompts: Rendered generation prompts, special tokens included.
         stop_token_id: The token that ends an answer.
         config: How to generate.
 
     Returns:
-        The answers without the stop token.
+        The answers, without the stop token.
     """
     ids = tokenizer(list(prompts), add_special_tokens=False).input_ids if prompts else []
     pad = stop_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -59,7 +59,12 @@ def generate(
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerFast, token_ids: Sequence[int]) -> str:
-    """Return the text of an answer, without special tokens and the white space around it."""
+    """Return the text of an answer, without special tokens and surrounding white space.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        token_ids: Tokens of the answer.
+    """
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
 
@@ -73,39 +78,39 @@ def generate_ids(
     config: GenerationConfig,
     num_return_sequences: int = 1,
     streamer: BaseStreamer | None = None,
-) -> list[list[Generated]]:
-    """Generate answers to prompts in tokens, all in one batch.
+) -> list[list[GeneratedAnswer]]:
+    """Generate answers to prompts given as tokens, all in one batch.
 
     Args:
-        model: The model; its mode and its attention implementation are restored afterwards. Where processes share its
-            weights, all of them call this, each with its own prompts or none.
+        model: The model; its mode and its attention implementation are restored afterwards. If its weights are sharded,
+            all processes must call this, each with its own prompts or none.
         prompts: Token ids of each prompt, none empty.
         stop_token_ids: The tokens that end an answer.
-        pad_token_id: Filler.
-        config: How to generate; no default of the checkpoint has a part in it.
-        num_return_sequences: Answers to each prompt, best first.
-        streamer: Gets the tokens as they come; one prompt, no beams, no contrastive search.
+        pad_token_id: Token that fills rows up.
+        config: How to generate; the checkpoint's own defaults are not used.
+        num_return_sequences: Answers per prompt, best first.
+        streamer: Receives the tokens as they are generated; only for one prompt, without beams or contrastive search.
 
     Returns:
         The answers to each prompt.
 
     Raises:
-        UserError: If the mode has not that many answers to a prompt.
+        UserError: If the decoding mode cannot return that many answers.
     """
     most = config.max_answers()
     if most is not None and num_return_sequences > most:
         raise UserError(
-            f"generation: num_return_sequences: {config.mode} has {most} answer{'s' if most > 1 else ''} to a prompt "
-            f"(got {num_return_sequences})"
+            f"generation: num_return_sequences: must be at most {most} with {config.mode} decoding (got "
+            f"{num_return_sequences})"
         )
-    with _serving(model), lockstep(base_model(model)):
+    with _generation_mode(model), lockstep(base_model(model)):
         out = (
             _continue(model, prompts, config, stop_token_ids, pad_token_id, num_return_sequences, streamer)
             if prompts
             else []
         )
     stops = set(stop_token_ids)
-    answers = [_cut(row, stops) for row in out]
+    answers = [_end_at_stop(row, stops) for row in out]
     return [answers[i : i + num_return_sequences] for i in range(0, len(answers), num_return_sequences)]
 
 
@@ -118,7 +123,7 @@ def _continue(
     num_return_sequences: int,
     streamer: BaseStreamer | None,
 ) -> list[list[int]]:
-    """Return the answers as they come out of the model: padded on the right, stop tokens included."""
+    """Return the generated tokens, padded on the right, stop tokens included."""
     device = computing_device(model)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in prompts], device=device)
@@ -136,8 +141,8 @@ def _continue(
                 pad_token_id=pad_token_id,
                 num_return_sequences=num_return_sequences,
                 streamer=streamer,
-                synced_gpus=False,  # `lockstep` sees to it
-                **_options(config),
+                synced_gpus=False,  # `lockstep` keeps the processes together
+                **_transformers_options(config),
             )[:, width:]
     rows: list[list[int]] = out.tolist()
     return rows
@@ -151,11 +156,11 @@ def _search(
     stop_token_ids: Sequence[int],
     pad_token_id: int,
 ) -> torch.Tensor:
-    """Return the answers of the searches that transformers has not, (B, answers, tokens)."""
+    """Return the answers of the searches that transformers does not have, (B, answers, tokens)."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise UserError(
-            f"model.generation: transformers' own searches put the adapter's virtual tokens before the text, and "
-            f"{config.mode} is none of them; sample, or take num_beams without groups"
+            f"model.generation: {config.mode} search does not support prompt-learning adapters; sample, or use "
+            "num_beams without groups"
         )
     ends: Any = {
         "max_new_tokens": config.max_new_tokens,
@@ -176,8 +181,8 @@ def _search(
     )
 
 
-def _options(config: GenerationConfig) -> dict[str, Any]:
-    """Return transformers' options; those of sampling only where it samples, or it warns of them."""
+def _transformers_options(config: GenerationConfig) -> dict[str, Any]:
+    """Return transformers' options; those of sampling only if it samples, because transformers warns otherwise."""
     sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     return {
         **(sampling if config.temperature > 0 else {}),
@@ -189,16 +194,17 @@ def _options(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def _cut(row: list[int], stops: set[int]) -> Generated:
+def _end_at_stop(row: list[int], stops: set[int]) -> GeneratedAnswer:
     end = next((i for i, token in enumerate(row) if token in stops), None)
-    return Generated(row if end is None else row[:end], end is not None)
+    return GeneratedAnswer(row if end is None else row[:end], end is not None)
 
 
 @contextmanager
-def _serving(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Evaluation mode, masked attention (packed attention knows no left padding), and no defaults of the checkpoint.
+def _generation_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Prepare a model for generation, and restore it afterwards.
 
-    Nor the routers' loss of a mixture of experts, which transformers cannot sum over cached tokens.
+    Evaluation mode; SDPA instead of packed attention, which does not support left padding; without the checkpoint's
+    generation defaults; and without the routers' loss, which transformers cannot compute over cached tokens.
     """
     base = base_model(model)
     config: Any = base.config.get_text_config()

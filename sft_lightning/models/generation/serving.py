@@ -1,8 +1,7 @@
-"""A checkpoint as it is served: its own tokenizer, chat template and stop tokens, a base with or without an adapter."""
+"""Load a checkpoint for answering prompts: the model with its adapter, tokenizer, chat template and stop tokens."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.generation.streamers import BaseStreamer
 
 from sft_lightning.errors import UserError, clear_load_errors
+from sft_lightning.models.adapters.folder import AdapterError, read_config
 from sft_lightning.models.adapters.quantized import keep_input_dtype
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.quantization import load_quantized
@@ -26,11 +26,11 @@ from sft_lightning.tokenizer import answer_ending
 
 ServedDType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-Turns = Sequence[Mapping[str, str]]
-"""Messages as chat templates take them: `role` and `content`."""
+Messages = Sequence[Mapping[str, str]]
+"""Messages as chat templates read them: `role` and `content`."""
 
 _WRONG_FILES = (RuntimeError, KeyError)
-"""What the libraries raise, besides the usual, for files that do not fit each other."""
+"""Further exceptions that the libraries raise for files that do not fit each other."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class Answer:
     """An answer and how it ended."""
 
     text: str
+    """The text, without special tokens."""
+
     token_ids: list[int]
-    """Without the stop token."""
+    """The tokens, without the stop token."""
 
     stop_reason: Literal["stop", "length"]
-    """Whether the model ended it itself, or `max_new_tokens` did."""
+    """`stop`: the model ended it with a stop token; `length`: `max_new_tokens` did."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,24 @@ class LoadOptions:
     """How checkpoints are loaded."""
 
     quantization: int | None = None
-    """4 or 8 bits per weight of the base; `None` as stored."""
+    """Load the base in 4 or 8 bits per weight; default: as it is stored."""
 
     dtype: ServedDType = "auto"
-    """Type of the weights; `auto` as stored."""
+    """Type of the weights; `auto`: as they are stored."""
 
     device: Device = "auto"
-    """`auto`: the GPUs, over which a model that is too large for one is spread, else the CPU."""
+    """`auto`: the GPUs, with a model that is too large for one spread over several, or the CPU if there is none."""
 
     trust_remote_code: bool = False
+    """Run code that comes with the model."""
 
 
 class ServedModel:
-    """A loaded checkpoint that answers.
+    """A loaded checkpoint that answers prompts.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -78,38 +81,38 @@ class ServedModel:
 
     @property
     def has_template(self) -> bool:
-        """Whether the checkpoint brings a chat template; without one it only goes on with texts."""
+        """Whether the checkpoint has a chat template; without one it can only continue text."""
         return bool(self.tokenizer.chat_template)
 
     @property
     def context_length(self) -> int | None:
-        """Tokens of prompt and answer that the model was made for, if it says so."""
+        """Tokens of prompt and answer that the model supports; `None` if its configuration does not say."""
         return getattr(base_model(self.model).config.get_text_config(), "max_position_embeddings", None)
 
-    def render(self, turns: Turns) -> str:
-        """Return the conversation up to where the answer begins.
+    def render(self, messages: Messages) -> str:
+        """Render messages with the chat template, up to where the answer begins.
 
         Raises:
-            UserError: If the template refuses the conversation, such as one with a system message.
+            UserError: If the template rejects the messages, such as a system message.
         """
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+                    [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
                 )
             )
         except TemplateError as error:
             raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} refuses the conversation: {error.message}"
+                f"the chat template of {self.tokenizer.name_or_path} rejects the conversation: {error.message}"
             ) from error
 
-    def encode_messages(self, turns: Turns) -> list[int]:
-        """Return the tokens of a conversation up to where the answer begins; the template writes its special tokens."""
-        ids: list[int] = self.tokenizer(self.render(turns), add_special_tokens=False).input_ids
+    def encode_messages(self, messages: Messages) -> list[int]:
+        """Return the tokens of rendered messages; the template writes the special tokens."""
+        ids: list[int] = self.tokenizer(self.render(messages), add_special_tokens=False).input_ids
         return ids
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the tokens of a text to go on with, the tokenizer's BOS before it, no EOS after it."""
+        """Return the tokens of a text to continue, with the tokenizer's BOS and without an EOS."""
         ids: list[int] = self.tokenizer(text).input_ids
         if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
             ids = ids[:-1]
@@ -123,7 +126,17 @@ class ServedModel:
         num_return_sequences: int = 1,
         streamer: BaseStreamer | None = None,
     ) -> list[list[Answer]]:
-        """Answer prompts in tokens, all in one batch; see `generate_ids`."""
+        """Answer prompts, all in one batch.
+
+        Args:
+            prompts: Token ids of each prompt.
+            config: How to generate.
+            num_return_sequences: Answers per prompt, best first.
+            streamer: Receives the tokens as they are generated; see `generate_ids`.
+
+        Returns:
+            The answers to each prompt.
+        """
         found = generate_ids(
             self.model,
             prompts,
@@ -143,12 +156,12 @@ class ServedModel:
 
 
 def load_served_model(option: str, path: str | None, adapter: str | None, options: LoadOptions) -> ServedModel:
-    """Load a checkpoint, the adapter on top of it, and the tokenizer of the last of them that has one.
+    """Load a model, an adapter on it, and the adapter's tokenizer, or else the model's.
 
     Args:
-        option: The command's option that names it, for messages: `--model`.
+        option: The command's option that names the model, for messages, such as `--model`.
         path: Folder or Hub id of a model; `None`: the one that the adapter names.
-        adapter: Folder of a PEFT adapter.
+        adapter: Folder of a PEFT adapter; `None` for none.
         options: How to load.
 
     Raises:
@@ -162,7 +175,7 @@ def load_served_model(option: str, path: str | None, adapter: str | None, option
         load: Any = AutoModelForCausalLM.from_pretrained if options.quantization is None else load_quantized
         model: Any = load(base, **_model_options(options))
     if adapter is not None:
-        resize_embeddings(model, tokenizer, (), any_size=True)  # the adapter may have tokens of its own
+        resize_embeddings(model, tokenizer, (), any_size=True)  # the adapter may have added tokens
         with clear_load_errors("--adapter", "adapter", adapter, also=_WRONG_FILES):
             model = PeftModel.from_pretrained(model, adapter)
         keep_input_dtype(model)
@@ -172,17 +185,21 @@ def load_served_model(option: str, path: str | None, adapter: str | None, option
 def base_named_by_adapter(option: str, adapter: str | None) -> str:
     """Return the base model that an adapter's configuration names.
 
+    Args:
+        option: The command's option that names the model, for messages.
+        adapter: Folder of a PEFT adapter.
+
     Raises:
-        UserError: If there is no adapter, or it names none.
+        UserError: If there is no adapter, or its configuration names no base.
     """
     if adapter is None:
-        raise UserError(f"{option}: name a model's folder or Hub id")
-    config = Path(adapter).expanduser() / "adapter_config.json"
-    if not config.is_file():
-        raise UserError(f"--adapter: {adapter!r} is not an adapter folder: it has no adapter_config.json")
-    base: str | None = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise UserError(f"{option}: required; name a model's folder or Hub id")
+    try:
+        base: str | None = read_config(Path(adapter).expanduser()).base_model_name_or_path
+    except AdapterError as error:
+        raise UserError(f"--adapter: {error}") from error
     if not base:
-        raise UserError(f"{option}: needed, because {str(config)!r} names no base model")
+        raise UserError(f"{option}: required, because the adapter in {adapter!r} names no base model")
     return base
 
 
@@ -196,9 +213,9 @@ def _model_options(options: LoadOptions) -> dict[str, Any]:
         compute = own if options.dtype == "auto" else dtype
         found |= {"dtype": compute, "quantization": QuantizationConfig(bits=options.quantization)}
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda, but torch sees no GPU here; leave it out to use the CPU")
+        raise UserError("--device: cuda requires a GPU, and torch finds none; leave it out to use the CPU")
     if options.device != "cpu" and torch.cuda.is_available():
-        found["device_map"] = "auto"  # spreads what one GPU cannot hold, and fills one at a time
+        found["device_map"] = "auto"  # spreads a model over several GPUs only if it is too large for one
     return found
 
 
@@ -207,7 +224,7 @@ def _has_tokenizer(folder: str) -> bool:
 
 
 def _stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return what ends an answer: the chat template's stop token, the checkpoint's generation config's, and EOS."""
+    """Return the tokens that end an answer: those of the chat template, of the generation config, and EOS."""
     configured = getattr(base_model(model).generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     ids = dict.fromkeys(
@@ -215,14 +232,14 @@ def _stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     )
     if not ids:
         raise UserError(
-            f"{tokenizer.name_or_path}: neither its tokenizer nor its generation_config.json names an end token, so "
-            "answers would never end; set eos_token in tokenizer_config.json"
+            f"{tokenizer.name_or_path}: neither the tokenizer nor generation_config.json has an EOS token, so answers "
+            "would never end; set eos_token in tokenizer_config.json"
         )
     return list(ids)
 
 
 def _template_stop(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the token that the chat template itself writes after an answer, if it is one."""
+    """Return the token that the chat template writes after an answer; `None` if it writes no single token."""
     if not tokenizer.chat_template:
         return None
 
@@ -232,6 +249,6 @@ def _template_stop(tokenizer: PreTrainedTokenizerFast) -> int | None:
     try:
         stop = answer_ending("chat_template", apply, tokenizer.get_added_vocab()).stop
     except (UserError, TemplateError):
-        return None  # such a template cannot be trained with, but it can be asked
+        return None  # such a template cannot be used for training, but for generation it can
     ids: list[int] = tokenizer(stop, add_special_tokens=False).input_ids
     return ids[0] if len(ids) == 1 else None

@@ -1,7 +1,7 @@
-"""A batch of texts that a model goes on with: what contrastive search and diverse beam search stand on.
+"""A batch of texts that are continued token by token, for contrastive search and diverse beam search.
 
-transformers 5 moved both searches to code on its Hub; these need nothing but a model's forward pass and a cache whose
-rows can be repeated and reordered.
+transformers 5 moved both searches to code on its Hub. They need only a model's forward pass, and a cache whose rows can
+be repeated and reordered.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sft_lightning.errors import UserError
 
 
 class TextContinuation:
-    """Texts, the model's cache of them, and what it predicts next.
+    """Texts, the model's cache of them, and the logits of their next token.
 
     Args:
         model: The model, in evaluation mode.
         input_ids: Left-padded texts, (N, S).
         attention_mask: 1 at tokens, 0 at padding, (N, S).
-        hidden: Whether to keep the last layer's states.
+        hidden: Keep the hidden states of the last layer.
 
     Raises:
         UserError: If the model has no cache whose rows can be reordered, such as Mamba.
@@ -40,18 +40,18 @@ class TextContinuation:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         self._accepted = set(inspect.signature(base.forward).parameters)
         self._name = type(base).__name__
-        self._model = base  # adapters are inside; processes that share its weights count its passes
+        self._model = base  # with its adapters; `lockstep` counts its passes
         self._hidden = hidden
         self.mask = attention_mask
         self._cache: Any = None
         self.logits: torch.Tensor
-        """What comes next, (N, vocabulary)."""
+        """Logits of the next token, (N, vocabulary)."""
         self.hidden: torch.Tensor
-        """States of the last layer, of the tokens fed last, (N, T, hidden)."""
+        """Hidden states of the last layer for the tokens fed last, (N, T, hidden)."""
         self._step(input_ids)
 
     def feed(self, tokens: torch.Tensor) -> None:
-        """Go on by a token each.
+        """Append a token to each text.
 
         Args:
             tokens: Token ids, (N,).
@@ -60,7 +60,7 @@ class TextContinuation:
         self._step(tokens[:, None])
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may come several times.
+        """Keep these rows, in this order; a row may be repeated.
 
         Args:
             rows: Row numbers, (M,).
@@ -80,8 +80,8 @@ class TextContinuation:
         self._cache = getattr(out, "past_key_values", None)
         if not hasattr(self._cache, "reorder_cache"):
             raise UserError(
-                f"generation: {self._name} keeps no key-value cache whose rows can be reordered, which "
-                "contrastive and diverse beam search need; use another mode"
+                "generation: contrastive and diverse beam search require a key-value cache whose rows can be "
+                f"reordered, which {self._name} does not have; use another mode"
             )
         self.logits = out.logits[:, -1].float()
         if self._hidden:

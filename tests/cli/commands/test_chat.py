@@ -89,7 +89,7 @@ def test_a_terminal_has_a_conversation_with_commands(terminal: Callable[[str], s
     assert "cut at --max_new_tokens" in first
     assert terminal("Hi") != first
     assert "/foo is not a command; /reset" in terminal("/foo")
-    assert "the conversation is forgotten" in terminal("/reset")
+    assert "conversation cleared" in terminal("/reset")
     assert terminal("Hi") == first
     assert "system: Be kind." in terminal("/system Be kind.")
     assert terminal("/quit").strip() == "/quit"
@@ -105,7 +105,7 @@ def test_sampling_parameters_come_from_the_generation_config(chat_dir: Path) -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--model: name a model"),
+        ([], "--model: required; name a model"),
         (["--model=./gone"], "--model: the folder './gone' does not exist"),
         (["--model=x", "--top_p=2"], "top_p must be above 0 and at most 1"),
         (["--modle=x"], "Did you mean 'model'"),

@@ -72,9 +72,7 @@ def damaged(change: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return {**weights, name: weights[name] + 1}
 
 
-@pytest.mark.parametrize(
-    ("change", "said"), [("missing", "missing"), ("empty", "with the shape"), ("other", "values")]
-)
+@pytest.mark.parametrize(("change", "said"), [("missing", "missing"), ("empty", "with the shape"), ("other", "values")])
 def test_a_file_that_differs_from_the_live_weights_is_an_error_and_leaves_no_folder(
     change: str,
     said: str,

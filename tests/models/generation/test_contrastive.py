@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.contrastive import choose, contrastive_search
+from sft_lightning.models.generation.contrastive import choose_candidates, contrastive_search
 
 PAD, STOP = 0, 2
 
@@ -53,12 +53,12 @@ def by_definition(model: PreTrainedModel, row: list[int], alpha: float, top_k: i
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.6, 0.9])
-def test_every_token_is_the_one_that_the_papers_equation_chooses(model: PreTrainedModel, alpha: float) -> None:
+def test_every_token_maximizes_the_papers_equation(model: PreTrainedModel, alpha: float) -> None:
     [found] = search(model, [[1, 40, 50, 60]], alpha)
     assert found == by_definition(model, [1, 40, 50, 60], alpha)
 
 
-def test_without_a_penalty_it_is_greedy_search(model: PreTrainedModel) -> None:
+def test_without_a_penalty_contrastive_search_is_greedy(model: PreTrainedModel) -> None:
     greedy = model.generate(torch.tensor([[1, 40, 50]]), max_new_tokens=6, do_sample=False, eos_token_id=STOP)
     assert search(model, [[1, 40, 50]], alpha=0.0) == greedy[:, 3:].tolist()
 
@@ -68,7 +68,7 @@ def test_padded_prompts_are_answered_as_each_alone(model: PreTrainedModel) -> No
     assert search(model, rows, 0.6) == [search(model, [row], 0.6)[0] for row in rows]
 
 
-def test_nothing_but_padding_follows_the_stop_token(model: PreTrainedModel) -> None:
+def test_only_padding_follows_the_stop_token(model: PreTrainedModel) -> None:
     rows = [[1, 40, 50, 60], [1, 41]]
     first, second = search(model, rows, 0.6)
     stopped, other = search(model, rows, 0.6, stop=first[1])
@@ -77,16 +77,16 @@ def test_nothing_but_padding_follows_the_stop_token(model: PreTrainedModel) -> N
     assert first[1] not in second
 
 
-def test_padding_has_no_part_in_the_likeness() -> None:
+def test_padding_does_not_count_for_the_similarity() -> None:
     context = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     states = torch.tensor([[[1.0, 0.0], [0.6, 0.8]]])
     probabilities = torch.tensor([[0.5, 0.5]])
-    assert choose(probabilities, states, context, torch.tensor([[True, True]]), 0.5).tolist() == [1]
-    assert choose(probabilities, states, context, torch.tensor([[False, True]]), 0.5).tolist() == [0]
+    assert choose_candidates(probabilities, states, context, torch.tensor([[True, True]]), 0.5).tolist() == [1]
+    assert choose_candidates(probabilities, states, context, torch.tensor([[False, True]]), 0.5).tolist() == [0]
 
 
-def test_a_model_without_a_cache_of_keys_is_refused_with_the_way_out() -> None:
+def test_a_model_without_a_key_value_cache_is_refused() -> None:
     config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
     mamba = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(UserError, match=r"no key-value cache.*use another mode"):
+    with pytest.raises(UserError, match=r"require a key-value cache .*; use another mode"):
         search(mamba, [[1, 4, 5]], 0.6)

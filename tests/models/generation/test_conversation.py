@@ -36,7 +36,7 @@ def asked(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 SHORT = GenerationConfig(max_new_tokens=4)
 
 
-def test_a_question_goes_on_with_what_was_said(served: ServedModel, asked: list[str]) -> None:
+def test_a_question_continues_the_conversation(served: ServedModel, asked: list[str]) -> None:
     conversation = Conversation(served, SHORT, "Be kind.")
     first, left_out = conversation.ask("One?")
     conversation.ask("Two?")
@@ -46,19 +46,19 @@ def test_a_question_goes_on_with_what_was_said(served: ServedModel, asked: list[
     assert asked[1].endswith("</s>USER: Two? ASSISTANT:")
 
 
-def test_commands_forget_and_set_the_system_message(served: ServedModel, asked: list[str]) -> None:
+def test_commands_clear_the_conversation_and_set_the_system_message(served: ServedModel, asked: list[str]) -> None:
     conversation = Conversation(served, SHORT)
     conversation.ask("One?")
-    assert conversation.command("/reset") == "the conversation is forgotten"
+    assert conversation.command("/reset") == "conversation cleared"
     assert conversation.command("/system Be brief.") == "system: Be brief."
     conversation.ask("Two?")
     assert asked[1] == "<s>Be brief. USER: Two? ASSISTANT:"
     assert conversation.command("/system") == "no system message"
     assert conversation.command("One?") is None
-    assert (conversation.system, conversation.turns) == (None, [])
+    assert (conversation.system, conversation.messages) == (None, [])
 
 
-def test_a_checkpoint_without_a_template_is_asked_in_plain_text(served: ServedModel, asked: list[str]) -> None:
+def test_a_checkpoint_without_a_template_gets_plain_text(served: ServedModel, asked: list[str]) -> None:
     served.tokenizer.chat_template = None
     conversation = Conversation(served, SHORT, "Be kind.")
     first, _ = conversation.ask("One?")
@@ -66,9 +66,7 @@ def test_a_checkpoint_without_a_template_is_asked_in_plain_text(served: ServedMo
     assert asked[1] == f"<s>Be kind. Human: One? Assistant: {first.text} Human: Two? Assistant:"
 
 
-def test_the_oldest_rounds_are_left_out_where_the_context_ends_and_counted(
-    served: ServedModel, asked: list[str]
-) -> None:
+def test_the_oldest_messages_are_left_out_to_fit_the_context_and_counted(served: ServedModel, asked: list[str]) -> None:
     conversation = Conversation(served, SHORT, "S.")
     conversation.ask("old " * 20)
     length = len(served.tokenizer(asked[0], add_special_tokens=False).input_ids)
@@ -76,10 +74,10 @@ def test_the_oldest_rounds_are_left_out_where_the_context_ends_and_counted(
     _, left_out = conversation.ask("new " * 10)
     assert left_out == 2
     assert asked[1] == f"<s>S. USER: {'new ' * 10} ASSISTANT:"
-    before = list(conversation.turns)
-    with pytest.raises(UserError, match=r"more than the \d+ that the model was made for"):
+    before = list(conversation.messages)
+    with pytest.raises(UserError, match=r"together more than the model's context of \d+"):
         conversation.ask("long " * 100)
-    assert conversation.turns == before
+    assert conversation.messages == before
 
 
 def test_a_streamed_answer_is_printed_without_its_stop_token_and_safely(

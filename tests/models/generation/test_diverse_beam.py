@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sft_lightning.models.generation.diverse_beam import diverse_beam_search, step
+from sft_lightning.models.generation.diverse_beam import choose_next_tokens, diverse_beam_search
 
 PAD, STOP = 0, 2
 
@@ -54,7 +54,7 @@ def test_one_group_is_the_beam_search_of_transformers(model: PreTrainedModel) ->
 
 
 @torch.no_grad()
-def test_as_many_beams_as_there_are_answers_find_the_best_answer() -> None:
+def test_with_a_beam_for_every_answer_the_best_answer_is_found() -> None:
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=5,
@@ -75,7 +75,7 @@ def test_as_many_beams_as_there_are_answers_find_the_best_answer() -> None:
     assert tuple(found[0]) == max(scores, key=scores.__getitem__)
 
 
-def test_groups_avoid_what_earlier_groups_chose_at_the_same_step(model: PreTrainedModel) -> None:
+def test_groups_avoid_tokens_of_earlier_groups_at_the_same_step(model: PreTrainedModel) -> None:
     [together] = search(model, [[1, 40, 50]], beams=3, groups=3, penalty=0.0)
     assert together[0] == together[1] == together[2]
     [apart] = search(model, [[1, 40, 50]], beams=3, groups=3, penalty=100.0)
@@ -104,10 +104,10 @@ def test_a_beam_that_has_ended_keeps_its_score_and_is_followed_by_padding(model:
 def test_the_penalty_counts_how_often_a_token_was_chosen_at_this_step_and_not_by_ended_beams() -> None:
     log_probabilities = torch.tensor([[[[-1.0, -1.5, -9.0]]] * 3])
     scores, done = torch.zeros(1, 3, 1), torch.zeros(1, 3, 1, dtype=torch.bool)
-    totals, parents, tokens = step(scores, log_probabilities, done, 0.4)
+    totals, parents, tokens = choose_next_tokens(scores, log_probabilities, done, 0.4)
     assert tokens.flatten().tolist() == [0, 0, 1]  # -1, then -1.4, then -1.8 against -1.5
     assert totals.flatten().tolist() == pytest.approx([-1.0, -1.4, -1.5])
     assert parents.flatten().tolist() == [0, 0, 0]
     ended = torch.tensor([[[True], [False], [False]]])
-    _, _, tokens = step(scores, log_probabilities, ended, 0.6)
+    _, _, tokens = choose_next_tokens(scores, log_probabilities, ended, 0.6)
     assert tokens.flatten().tolist() == [0, 0, 1]

@@ -1,4 +1,4 @@
-"""Processes that share weights take their passes together: two threads stand in for them, and meet in reductions."""
+"""Two threads stand in for the processes of a sharded model, and meet in reductions."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def two_processes(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[PreTra
     [{}, {"num_beams": 3}, {"penalty_alpha": 0.6, "top_k": 3}, {"num_beams": 4, "num_beam_groups": 2}],
     ids=["greedy", "beam", "contrastive", "diverse_beam"],
 )
-def test_who_is_done_early_takes_part_and_answers_are_those_of_one_process(
+def test_a_process_that_is_done_early_runs_dummy_passes_and_answers_do_not_change(
     two_processes: Callable[..., list[Any]], options: dict[str, Any]
 ) -> None:
     def ask(model: PreTrainedModel, rank: int) -> list[list[int]]:
@@ -102,20 +102,20 @@ def test_who_is_done_early_takes_part_and_answers_are_those_of_one_process(
     assert two_processes(ask) == [(one, passes_of_one), (two, passes_of_one)]
 
 
-def test_who_has_no_prompts_takes_part(two_processes: Callable[..., list[Any]]) -> None:
+def test_a_process_without_prompts_runs_dummy_passes(two_processes: Callable[..., list[Any]]) -> None:
     (found, passes), (nothing, same) = two_processes(lambda model, rank: answers(model, PROMPTS[: 2 - 2 * rank]))
     assert found == answers(tiny_llama(), PROMPTS)
     assert nothing == []
     assert passes == same > 1
 
 
-def test_a_whole_model_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_not_sharded_needs_no_lockstep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: pytest.fail("nobody shares these weights"))
     assert answers(tiny_llama(), PROMPTS)
     assert answers(tiny_llama(), []) == []
 
 
-def test_who_fails_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_fails_does_not_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: pytest.fail("the others may never come"))
     model = tiny_llama()
     next(model.parameters()).ds_id = 0  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("group")
-def test_answers_of_shards_are_those_of_the_whole_and_need_one_layer_at_a_time() -> None:
+def test_a_sharded_model_answers_like_the_whole_one_and_gathers_one_layer_at_a_time() -> None:
     model = tiny_llama()
     expected = answers(model, PROMPTS)
     shard_model(model, init_device_mesh("cpu", (1,)), torch.device("cpu"))

@@ -39,14 +39,14 @@ def test_the_templates_stop_token_ends_an_answer_beside_eos(model_dir: Path, tmp
     assert served.render(HELLO).endswith("<|im_start|>assistant\n")
 
 
-def test_a_checkpoint_without_a_template_is_asked_to_go_on_with_a_text(model_dir: Path) -> None:
+def test_a_checkpoint_without_a_template_continues_a_text(model_dir: Path) -> None:
     served = serve(model_dir)
     assert not served.has_template
     assert served.tokenizer.decode(served.encode_text("Hello")) == "<s>Hello"
     assert served.context_length == 512
 
 
-def test_an_eos_that_the_tokenizer_writes_itself_is_taken_off(
+def test_an_eos_that_the_tokenizer_writes_itself_is_removed(
     model_dir: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     served = serve(model_dir)
@@ -62,7 +62,7 @@ def test_an_eos_that_the_tokenizer_writes_itself_is_taken_off(
     assert served.encode_text("Hello") == ids
 
 
-def test_an_answer_says_how_it_ended(model_dir: Path) -> None:
+def test_an_answer_has_the_reason_of_its_end(model_dir: Path) -> None:
     served = serve(model_dir)
     prompt = served.encode_text("Hello")
     [[cut]] = served.answer([prompt], GenerationConfig(max_new_tokens=6))
@@ -72,7 +72,7 @@ def test_an_answer_says_how_it_ended(model_dir: Path) -> None:
     assert (ended.token_ids, ended.stop_reason) == (cut.token_ids[: cut.token_ids.index(cut.token_ids[2])], "stop")
 
 
-def test_an_adapter_brings_its_tokenizer_and_names_its_base(model_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_with_its_tokenizer_and_the_base_that_it_names(model_dir: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     bind_template("vicuna_v1.1", tokenizer)
     tokenizer.save_pretrained(tmp_path)
@@ -85,7 +85,7 @@ def test_an_adapter_brings_its_tokenizer_and_names_its_base(model_dir: Path, tmp
         assert not torch.equal(served.model(input_ids=ids).logits, base.model(input_ids=ids).logits)
 
 
-def test_an_adapter_with_tokens_of_its_own_is_loaded(model_dir: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_added_tokens_is_loaded(model_dir: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     tokenizer.add_tokens(["<new>"])
     model = AutoModelForCausalLM.from_pretrained(model_dir)
@@ -104,8 +104,8 @@ def test_a_base_is_loaded_quantized(model_dir: Path, bits: int) -> None:
     assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
 
 
-def test_what_cannot_be_loaded_is_said(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--model: name a model"):
+def test_a_checkpoint_that_cannot_be_loaded_is_named_with_its_option(model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--model: required; name a model"):
         serve(None)
     with pytest.raises(UserError, match=r"--model: the folder .* does not exist"):
         serve(tmp_path / "gone")
@@ -116,7 +116,7 @@ def test_what_cannot_be_loaded_is_said(model_dir: Path, tmp_path: Path) -> None:
         serve(None, tmp_path)
 
 
-def test_a_gpu_that_is_not_there_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_refused(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="torch sees no GPU"):
+    with pytest.raises(UserError, match="--device: cuda requires a GPU"):
         serve(model_dir, device="cuda")
