@@ -15,7 +15,7 @@ from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.generate import generate
-from sft_lightning.strategies.names import is_sharded
+from sft_lightning.strategies.sharded_strategy import is_sharded
 from sft_lightning.terminal import make_console
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import Message

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import yaml
-from lightning.pytorch.strategies import StrategyRegistry
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning.__main__ import main
@@ -28,8 +27,8 @@ from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.data.formats.deepspeed_chat import dataset_format
 from sft_lightning.data.formats.registry import FORMATS
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.refusals import check_module
-from sft_lightning.strategies.zero.checks import check_float16
+from sft_lightning.strategies.refusals import RunFacts, check_float16
+from sft_lightning.strategies.registry import check_strategy
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -122,7 +121,7 @@ def needs_float16(config: dict[str, Any]) -> bool:
 def is_float16_missing(config: dict[str, Any]) -> bool:
     """Whether DeepSpeed runs it in float16, which this CPU does not have."""
     try:
-        check_float16(config["trainer"].get("precision", "32-true"), on_gpu=False)
+        check_float16(config["trainer"].get("precision", "32-true"))
     except UserError:
         return is_deepspeed(config)
     return False
@@ -331,11 +330,7 @@ def test_a_recipe_as_it_stands_is_a_configuration_whose_strategy_takes_its_model
     logger = [each.instead(config) for each in REPLACED if each.applies(config) and "wandb" in each.why]
     options = [f"--{key}={json.dumps(value)}" for options in logger for key, value in options.items()]
     cli = SFTCommandLine("plan", ["--config", str(recipe), *options])
-    strategy = cli.config_init["trainer"]["strategy"]
-    if isinstance(strategy, str) and strategy != "auto":
-        strategy = StrategyRegistry.get(strategy)
-    if strategy != "auto":
-        check_module(cli.config_init["model"], strategy.sharding)
+    check_strategy(cli.config_init["trainer"]["strategy"], RunFacts(model=cli.module.spec))
 
 
 def test_a_recipe_is_short_and_opens_with_its_command(recipe: Path) -> None:

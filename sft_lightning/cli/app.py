@@ -26,7 +26,8 @@ from sft_lightning.data.datamodule import SFTDataModule, data_from_keys
 from sft_lightning.data.pairs.datamodule import pair_data_from_keys
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.names import check_name, register_strategies
+from sft_lightning.strategies.names import check_name
+from sft_lightning.strategies.registry import register_strategies
 from sft_lightning.training.checkpoint import AtomicCheckpointIO, check_run_folder
 from sft_lightning.training.module import CausalLMModule, model_from_keys
 from sft_lightning.training.preference.module import preference_model_from_keys

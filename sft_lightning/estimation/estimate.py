@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 
 from sft_lightning.estimation.memory import Memory, Setup, StepBytes
-from sft_lightning.estimation.sharding import Sharding
-from sft_lightning.estimation.simulation import optimizer_bytes, simulate_step
+from sft_lightning.estimation.simulation import fake_optimizer, optimizer_bytes, simulate_step
 from sft_lightning.estimation.skeleton import Skeleton, stored_bytes, stored_bytes_of
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.strategies.fsdp2.groups import shard_groups
@@ -57,7 +56,10 @@ class Estimator:
         self._lengths = (max(1, longest // 2), longest)
         self._accumulates = accumulates
         self.trained_bytes = stored_bytes(skeleton, None)[1]
-        found = optimizer_bytes(skeleton, spec.optimizer)
+        self.optimizer = fake_optimizer(skeleton, spec.optimizer)
+        """The optimizer, over the model's fake tensors."""
+
+        found = optimizer_bytes(skeleton, self.optimizer)
         self.optimizer_is_counted = found is not None
         """Whether the optimizer's states were found by a step; else they are two of each trained parameter."""
         self.optimizer_bytes = 2 * self.trained_bytes if found is None else found
@@ -67,24 +69,24 @@ class Estimator:
         quantization = self._quantization(setup.bits)
         frozen, trained = stored_bytes(self.skeleton, quantization)
         gradients, optimizer = trained, self.optimizer_bytes
-        sharding = setup.sharding
+        sharding, shards = setup.sharding, setup.shards
         if sharding.kind == "zero":
             frozen, trained, gradients, optimizer = self._in_zero(quantization)
         # Gradients that are divided are gone, but for a part, as soon as they are made.
-        waiting = self._accumulates or sharding.gradients > 1 or sharding.optimizer_on_host
+        waiting = self._accumulates or shards.gradients > 1 or sharding.offloads_optimizer
         step = self.step(setup.batch_size * setup.max_length, setup.checkpointing, setup.bits, has_gradients=waiting)
         made = 0.0 if waiting else self.trained_bytes  # the simulated peak has them already
         kept = max(0.0, min(step.kept, step.peak - made))  # in full fine-tuning most are gone when gradients are there
         weights, adapter = (frozen + trained, 0.0) if self._spec.adapter is None else (frozen, trained)
-        on_gpu, stepping = not sharding.weights_on_host, not sharding.optimizer_on_host
+        on_gpu, stepping = not sharding.offloads_weights, not sharding.offloads_optimizer
         return Memory(
-            weights=weights / sharding.weights * on_gpu,
-            adapter=adapter / sharding.weights * on_gpu,
-            gradients=gradients / sharding.gradients * stepping,
-            optimizer=optimizer / sharding.optimizer * stepping,
+            weights=weights / shards.weights * on_gpu,
+            adapter=adapter / shards.weights * on_gpu,
+            gradients=gradients / shards.gradients * stepping,
+            optimizer=optimizer / shards.optimizer * stepping,
             activations=kept,
             temporary=max(0.0, step.peak - kept - made) + self._unpacked(quantization),
-            communication=communication_bytes(self.skeleton, sharding, quantization, self._element_size),
+            communication=communication_bytes(self.skeleton, setup, quantization, self._element_size),
         )
 
     def _in_zero(self, quantization: QuantizationConfig | None) -> tuple[float, float, float, float]:
@@ -159,7 +161,7 @@ def _longest_simulated(skeleton: Skeleton) -> int:
 
 
 def communication_bytes(
-    skeleton: Skeleton, sharding: Sharding, quantization: QuantizationConfig | None, element_size: int
+    skeleton: Skeleton, setup: Setup, quantization: QuantizationConfig | None, element_size: int
 ) -> float:
     """Return the bytes that a strategy holds for communication.
 
@@ -169,12 +171,14 @@ def communication_bytes(
 
     Args:
         skeleton: The model.
-        sharding: The strategy.
+        setup: The strategy, and the number of GPUs.
         quantization: Of the base.
         element_size: Bytes of an element of what ZeRO sends.
     """
+    sharding = setup.sharding
     if sharding.kind == "ddp":
-        return float(sum(p.numel() * p.element_size() for p in skeleton.trainable))
+        copies = 0 if setup.num_gpus == 1 else 1
+        return float(copies * sum(p.numel() * p.element_size() for p in skeleton.trainable))
     if sharding.kind == "fsdp2":
         return _fsdp2(skeleton, quantization)
     if sharding.stage == 0:

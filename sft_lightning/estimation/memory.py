@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from sft_lightning.estimation.sharding import Sharding, fsdp2
+from sft_lightning.strategies.names import FSDP2
+from sft_lightning.strategies.sharding import SHORT_NAMES, ShardingSpec, Shards
 
 GIB = 2**30
 
@@ -29,7 +30,16 @@ class Setup:
     bits: int | None
     """Of the base's quantized weights."""
 
-    sharding: Sharding
+    sharding: ShardingSpec
+    """What the strategy shards."""
+
+    num_gpus: int = 1
+    """GPUs of all nodes together."""
+
+    @property
+    def shards(self) -> Shards:
+        """How many GPUs each part is divided over."""
+        return self.sharding.shards(self.num_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +127,9 @@ def changes(setup: Setup, *, has_adapter: bool, can_quantize: bool) -> Iterator[
         setup = replace(setup, bits=4)
         yield Change("model.quantization: {bits: 4}", setup)
     for num_gpus in (2, 4, 8):
-        if num_gpus > setup.sharding.weights:
-            setup = replace(setup, sharding=fsdp2(num_gpus))
-            yield Change(f"{num_gpus} GPUs, with trainer.strategy: fsdp2", setup)
+        if num_gpus > setup.shards.weights:
+            setup = replace(setup, num_gpus=num_gpus, sharding=SHORT_NAMES[FSDP2])
+            yield Change(f"{num_gpus} GPUs, with trainer.strategy: {FSDP2}", setup)
     while setup.max_length > 512:
         setup = replace(setup, max_length=max(512, setup.max_length // 2))
         yield Change(f"data.max_length: {setup.max_length} (leaves out or cuts longer examples)", setup)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import fields, replace
 
-from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.datamodule import PairDataModule
 from sft_lightning.estimation.estimate import Estimator
+from sft_lightning.estimation.inputs import PlanInputs
 from sft_lightning.estimation.memory import (
     GIB,
     Memory,
@@ -18,38 +17,15 @@ from sft_lightning.estimation.memory import (
     largest_max_length,
     largest_model,
 )
-from sft_lightning.estimation.sharding import sharding_of
 from sft_lightning.estimation.skeleton import Skeleton, build_skeleton
 from sft_lightning.estimation.speed import arithmetic, mean_document_length
+from sft_lightning.strategies.refusals import check_optimizer
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference.module import DPOModule
 from sft_lightning.training.preference.reference import choose_reference
 from sft_lightning.training.preference.sharing import shared_fraction
 
 PARTS = tuple(part.name for part in fields(Memory))
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanInputs:
-    """What a plan is made of."""
-
-    module: CausalLMModule
-    data: SFTDataModule
-    """Prepared, with the topology to plan for."""
-
-    strategy: Any
-    """`trainer.strategy`."""
-
-    precision: str
-    """`trainer.precision`, in its long form."""
-
-    num_epochs: int
-    max_steps: int
-    """Optimizer steps at most; -1: no limit."""
-
-    gpu_bytes: float | None
-    mfu: float
-    tflops: float
 
 
 def plan_lines(inputs: PlanInputs) -> Iterator[str]:
@@ -69,20 +45,23 @@ def plan_lines(inputs: PlanInputs) -> Iterator[str]:
 def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
     """Return what tells the memory of a configuration, and the configuration; the data need not be read."""
     module, data, topology = inputs.module, inputs.data, inputs.data.topology
+    skeleton = build_skeleton(module.spec, len(data.tokenizer), inputs.precision)
     estimator = Estimator(
         module.spec,
-        build_skeleton(module.spec, len(data.tokenizer), inputs.precision),
+        skeleton,
         precision=inputs.precision,
         max_length=data.spec.max_length,
         accumulates=topology.accumulate > 1,
         of_pairs=isinstance(module, DPOModule),
     )
+    check_optimizer(estimator.optimizer, inputs.sharding)
     setup = Setup(
         batch_size=data.spec.batch_size,
         max_length=data.spec.max_length,
         checkpointing=module.spec.gradient_checkpointing is True,
         bits=None if module.spec.quantization is None else module.spec.quantization.bits,
-        sharding=sharding_of(inputs.strategy, topology.world_size),
+        sharding=inputs.sharding,
+        num_gpus=topology.world_size,
     )
     if module.spec.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
         setup = replace(setup, checkpointing=estimator.memory(setup).total > inputs.gpu_bytes)
@@ -110,7 +89,7 @@ def _data_lines(inputs: PlanInputs) -> Iterator[str]:
 
 
 def _memory_lines(estimator: Estimator, setup: Setup) -> Iterator[str]:
-    yield f"memory of a GPU ({setup.sharding.name}, checkpointing {'on' if setup.checkpointing else 'off'}), GiB:"
+    yield f"memory of a GPU ({_sharding_label(setup)}, checkpointing {'on' if setup.checkpointing else 'off'}), GiB:"
     memory = estimator.memory(setup)
     for part in PARTS:
         yield f"  {part:<13} {getattr(memory, part) / GIB:9.3f}"
@@ -120,11 +99,21 @@ def _memory_lines(estimator: Estimator, setup: Setup) -> Iterator[str]:
     yield f"  {'peak':<13} {memory.total / GIB:9.3f}  (checkpointing {word}: {instead:.3f})"
 
 
+def _sharding_label(setup: Setup) -> str:
+    """Name the strategy of a setup."""
+    sharding = setup.sharding
+    if sharding.kind == "ddp":
+        return "one GPU" if setup.num_gpus == 1 else "DDP: every GPU has all of it"
+    name = "FSDP2" if sharding.kind == "fsdp2" else f"ZeRO-{sharding.stage}"
+    replicas = f", {sharding.replicas} copies" if sharding.replicas > 1 else ""
+    return f"{name}{replicas}{', offloaded' if sharding.offloads_weights or sharding.offloads_optimizer else ''}"
+
+
 def _remarks(inputs: PlanInputs, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
     """Yield what of these figures is counted by formula, or not at all."""
-    if setup.sharding.kind in ("fsdp2", "zero"):
+    if setup.sharding.kind != "ddp":
         yield "  (communication: what the strategy's code allocates by its defaults; the rest is simulated on one GPU)"
-    if setup.sharding.weights_on_host or setup.sharding.optimizer_on_host:
+    if setup.sharding.offloads_weights or setup.sharding.offloads_optimizer:
         yield "  (what is offloaded takes host memory instead, which is not planned here)"
     module = inputs.module
     if isinstance(module, DPOModule):

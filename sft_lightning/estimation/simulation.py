@@ -16,6 +16,7 @@ from sft_lightning.compat.torch import forward_replaced_by
 from sft_lightning.estimation.skeleton import Skeleton, checkpointing
 from sft_lightning.estimation.tracker import StorageTracker
 from sft_lightning.training.losses import Targets, linear_cross_entropy, projected_log_probs
+from sft_lightning.training.optim import build_optimizer
 
 Int8Kernel = Literal["cuda", "cpu"]
 """Whose copies LLM.int8's layers make."""
@@ -121,23 +122,39 @@ def autocast_of(precision: str) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtypes[precision]) if precision in dtypes else nullcontext()
 
 
-def optimizer_bytes(skeleton: Skeleton, make: Callable[[Any], Optimizer]) -> float | None:
+def fake_optimizer(skeleton: Skeleton, make: Callable[[Any], Optimizer]) -> Optimizer:
+    """Make the optimizer over the fake tensors that train.
+
+    Args:
+        skeleton: The model.
+        make: `model.optimizer`.
+
+    Raises:
+        UserError: If the class refuses its arguments.
+    """
+    try:
+        with skeleton.mode:
+            return build_optimizer(make, [{"params": skeleton.trainable}])
+    except RuntimeError:  # bitsandbytes' 8-bit optimizers read numbers of the tables that they make
+        return build_optimizer(make, [{"params": skeleton.trainable}])
+
+
+def optimizer_bytes(skeleton: Skeleton, optimizer: Optimizer) -> float | None:
     """Return the bytes of the optimizer's states, found by a step on fake gradients.
 
     Args:
         skeleton: The model.
-        make: The configuration's optimizer.
+        optimizer: From `fake_optimizer`.
 
     Returns:
-        `None` if the optimizer does not step without numbers, as those with kernels of their own.
+        `None` if the optimizer cannot step on fake tensors, as those with kernels of their own.
     """
+    for group in optimizer.param_groups:
+        group |= {key: False for key in ("fused", "foreach") if key in group}
     with skeleton.mode:
         for parameter in skeleton.trainable:
             parameter.grad = torch.zeros_like(parameter)
         try:
-            optimizer = make(skeleton.trainable)
-            for group in optimizer.param_groups:
-                group |= {key: False for key in ("fused", "foreach") if key in group}
             optimizer.step()
         except (RuntimeError, TypeError, NotImplementedError, AttributeError):
             return None

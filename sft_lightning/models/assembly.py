@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.models.adapters.continuation import describe_overrides
+from sft_lightning.models.adapters.fused_lora import describe_unfused
 from sft_lightning.models.adapters.trainable import train_only
 from sft_lightning.models.adapters.wrapping import add_adapter, check_adapter_on_quantized_base
 from sft_lightning.models.base.loading import load_model
@@ -99,6 +100,7 @@ def _choose_what_trains(
             train_only(base, spec.trainable)
         return base
     adapted = add_adapter(base, spec.adapter, added_token_ids=added_token_ids)
-    for line in describe_overrides(adapted, spec.adapter):
+    unfused = describe_unfused(adapted)
+    for line in [*describe_overrides(adapted, spec.adapter), *([unfused] if unfused else [])]:
         log(line)
     return adapted

@@ -1,7 +1,8 @@
-"""What a sharded strategy cannot do, said before any weight is read, with the nearest that works."""
+"""What a strategy cannot train, refused before any weight is read, with the nearest combination that works."""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,106 +10,127 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.spec import ModelSpec
+from sft_lightning.strategies.names import DDP, FSDP2_OFFLOAD, deepspeed_name
+from sft_lightning.strategies.sharding import ShardingSpec
 
 
-@dataclass(frozen=True)
-class Sharding:
-    """What a strategy does with weights."""
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What decides whether a strategy can run; known before any weight is read."""
 
-    name: str
-    """As in `trainer.strategy`."""
+    model: ModelSpec
+    """The keys under `model`."""
 
-    stage: int
-    """ZeRO's count (Rajbhandari et al., 2019, arXiv:1910.02054): 1 shards optimizer state, 2 gradients too, 3 weights
-    too. FSDP2 is 3."""
+    precision: str = "32-true"
+    """`trainer.precision` in its long form, such as `bf16-mixed`."""
 
-    @property
-    def is_deepspeed(self) -> bool:
-        """Whether DeepSpeed does it."""
-        return self.name.startswith("deepspeed")
+    num_processes: int = 1
+    """`trainer.devices` × `trainer.num_nodes`."""
 
-
-@dataclass(frozen=True)
-class Asked:
-    """What a run asks of its model, as far as sharding cares."""
-
-    quantization_bits: int | None = None
-    """4, 8, or `None`."""
-
-    dtype: str = "bfloat16"
-    """`model.dtype`."""
-
-    only_adapter: bool = True
-    """`False` if base weights train beside an adapter."""
-
-    prompt_learning: bool = False
-    """Whether the adapter is made of virtual tokens, which are outside the base model."""
+    on_gpu: bool = True
+    """Whether the processes compute on GPUs; otherwise, on this machine's CPU."""
 
 
-def refusal(asked: Asked, sharding: Sharding) -> str | None:
-    """Return why the two do not go together, and the way out; `None` if they do."""
-    bits, name = asked.quantization_bits, sharding.name
-    if bits == 8 and sharding.stage == 3:
-        return (
-            f"model.quantization.bits: 8, but trainer.strategy {name} shards parameters, and the layers of LLM.int8 "
-            "keep weights and row scales beside theirs, which would be lost or stay whole in every process; use bits: "
-            "4 (QLoRA), or trainer.strategy: deepspeed_stage_2 or ddp"
+def check_run(run: RunFacts, sharding: ShardingSpec) -> None:
+    """Check that a strategy can train a model; for `fit`, before any weight is read, and for `plan`.
+
+    Args:
+        run: The model and the processes.
+        sharding: What the strategy shards.
+
+    Raises:
+        UserError: If it cannot; the message names the nearest combination that works.
+    """
+    reason = sharding_refusal(run.model, sharding)
+    if reason is not None:
+        raise UserError(reason)
+    if run.num_processes % sharding.replicas:
+        raise UserError(
+            f"trainer.strategy.replicas: {sharding.replicas} does not divide the number of processes, which is "
+            f"{run.num_processes} (trainer.devices × trainer.num_nodes); set it to a divisor"
         )
-    if asked.prompt_learning and sharding.stage == 3:
+    if sharding.kind == "zero" and not run.on_gpu:
+        check_float16(run.precision)
+
+
+def sharding_refusal(model: ModelSpec, sharding: ShardingSpec) -> str | None:
+    """Return why a model cannot be sharded, with the nearest combination that works; `None` if it can.
+
+    Args:
+        model: The keys under `model`.
+        sharding: What the strategy shards.
+    """
+    if not sharding.shards_weights:
+        return None
+    name, adapter = sharding.name, model.adapter
+    if model.quantization is not None and model.quantization.bits == 8:
         return (
-            f"model.adapter.peft_config: virtual tokens are outside the model whose weights trainer.strategy {name} "
-            "gathers when it runs; use trainer.strategy: ddp, or deepspeed_stage_2"
+            f"model.quantization.bits: 8 cannot be combined with trainer.strategy {name}, because an LLM.int8 layer "
+            "keeps its weights and row scales outside the parameters that are sharded; use bits: 4 (QLoRA), or "
+            f"trainer.strategy: {deepspeed_name(2)} or {DDP}"
         )
-    if not asked.only_adapter and asked.dtype != "float32" and sharding.stage == 3:
+    if adapter is not None and getattr(adapter.peft_config, "is_prompt_learning", False):
         return (
-            f"model.adapter.only_adapter: false with model.dtype: {asked.dtype}, but trainer.strategy {name} reduces "
-            "the gradients of a layer together, which must have one type, and the adapter's are float32; set "
-            "model.dtype: float32 (with trainer.precision: bf16-mixed), or use ddp"
+            f"model.adapter.peft_config: prompt learning cannot be combined with trainer.strategy {name}, because the "
+            "virtual tokens are outside the modules whose weights it gathers; use trainer.strategy: "
+            f"{DDP} or {deepspeed_name(2)}"
+        )
+    if adapter is not None and not adapter.only_adapter and model.dtype != "float32":
+        return (
+            f"model.adapter.only_adapter: false with model.dtype: {model.dtype} cannot be combined with "
+            f"trainer.strategy {name}, which reduces all gradients of a layer in one type, and the adapter's are "
+            f"float32; set model.dtype: float32 (with trainer.precision: bf16-mixed), or use trainer.strategy: {DDP}"
         )
     return None
 
 
-def asked_of(module: Any) -> Asked:
-    """Return what a `CausalLMModule` that has loaded nothing yet will ask."""
-    spec = getattr(module, "spec", None)
-    quantization, adapter = getattr(spec, "quantization", None), getattr(spec, "adapter", None)
-    peft_config = getattr(adapter, "peft_config", None)
-    return Asked(
-        quantization_bits=None if quantization is None else quantization.bits,
-        dtype=getattr(spec, "dtype", "float32"),
-        only_adapter=True if adapter is None else adapter.only_adapter,
-        prompt_learning=bool(getattr(peft_config, "is_prompt_learning", False)),
+def check_float16(precision: str) -> None:
+    """Check that DeepSpeed can train in a precision on this CPU.
+
+    Args:
+        precision: `trainer.precision` in its long form, such as `16-mixed`.
+
+    Raises:
+        UserError: If it is float16, and the CPU has no float16 arithmetic (x86: AVX512-FP16).
+    """
+    if precision not in ("16-mixed", "16-true") or _cpu_has_float16():
+        return
+    raise UserError(
+        f"trainer.precision: {precision} is not supported by DeepSpeed on this CPU, which has no float16 arithmetic "
+        f"(AVX512-FP16); set trainer.precision: {precision.replace('16', 'bf16')} or 32-true, or train on a GPU"
     )
 
 
-def check_module(module: Any, sharding: Sharding) -> None:
-    """Check that a module's model can be sharded so.
-
-    Raises:
-        UserError: If it cannot.
-    """
-    reason = refusal(asked_of(module), sharding)
-    if reason is not None:
-        raise UserError(reason)
+def _cpu_has_float16() -> bool:
+    """Ask what DeepSpeed's engine asks after the model is loaded."""
+    accelerator: Any = importlib.import_module("deepspeed.accelerator.cpu_accelerator")
+    return bool(accelerator.CPU_Accelerator().is_fp16_supported())
 
 
-def check_optimizer(optimizer: Optimizer, sharding: Sharding) -> None:
+def check_optimizer(optimizer: Optimizer, sharding: ShardingSpec) -> None:
     """Check that an optimizer can step on shards.
 
+    Args:
+        optimizer: The optimizer of the run, or one of its class.
+        sharding: What the strategy shards.
+
     Raises:
-        UserError: If it is one of bitsandbytes' that cannot.
+        UserError: If it is one of bitsandbytes' optimizers that cannot.
     """
-    if not isinstance(optimizer, Optimizer8bit):  # the base of all of them
+    if sharding.kind == "ddp" or not isinstance(optimizer, Optimizer8bit):  # the base class of all of them
         return
-    name, way_out = type(optimizer).__name__, "use torch.optim.AdamW"
-    if not sharding.is_deepspeed:
+    name = type(optimizer).__name__
+    if sharding.kind == "fsdp2":
         raise UserError(
-            f"model.optimizer: the kernels of bitsandbytes' {name} take plain tensors, and trainer.strategy "
-            f"{sharding.name} shards weights; {way_out} (fsdp2_offload keeps its state in host memory), or ddp"
+            f"model.optimizer: bitsandbytes' {name} cannot be combined with trainer.strategy {sharding.name}, because "
+            "its kernels take plain tensors, not shards; use torch.optim.AdamW "
+            f"({FSDP2_OFFLOAD} keeps its state on the CPU), or trainer.strategy: {DDP}"
         )
     options: Any = vars(optimizer)["args"]
     if options.optim_bits == 8:
         raise UserError(
-            f"model.optimizer: {name} quantizes its state in blocks, which trainer.strategy {sharding.name} would cut "
-            f"apart; {way_out} (deepspeed_stage_2_offload keeps its state in host memory), or ddp"
+            f"model.optimizer: bitsandbytes' {name} cannot be combined with trainer.strategy {sharding.name}, because "
+            "shards would cut through the blocks in which its state is quantized; use torch.optim.AdamW "
+            f"({deepspeed_name(2, offload=True)} keeps its state on the CPU), or trainer.strategy: {DDP}"
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,20 +19,35 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
 from sft_lightning.strategies.full_tensors import gather_parameters, whole_parameters
+from sft_lightning.strategies.refusals import RunFacts, check_run
+from sft_lightning.strategies.sharding import ShardingSpec
 
 TIMEOUT = timedelta(hours=2)
 """How long a process that has its shard waits in a collective for those whose turn to load comes last."""
 
 
-class WholeExports(Strategy):
+class ShardedStrategy(Strategy):
     """What sharded strategies have in common; stands before Lightning's strategy in the list of bases."""
 
     _whole_at_end: AbstractContextManager[None] | None = None
 
     @property
+    def sharding(self) -> ShardingSpec:
+        """What the strategy shards and offloads."""
+        raise NotImplementedError
+
+    @property
     def shards_weights(self) -> bool:
-        """Whether no process has the whole model."""
-        return True
+        """Whether no process holds the whole model."""
+        return self.sharding.shards_weights
+
+    def check(self, run: RunFacts) -> None:
+        """Check that the strategy can train a model; for `fit`, before any weight is read, and for `plan`.
+
+        Raises:
+            UserError: If it cannot.
+        """
+        check_run(run, self.sharding)
 
     @property
     def _module(self) -> Any:
@@ -49,6 +64,19 @@ class WholeExports(Strategy):
     def lightning_restore_optimizer(self) -> bool:
         """The optimizer's state is Lightning's to restore."""
         return True
+
+    def connect(self, model: LightningModule) -> None:
+        """Refuse, before any weight is read, what cannot be trained."""
+        module, processes = cast("Any", model), cast("Any", self)  # both subclasses are parallel strategies
+        self.check(
+            RunFacts(
+                model=module.spec,
+                precision=str(self.precision_plugin.precision),
+                num_processes=processes.num_nodes * processes.num_processes,
+                on_gpu=self.root_device.type == "cuda",
+            )
+        )
+        super().connect(model)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -123,3 +151,8 @@ def one_process_at_a_time(*, wanted: bool) -> Iterator[None]:
 def _lock_file() -> Path:
     """Return a file of this host, this user and this run, whose processes meet at one port."""
     return Path(tempfile.gettempdir()) / f"sft_lightning_{os.getuid()}_{os.environ.get('MASTER_PORT', 0)}.lock"
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether no process holds the whole model: all processes must then run every forward pass together."""
+    return isinstance(strategy, ShardedStrategy) and strategy.shards_weights

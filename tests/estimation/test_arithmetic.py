@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig
 
 from sft_lightning.estimation.memory import Memory, Setup, changes, largest, largest_batch_size, largest_max_length
-from sft_lightning.estimation.sharding import Sharding, sharding_of
 from sft_lightning.estimation.skeleton import quantized_bytes
 from sft_lightning.estimation.speed import arithmetic, mean_document_length
 from sft_lightning.estimation.tracker import StorageTracker
 from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.strategies.sharding import REPLICATED
 
-SETUP = Setup(batch_size=4, max_length=2048, checkpointing=False, bits=None, sharding=Sharding("one GPU"))
+SETUP = Setup(batch_size=4, max_length=2048, checkpointing=False, bits=None, sharding=REPLICATED)
 
 
 def memory(setup: Setup) -> Memory:
@@ -46,52 +46,6 @@ def test_quantized_weights_take_their_bits_and_constants() -> None:
     assert quantized_bytes(1024, 64, QuantizationConfig(bits=4, double_quant=False)) == 1024 * 0.5625
     assert quantized_bytes(1024, 64, QuantizationConfig(bits=4)) == pytest.approx(1024 * 0.516, rel=1e-3)
     assert quantized_bytes(1024, 64, QuantizationConfig(bits=8)) == 1024 + 16 * 4
-
-
-@pytest.mark.parametrize(
-    ("strategy", "shares"),
-    [
-        ("auto", (1, 1, 1)),
-        ("ddp", (1, 1, 1)),
-        ("fsdp", (4, 4, 4)),
-        ("deepspeed_stage_1", (1, 1, 4)),
-        ("deepspeed_stage_3_offload", (4, 4, 4)),
-        ("deepspeed", (1, 4, 4)),
-        ({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}, (4, 4, 4)),
-        ({"class_path": "x.DeepSpeedStrategy", "init_args": {"stage": 1}}, (1, 1, 4)),
-    ],
-)
-def test_a_strategy_divides_what_it_says(strategy: object, shares: tuple[int, int, int]) -> None:
-    found = sharding_of(strategy, 4)
-    assert (found.weights, found.gradients, found.optimizer) == shares
-    alone = sharding_of(strategy, 1)
-    assert (alone.weights, alone.gradients, alone.optimizer) == (1, 1, 1)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "hosted"),
-    [
-        ("fsdp2", (False, False)),
-        ("fsdp2_offload", (True, True)),
-        ({"class_path": "sft_lightning.strategies.FSDP2", "init_args": {"offload": True}}, (True, True)),
-        ("deepspeed_stage_2_offload", (False, True)),
-        ("deepspeed_stage_3_offload", (True, True)),
-        ({"class_path": "x.DeepSpeedZeRO", "init_args": {"stage": 3, "offload_optimizer": "cpu"}}, (False, True)),
-        (
-            {"class_path": "x.DeepSpeedZeRO", "init_args": {"config": {"zero_optimization": {
-                "stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "none"}}}}},
-            (True, False),
-        ),
-    ],
-)  # fmt: skip
-def test_a_strategy_keeps_on_the_host_what_it_says(strategy: object, hosted: tuple[bool, bool]) -> None:
-    found = sharding_of(strategy, 4)
-    assert (found.weights_on_host, found.optimizer_on_host) == hosted
-
-
-def test_copies_of_a_model_are_each_divided_over_their_own_gpus() -> None:
-    found = sharding_of({"class_path": "sft_lightning.strategies.FSDP2", "init_args": {"replicas": 2}}, 8)
-    assert (found.weights, found.gradients, found.optimizer) == (4, 4, 4)
 
 
 def test_the_largest_that_fits_is_found() -> None:

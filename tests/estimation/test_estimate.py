@@ -9,10 +9,10 @@ import torch
 
 from sft_lightning.estimation.estimate import Estimator
 from sft_lightning.estimation.memory import Memory, Setup
-from sft_lightning.estimation.sharding import Sharding, fsdp2, sharding_of, zero
 from sft_lightning.estimation.simulation import simulate_step
 from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.strategies.sharding import REPLICATED, ShardingSpec, fsdp2_sharding, zero_sharding
 from sft_lightning.training.spec import TrainingSpec
 
 SHAPE = {
@@ -36,12 +36,13 @@ def estimator(adapter: AdapterConfig | None = None, precision: str = "32-true") 
     return Estimator(spec, skeleton, precision=precision, max_length=32, accumulates=False)
 
 
-def memory(estimator: Estimator, sharding: Sharding, bits: int | None = None) -> Memory:
-    return estimator.memory(Setup(batch_size=1, max_length=32, checkpointing=False, bits=bits, sharding=sharding))
+def memory(estimator: Estimator, sharding: ShardingSpec, num_gpus: int = 4, bits: int | None = None) -> Memory:
+    setup = Setup(batch_size=1, max_length=32, checkpointing=False, bits=bits, sharding=sharding, num_gpus=num_gpus)
+    return estimator.memory(setup)
 
 
 def test_one_gpu_has_all_of_a_model_and_nothing_for_others() -> None:
-    found = memory(estimator(), Sharding("one GPU"))
+    found = memory(estimator(), REPLICATED, 1)
     assert found.weights == pytest.approx(4 * MODEL, rel=1e-3)  # and the rotary frequencies
     assert found.gradients == 4 * MODEL
     assert found.optimizer == pytest.approx(8 * MODEL, rel=1e-3)
@@ -51,7 +52,7 @@ def test_one_gpu_has_all_of_a_model_and_nothing_for_others() -> None:
 def test_gradients_of_one_gpu_are_made_while_activations_go_and_divided_ones_go_at_once() -> None:
     full = estimator()
     options: Any = {"batch_size": 1, "max_length": 32, "gradient_checkpointing": False}
-    alone, divided = memory(full, Sharding("one GPU")), memory(full, fsdp2(4))
+    alone, divided = memory(full, REPLICATED, 1), memory(full, fsdp2_sharding())
     step = simulate_step(full.skeleton, **options)
     assert alone.activations + alone.temporary + alone.gradients == step.peak
     assert step.peak < step.kept + 4 * MODEL
@@ -61,47 +62,47 @@ def test_gradients_of_one_gpu_are_made_while_activations_go_and_divided_ones_go_
 
 
 def test_ddp_has_all_of_it_and_the_gradients_once_more() -> None:
-    found = memory(estimator(), sharding_of("ddp", 4))
+    found = memory(estimator(), REPLICATED)
     assert (found.gradients, found.communication) == (4 * MODEL, 4 * MODEL)
 
 
 def test_fsdp2_divides_all_and_gathers_two_layers_and_what_is_in_none() -> None:
-    found = memory(estimator(), fsdp2(4))
+    found = memory(estimator(), fsdp2_sharding())
     assert found.weights == pytest.approx(MODEL, rel=1e-3)
     assert found.gradients == MODEL
     assert found.optimizer == pytest.approx(2 * MODEL, rel=1e-3)
     # The untied embedding is a group, and the largest one here; the head and the last norm are what is left.
     assert found.communication == 4 * (EMBEDDING + 64 + 2 * EMBEDDING + EMBEDDING + 64)
-    offloaded = memory(estimator(), fsdp2(4, offload=True))
+    offloaded = memory(estimator(), fsdp2_sharding(offload=True))
     assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (0, 0, 0)
     assert offloaded.communication == found.communication
 
 
 def test_zero_casts_to_half_precision_and_keeps_a_float32_copy_of_what_trains() -> None:
     full = estimator(precision="bf16-mixed")
-    first, second, third = (memory(full, zero(4, stage)) for stage in (1, 2, 3))
+    first, second, third = (memory(full, zero_sharding(stage)) for stage in (1, 2, 3))
     assert first.weights == second.weights == pytest.approx(2 * MODEL, rel=1e-3)
     assert third.weights == pytest.approx(first.weights / 4)
     assert (first.gradients, second.gradients) == (4 * MODEL, MODEL)
     assert first.optimizer == second.optimizer == pytest.approx((8 + 4) * MODEL / 4, rel=1e-3)
     assert first.communication == 2 * BUCKET * 2
     assert third.communication == pytest.approx(BUCKET * 2 + 4 * MODEL, rel=1e-3)
-    offloaded = memory(full, zero(4, 2, offload_optimizer=True))
+    offloaded = memory(full, zero_sharding(2, offload_optimizer=True))
     assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (second.weights, 0, 0)
 
 
 def test_an_adapter_is_what_gradients_and_the_optimizer_are_of() -> None:
     lora = estimator(AdapterConfig(r=4))
-    found = memory(lora, sharding_of("fsdp2", 2), bits=4)
+    found = memory(lora, fsdp2_sharding(), 2, bits=4)
     assert found.adapter == found.gradients == 4 * LORA / 2
     assert found.optimizer == pytest.approx(8 * LORA / 2, rel=1e-2)
     packed = 3 * (LAYER - 2 * 64) * 0.516
     assert found.weights == pytest.approx((packed + 4 * (2 * EMBEDDING + 7 * 64)) / 2, rel=2e-3)
 
 
-def test_in_8_bits_every_layer_keeps_its_input() -> None:
-    lora = estimator(AdapterConfig(r=4))
-    plain, int8 = (memory(lora, Sharding("one GPU"), bits=bits) for bits in (None, 8))
+def test_in_8_bits_layers_without_an_adapter_keep_their_input_too() -> None:
+    lora = estimator(AdapterConfig(r=4, target_modules=["down_proj"]))
+    plain, int8 = (memory(lora, REPLICATED, 1, bits=bits) for bits in (None, 8))
     assert int8.weights < plain.weights
     assert int8.activations > plain.activations
 

@@ -16,40 +16,37 @@ from typing import Any
 
 import pytest
 
-from sft_lightning.strategies.refusals import Asked, Sharding, refusal
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.spec import ModelSpec
+from sft_lightning.strategies.refusals import sharding_refusal
+from sft_lightning.strategies.sharding import SHORT_NAMES
 
 PAGE = Path(__file__).parents[2] / "docs/scaling.md"
 Logged = Callable[[Path, str], list[float]]
-MODES: Mapping[str, tuple[str, tuple[str, ...], Asked]] = {
-    "full": ("full", (), Asked()),
-    "full, recomputed": ("full", ("--model.gradient_checkpointing=true",), Asked()),
-    "LoRA": ("lora", (), Asked()),
-    "LoRA, recomputed, packed": (
-        "lora",
-        ("--model.gradient_checkpointing=true", "--data.packing=best_fit", "--data.val_fraction=0"),
-        Asked(),
-    ),
-    "LoRA with a trained head": ("lora", ("--model.adapter.modules_to_save=[lm_head]",), Asked()),
-    "DoRA": ("lora", ("--model.adapter.use_dora=true",), Asked()),
-    "QLoRA": ("qlora", (), Asked(quantization_bits=4)),
-    "int8 LoRA": ("lora", ("--model.quantization.bits=8",), Asked(quantization_bits=8)),
+FULL = ModelSpec(model_name_or_path="none")
+LORA, QLORA, INT8 = (
+    ModelSpec(model_name_or_path="none", adapter=AdapterConfig(), quantization=quantization)
+    for quantization in (None, QuantizationConfig(bits=4), QuantizationConfig(bits=8))
+)
+CHECKPOINTING = "--model.gradient_checkpointing=true"
+MODES: Mapping[str, tuple[str, tuple[str, ...], ModelSpec]] = {
+    "full": ("full", (), FULL),
+    "full, checkpointing": ("full", (CHECKPOINTING,), FULL),
+    "LoRA": ("lora", (), LORA),
+    "LoRA, checkpointing, packed": ("lora", (CHECKPOINTING, "--data.packing=best_fit", "--data.val_fraction=0"), LORA),
+    "LoRA with a trained head": ("lora", ("--model.adapter.modules_to_save=[lm_head]",), LORA),
+    "DoRA": ("lora", ("--model.adapter.use_dora=true",), LORA),
+    "QLoRA": ("qlora", (), QLORA),
+    "int8 LoRA": ("lora", ("--model.quantization.bits=8",), INT8),
 }
-STRATEGIES: Mapping[str, Sharding | None] = {
-    "ddp": None,
-    "fsdp2": Sharding("fsdp2", 3),
-    "fsdp2_offload": Sharding("fsdp2_offload", 3),
-    "deepspeed_stage_1": Sharding("deepspeed_stage_1", 1),
-    "deepspeed_stage_1_offload": Sharding("deepspeed_stage_1_offload", 1),
-    "deepspeed_stage_2": Sharding("deepspeed_stage_2", 2),
-    "deepspeed_stage_2_offload": Sharding("deepspeed_stage_2_offload", 2),
-    "deepspeed_stage_3": Sharding("deepspeed_stage_3", 3),
-    "deepspeed_stage_3_offload": Sharding("deepspeed_stage_3_offload", 3),
-}
+"""Row of the table → mode of `conftest.MODES`, options beside it, and the model that they describe."""
+
 FAST = {("QLoRA", "fsdp2")}
 CELLS = [
     pytest.param(mode, strategy, marks=() if (mode, strategy) in FAST else pytest.mark.slow, id=f"{mode}-{strategy}")
     for mode in MODES
-    for strategy in STRATEGIES
+    for strategy in SHORT_NAMES
 ]
 REFUSED = "refused"
 
@@ -78,9 +75,8 @@ def test_a_cell_learns_what_one_process_learns_or_is_refused(
     mode: str,
     strategy: str,
 ) -> None:
-    base, extra, asked = MODES[mode]
-    sharding = STRATEGIES[strategy]
-    if sharding is not None and refusal(asked, sharding) is not None:
+    base, extra, model = MODES[mode]
+    if sharding_refusal(model, SHORT_NAMES[strategy]) is not None:
         assert_refused(runs.command(tmp_path / "run", base, *extra, processes=2, strategy=strategy))
         check_page(mode, strategy, REFUSED)
         return
@@ -104,7 +100,7 @@ def check_page(mode: str, strategy: str, found: str) -> None:
     text = PAGE.read_text(encoding="utf-8")
     [row] = re.findall(rf"(?m)^\| {re.escape(mode)} \|.*\|$", text)
     cells = row.split(" | ")
-    column = 1 + list(STRATEGIES).index(strategy)
+    column = 1 + list(SHORT_NAMES).index(strategy)
     if os.environ.get("SFT_WRITE_MATRIX"):
         end = " |" if cells[column].endswith(" |") else ""
         cells[column] = found + end

@@ -14,9 +14,10 @@ from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
-from sft_lightning.estimation.refusals import check_as_fit
-from sft_lightning.estimation.report import PlanInputs, plan_lines
-from sft_lightning.estimation.sharding import sharding_of
+from sft_lightning.estimation.inputs import PlanInputs, check_as_fit
+from sft_lightning.estimation.report import plan_lines
+from sft_lightning.strategies.refusals import RunFacts
+from sft_lightning.strategies.registry import sharding_of
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40}
 
@@ -50,13 +51,21 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
     if given is not None:
         accumulate = data.topology.accumulate
         data.topology = Topology(batch_size=data.spec.batch_size, accumulate=accumulate, world_size=given)
-    strategy = config["trainer"]["strategy"]  # as it was written, not what was made of it
-    check_as_fit(module, sharding_of(strategy, data.topology.world_size))
+    strategy, precision = trainer["strategy"], _precision(trainer["precision"])
+    check_as_fit(
+        strategy,
+        RunFacts(
+            model=module.spec,
+            precision=precision,
+            num_processes=data.topology.world_size,
+            on_gpu=trainer["accelerator"] != "cpu" or given is not None,
+        ),
+    )
     return PlanInputs(
         module=module,
         data=data,
-        strategy=strategy,
-        precision=_precision(trainer["precision"]),
+        sharding=sharding_of(strategy),
+        precision=precision,
         num_epochs=_epochs(trainer),
         max_steps=trainer["max_steps"],
         gpu_bytes=None if config["gpu_memory"] is None else parse_memory(config["gpu_memory"]),

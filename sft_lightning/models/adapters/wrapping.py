@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import PRESETS, AdapterConfig
 from sft_lightning.models.adapters.continuation import continue_weights, read_adapter_config
+from sft_lightning.models.adapters.fused_lora import fuse_lora
 from sft_lightning.models.adapters.quantized import check_quantized_base, prepare_adapted
 from sft_lightning.models.adapters.targets import check_module_names, check_targets, resolve_preset
 from sft_lightning.models.adapters.trainable import train_base
@@ -42,6 +43,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, *, added_token_id
         train_base(wrapped)
     if config.path is not None:
         continue_weights(wrapped, config)
+    fuse_lora(wrapped)
     return wrapped
 
 

@@ -71,18 +71,22 @@ def export_difference(
             config.init_lora_weights = True  # the live base has already been changed by it
         base = copy_without_adapters(model.get_base_model())
         reloaded = attach_adapter(base, folder, config=config, prepare=prepare_adapted)
-        _use_live_types(reloaded, model)
+        _compute_alike(reloaded, model)
         with precision():
             exported = logits_of(reloaded.eval(), input_ids)
     return float((live - exported).abs().max()), float(live.abs().max())
 
 
-def _use_live_types(reloaded: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Cast the reloaded adapter to the types of the live one.
+def _compute_alike(reloaded: torch.nn.Module, model: torch.nn.Module) -> None:
+    """Give the reloaded adapter the live one's types and forward passes, so that only weights can make a difference.
 
-    PEFT loads it in float32; `trainer.precision: bf16-true` trains it in bfloat16. Nothing is rounded, because it was
+    PEFT loads it in float32, `trainer.precision: bf16-true` trains it in bfloat16. Nothing is rounded, because it was
     written in the live type.
     """
+    classes = {name: type(module) for name, module in model.named_modules()}
+    for name, module in reloaded.named_modules():
+        if issubclass(classes.get(name, object), type(module)):
+            module.__class__ = classes[name]  # `FusedLinear` for PEFT's `Linear`
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for name, parameter in reloaded.named_parameters():
         if parameter.dtype != types.get(name, parameter.dtype):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -25,11 +25,12 @@ from sft_lightning.strategies.full_tensors import (
     shard_like,
     shard_optimizer_state,
 )
-from sft_lightning.strategies.refusals import Sharding, check_module, check_optimizer
-from sft_lightning.strategies.sharded_strategy import TIMEOUT, WholeExports, one_process_at_a_time
+from sft_lightning.strategies.refusals import check_optimizer
+from sft_lightning.strategies.sharded_strategy import TIMEOUT, ShardedStrategy, one_process_at_a_time
+from sft_lightning.strategies.sharding import ShardingSpec, fsdp2_sharding
 
 
-class FSDP2(WholeExports, ModelParallelStrategy):
+class FSDP2(ShardedStrategy, ModelParallelStrategy):
     """Shards weights, gradients and optimizer state over all processes, layer by layer; `--trainer.strategy fsdp2`.
 
     Zhao et al., 2023, arXiv:2304.11277; the per-parameter design is torch's `fully_shard`. Losses are those of a single
@@ -58,25 +59,15 @@ class FSDP2(WholeExports, ModelParallelStrategy):
         self._sharding_mesh: DeviceMesh | None = None
 
     @property
-    def sharding(self) -> Sharding:
-        """What it does with weights."""
-        return Sharding("fsdp2_offload" if self.offload else "fsdp2", 3)
+    def sharding(self) -> ShardingSpec:
+        """What the strategy shards and offloads."""
+        return fsdp2_sharding(replicas=self.replicas, offload=self.offload)
 
     # --- setting up ------------------------------------------------------------------------------------------------
-
-    def connect(self, model: LightningModule) -> None:
-        """Refuse, before any weight is read, what cannot be sharded."""
-        check_module(model, self.sharding)
-        super().connect(model)
 
     def setup_environment(self) -> None:
         """Make the mesh: all processes in one line, or `replicas` lines of them."""
         world_size = self.num_nodes * self.num_processes
-        if world_size % self.replicas:
-            raise UserError(
-                f"trainer.strategy.replicas: {self.replicas} does not divide the {world_size} processes "
-                f"(trainer.devices {self.num_processes} × trainer.num_nodes {self.num_nodes})"
-            )
         self._data_parallel_size, self._tensor_parallel_size = world_size, 1
         super().setup_environment()
         if self.replicas == 1:

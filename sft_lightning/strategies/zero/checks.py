@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.refusals import Asked
+from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.zero.options import (
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAMETERS,
@@ -30,13 +30,12 @@ _DIRECT: int = getattr(os, "O_DIRECT", 0)
 """How libaio wants its files opened; Linux's."""
 
 
-def check_sense(config: Mapping[str, Any], *, world_size: int, on_gpu: bool, source: str) -> None:
+def check_sense(config: Mapping[str, Any], run: RunFacts, *, source: str) -> None:
     """Check what a configuration asks of its stage, of the number of processes, and of what they compute on.
 
     Args:
         config: DeepSpeed's configuration.
-        world_size: Processes.
-        on_gpu: Whether they compute on GPUs.
+        run: The model and the processes.
         source: Name of the JSON, for errors.
 
     Raises:
@@ -44,11 +43,11 @@ def check_sense(config: Mapping[str, Any], *, world_size: int, on_gpu: bool, sou
             arXiv:2306.10209) does not divide the processes, something exists on GPUs alone, or NVMe has no folder or
             too few buffers.
     """
-    for said in _contradictions(config, world_size, on_gpu):
-        raise UserError(f"{source}: {said}")
+    for contradiction in _contradictions(config, run.num_processes, run.on_gpu):
+        raise UserError(f"{source}: {contradiction}")
 
 
-def _contradictions(config: Mapping[str, Any], world_size: int, on_gpu: bool) -> Iterator[str]:
+def _contradictions(config: Mapping[str, Any], num_processes: int, on_gpu: bool) -> Iterator[str]:
     zero, stage = config.get("zero_optimization", {}), stage_of(config)
     partition = zero.get("zero_hpz_partition_size", 1)
     has_secondary_partition = partition not in (1, "auto")
@@ -66,10 +65,10 @@ def _contradictions(config: Mapping[str, Any], world_size: int, on_gpu: bool) ->
         yield f"{of_stage_3[0]} is of ZeRO-3, and the stage is {stage}; set stage 3"
     if offload_of(config, OFFLOAD_OPTIMIZER) and stage == 0:
         yield f"{OFFLOAD_OPTIMIZER} is of ZeRO-1 and above, and the stage is 0; set stage 1 or 2"
-    if has_secondary_partition and world_size % partition:
+    if has_secondary_partition and num_processes % partition:
         yield (
-            f"zero_hpz_partition_size {partition} does not divide the {world_size} processes; set it to the number of "
-            "GPUs of a node"
+            f"zero_hpz_partition_size {partition} does not divide the {num_processes} processes; set it to the number "
+            "of GPUs of a node"
         )
     if not on_gpu:
         for key in (*quantized, *_on_gpus_alone(config)):
@@ -100,7 +99,7 @@ def _of_nvme(config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def check_one_type(config: Mapping[str, Any], asked: Asked, *, precision: str, source: str) -> None:
+def check_one_type(config: Mapping[str, Any], run: RunFacts, *, source: str) -> None:
     """Check that weights on NVMe have the one type that DeepSpeed's buffers for them have: that of training.
 
     Raises:
@@ -108,41 +107,17 @@ def check_one_type(config: Mapping[str, Any], asked: Asked, *, precision: str, s
     """
     if OFFLOAD_PARAMETERS not in nvme_folders(config):
         return
-    if asked.quantization_bits is not None:
+    if run.model.quantization is not None:
         raise UserError(
             f"{source}: weights on nvme have the type that is trained in, and model.quantization.bits is "
-            f"{asked.quantization_bits}; offload them to cpu, or set model.quantization: null"
+            f"{run.model.quantization.bits}; offload them to cpu, or set model.quantization: null"
         )
-    if precision == "32-true" and asked.dtype != "float32":
+    if run.precision == "32-true" and run.model.dtype != "float32":
         raise UserError(
             f"{source}: weights on nvme have the type that is trained in, which is float32 for trainer.precision: "
-            f"{precision}, and model.dtype is {asked.dtype}; set trainer.precision: bf16-true, or model.dtype: "
+            f"{run.precision}, and model.dtype is {run.model.dtype}; set trainer.precision: bf16-true, or model.dtype: "
             "float32, or offload them to cpu"
         )
-
-
-def check_float16(precision: str, *, on_gpu: bool) -> None:
-    """Check that the devices compute in float16, if that is asked for.
-
-    Args:
-        precision: `trainer.precision`, in its long form, such as `16-mixed`.
-        on_gpu: Whether the processes compute on GPUs; all of them have float16.
-
-    Raises:
-        UserError: If the processes compute on a CPU without float16 (x86: AVX512-FP16).
-    """
-    if on_gpu or precision not in ("16-mixed", "16-true") or _cpu_has_float16():
-        return
-    raise UserError(
-        f"trainer.precision: {precision} is not supported by DeepSpeed on this CPU, which has no float16 arithmetic "
-        f"(AVX512-FP16); set trainer.precision: {precision.replace('16', 'bf16')} or 32-true, or train on a GPU"
-    )
-
-
-def _cpu_has_float16() -> bool:
-    """Ask what DeepSpeed's engine asks after the model is loaded."""
-    accelerator: Any = importlib.import_module("deepspeed.accelerator.cpu_accelerator")
-    return bool(accelerator.CPU_Accelerator().is_fp16_supported())
 
 
 def check_nvme(config: Mapping[str, Any], source: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sft_lightning.errors import UserError
+from sft_lightning.strategies.sharding import ShardingSpec, zero_sharding
 
 OffloadDevice = Literal["cpu", "nvme"]
 
@@ -102,6 +103,19 @@ def offload_of(config: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """
     block: Mapping[str, Any] = config.get("zero_optimization", {}).get(what) or {}
     return block if block.get("device", "none") not in ("none", None) else {}
+
+
+def sharding_of_config(config: Mapping[str, Any]) -> ShardingSpec:
+    """Return what a configuration shards and offloads.
+
+    Args:
+        config: DeepSpeed's configuration.
+    """
+    return zero_sharding(
+        stage_of(config),
+        offload_optimizer=bool(offload_of(config, OFFLOAD_OPTIMIZER)),
+        offload_weights=bool(offload_of(config, OFFLOAD_PARAMETERS)),
+    )
 
 
 def nvme_folders(config: Mapping[str, Any]) -> dict[str, str | None]:

@@ -23,18 +23,18 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.strategies.fsdp2.groups import keep_quantization_states
 from sft_lightning.strategies.full_tensors import gather_optimizer_state
-from sft_lightning.strategies.refusals import Sharding, asked_of, check_module, check_optimizer
-from sft_lightning.strategies.sharded_strategy import TIMEOUT, WholeExports, one_process_at_a_time
-from sft_lightning.strategies.zero.checks import check_float16, check_nvme, check_one_type, check_sense
+from sft_lightning.strategies.refusals import RunFacts, check_optimizer
+from sft_lightning.strategies.sharded_strategy import TIMEOUT, ShardedStrategy, one_process_at_a_time
+from sft_lightning.strategies.sharding import ShardingSpec
+from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense
 from sft_lightning.strategies.zero.config import FromYaml, asked_config, resolve
 from sft_lightning.strategies.zero.engine import OnHost, ZeroPrecision
 from sft_lightning.strategies.zero.options import (
     OFFLOAD_OPTIMIZER,
-    OFFLOAD_PARAMETERS,
     OffloadDevice,
     ZeroOptions,
     offload_of,
-    stage_of,
+    sharding_of_config,
 )
 from sft_lightning.strategies.zero.partition import (
     gathered_in_forward,
@@ -48,7 +48,7 @@ from sft_lightning.strategies.zero.state import gather_state, gather_weights, lo
 _OF_OPTIMIZER = ("optimizer", "scheduler")
 
 
-class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
+class DeepSpeedZeRO(ShardedStrategy, DeepSpeedStrategy):
     """ZeRO stages 0 to 3 (Rajbhandari et al., 2019, arXiv:1910.02054), by our keys or a DeepSpeed JSON.
 
     The module loads its model as always; stage 3 partitions what is loaded, 4-bit weights too. Checkpoints are those of
@@ -102,15 +102,19 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
         self._groups: list[list[nn.Parameter]] = []
 
     @property
-    def sharding(self) -> Sharding:
-        """What it does with weights."""
-        stage, offload = stage_of(self._asked), bool(offload_of(self._asked, OFFLOAD_PARAMETERS))
-        return Sharding(f"deepspeed_stage_{stage}{'_offload' if offload else ''}", stage)
+    def sharding(self) -> ShardingSpec:
+        """What the strategy shards and offloads."""
+        return sharding_of_config(self._asked)
 
-    @property
-    def shards_weights(self) -> bool:
-        """Whether no process has the whole model."""
-        return stage_of(self._asked) == 3
+    def check(self, run: RunFacts) -> None:
+        """Check the configuration, too.
+
+        Raises:
+            UserError: If the strategy cannot train the model.
+        """
+        super().check(run)
+        check_sense(self._asked, run, source=self._source)
+        check_one_type(self._asked, run, source=self._source)
 
     @property
     def grad_norm(self) -> float | torch.Tensor | None:
@@ -122,13 +126,7 @@ class DeepSpeedZeRO(WholeExports, DeepSpeedStrategy):
 
     def connect(self, model: LightningModule) -> None:
         """Refuse, before any weight is read, what cannot be sharded or offloaded."""
-        check_module(model, self.sharding)
-        asked, source, world_size = self._asked, self._source, self.num_nodes * self.num_processes
-        on_gpu, precision = self.root_device.type == "cuda", str(self.precision_plugin.precision)
-        check_sense(asked, world_size=world_size, on_gpu=on_gpu, source=source)
-        check_float16(precision, on_gpu=on_gpu)
-        check_one_type(asked, asked_of(model), precision=precision, source=source)
-        check_nvme(asked, source)
+        check_nvme(self._asked, self._source)
         super().connect(model)
 
     def setup_environment(self) -> None:

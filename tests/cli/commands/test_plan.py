@@ -11,6 +11,7 @@ import pytest
 from sft_lightning.__main__ import main
 from sft_lightning.cli.commands.plan import parse_memory
 from sft_lightning.errors import UserError
+from sft_lightning.strategies import refusals
 
 Plan = Callable[..., int]
 
@@ -120,11 +121,23 @@ def test_prompts_of_pairs_are_off_the_time(plan: Plan, tmp_path: Path, capsys: p
         (["--model.quantization.bits=4", "--model.adapter.init=pissa"], "PEFT cannot read in 4 bits"),
         (
             ["--model.quantization.bits=8", "--model.adapter.r=4", "--trainer.strategy=fsdp2"],
-            "model.quantization.bits: 8, but trainer.strategy fsdp2",
+            "model.quantization.bits: 8 cannot be combined with trainer.strategy fsdp2",
         ),
         (
             ["--model.quantization.bits=8", "--model.adapter.r=4", "--trainer.strategy=deepspeed_stage_3_offload"],
-            "model.quantization.bits: 8, but trainer.strategy deepspeed_stage_3_offload",
+            "model.quantization.bits: 8 cannot be combined with trainer.strategy deepspeed_stage_3_offload",
+        ),
+        (["--trainer.strategy=fsdp"], "trainer.strategy: 'fsdp' (FSDP1) is not supported"),
+        (
+            [
+                "--trainer.strategy={class_path: sft_lightning.strategies.FSDP2, init_args: {replicas: 3}}",
+                "--num_gpus=8",
+            ],
+            "trainer.strategy.replicas: 3 does not divide the number of processes, which is 8",
+        ),
+        (
+            ["--model.optimizer=bitsandbytes.optim.AdamW8bit", "--trainer.strategy=fsdp2"],
+            "model.optimizer: bitsandbytes' AdamW8bit cannot be combined with trainer.strategy fsdp2",
         ),
     ],
 )
@@ -133,6 +146,17 @@ def test_what_fit_refuses_is_refused(
 ) -> None:
     assert plan(*options) == 2
     assert said in capsys.readouterr().err
+
+
+def test_float16_is_refused_only_when_planning_for_this_cpu(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(refusals, "_cpu_has_float16", lambda: False)
+    float16 = ("--model.adapter.r=4", "--trainer.strategy=deepspeed_stage_2", "--trainer.precision=16-mixed")
+    assert plan(*float16) == 0
+    assert plan(*float16, "--trainer.accelerator=cpu", "--num_gpus=2") == 0
+    assert plan(*float16, "--trainer.accelerator=cpu") == 2
+    assert "trainer.precision: 16-mixed is not supported by DeepSpeed on this CPU" in capsys.readouterr().err
 
 
 def test_a_strategy_by_its_class_is_planned(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

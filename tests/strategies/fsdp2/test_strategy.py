@@ -126,4 +126,4 @@ def test_replicas_that_do_not_divide_the_processes_are_refused(runs: Any, tmp_pa
     )
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert "trainer.strategy.replicas: 3 does not divide the 2 processes" in done.stderr
+    assert "trainer.strategy.replicas: 3 does not divide the number of processes, which is 2" in done.stderr

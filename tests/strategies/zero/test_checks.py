@@ -14,14 +14,24 @@ import torch
 from sft_lightning.__main__ import main
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.strategies.refusals import Asked
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.spec import ModelSpec
+from sft_lightning.strategies import refusals
+from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.zero import checks as zero_checks
-from sft_lightning.strategies.zero.checks import check_float16, check_nvme, check_one_type, check_sense
+from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
 from sft_lightning.training.module import model_from_keys
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 PLUS_PLUS = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
+
+
+FULL = ModelSpec(model_name_or_path="no/such/model")
+
+
+def run_of(num_processes: int, *, on_gpu: bool) -> RunFacts:
+    return RunFacts(model=FULL, num_processes=num_processes, on_gpu=on_gpu)
 
 
 def of_zero(**zero: Any) -> dict[str, Any]:
@@ -33,15 +43,15 @@ def on_nvme(folder: Path | str | None, **changes: Any) -> dict[str, Any]:
 
 
 def test_zero_plus_plus_goes_with_gpus_in_whole_nodes() -> None:
-    check_sense(of_zero(**PLUS_PLUS), world_size=16, on_gpu=True, source="ds.json")
+    check_sense(of_zero(**PLUS_PLUS), run_of(16, on_gpu=True), source="ds.json")
 
 
 def test_a_secondary_partition_needs_no_gpu() -> None:
-    check_sense(of_zero(stage=3, zero_hpz_partition_size=2), world_size=4, on_gpu=False, source="ds.json")
+    check_sense(of_zero(stage=3, zero_hpz_partition_size=2), run_of(4, on_gpu=False), source="ds.json")
 
 
 @pytest.mark.parametrize(
-    ("config", "world_size", "on_gpu", "said"),
+    ("config", "num_processes", "on_gpu", "said"),
     [
         (of_zero(**{**PLUS_PLUS, "stage": 2}), 16, True, "zero_quantized_weights is of ZeRO-3, and the stage is 2"),
         (of_zero(stage=2, zero_hpz_partition_size=2), 2, False, "zero_hpz_partition_size is of ZeRO-3"),
@@ -66,54 +76,30 @@ def test_a_secondary_partition_needs_no_gpu() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(
-    config: dict[str, Any], world_size: int, on_gpu: bool, said: str
+    config: dict[str, Any], num_processes: int, on_gpu: bool, said: str
 ) -> None:
     with pytest.raises(UserError, match=rf"ds\.json: .*{said}"):
-        check_sense(config, world_size=world_size, on_gpu=on_gpu, source="ds.json")
+        check_sense(config, run_of(num_processes, on_gpu=on_gpu), source="ds.json")
 
 
 @pytest.mark.parametrize(
-    ("asked", "precision", "said"),
+    ("dtype", "bits", "precision", "said"),
     [
-        (Asked(dtype="bfloat16"), "32-true", r"model\.dtype is bfloat16; set trainer\.precision: bf16-true, or"),
-        (Asked(quantization_bits=4), "bf16-true", r"model\.quantization\.bits is 4; offload them to cpu"),
-        (Asked(dtype="float32"), "32-true", None),
-        (Asked(dtype="bfloat16"), "bf16-true", None),
+        ("bfloat16", None, "32-true", r"model\.dtype is bfloat16; set trainer\.precision: bf16-true, or"),
+        ("bfloat16", 4, "bf16-true", r"model\.quantization\.bits is 4; offload them to cpu"),
+        ("float32", None, "32-true", None),
+        ("bfloat16", None, "bf16-true", None),
     ],
 )
-def test_weights_on_nvme_have_the_type_that_is_trained_in(asked: Asked, precision: str, said: str | None) -> None:
-    with nullcontext() if said is None else pytest.raises(UserError, match=said):
-        check_one_type(on_nvme("/nvme"), asked, precision=precision, source="ds.json")
-    check_one_type(of_zero(stage=3), asked, precision=precision, source="ds.json")
-
-
-@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
-def test_float16_on_a_cpu_without_it_is_refused_with_the_types_that_work(
-    monkeypatch: pytest.MonkeyPatch, precision: str
+def test_weights_on_nvme_must_have_the_type_that_is_trained_in(
+    dtype: Any, bits: Any, precision: str, said: str | None
 ) -> None:
-    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: False)
-    instead = precision.replace("16", "bf16")
-    said = rf"^trainer\.precision: {precision} .*set trainer\.precision: {instead} or 32-true, or train on a GPU$"
-    with pytest.raises(UserError, match=said):
-        check_float16(precision, on_gpu=False)
-
-
-def test_float16_is_accepted_on_a_gpu_and_on_a_cpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: False)
-    check_float16("16-mixed", on_gpu=True)
-    check_float16("bf16-mixed", on_gpu=False)
-    check_float16("32-true", on_gpu=False)
-    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: True)
-    check_float16("16-mixed", on_gpu=False)
-
-
-@needs_deepspeed
-def test_the_cpus_float16_is_what_deepspeeds_engine_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    for supported in (True, None):  # DeepSpeed's method returns None for no
-        monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self, answer=supported: answer)
-        assert zero_checks._cpu_has_float16() is bool(supported)
+    quantization = None if bits is None else QuantizationConfig(bits=bits)
+    model = ModelSpec(model_name_or_path="none", dtype=dtype, quantization=quantization, adapter=AdapterConfig())
+    run = RunFacts(model=model, precision=precision)
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        check_one_type(on_nvme("/nvme"), run, source="ds.json")
+    check_one_type(of_zero(stage=3), run, source="ds.json")
 
 
 @needs_deepspeed
@@ -148,7 +134,7 @@ def test_a_folder_that_is_missing_or_cannot_be_written_is_refused_by_name(
 def test_float16_is_refused_with_exit_status_2_before_any_weight_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, alpaca_file: Path
 ) -> None:
-    monkeypatch.setattr(zero_checks, "_cpu_has_float16", lambda: False)
+    monkeypatch.setattr(refusals, "_cpu_has_float16", lambda: False)
     options = {
         "trainer.strategy": "deepspeed_stage_2", "trainer.precision": "16-mixed", "trainer.accelerator": "cpu",
         "trainer.default_root_dir": tmp_path, "model.model_name_or_path": "no/such/model",
