@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from sft_lightning.strategies.sharded_strategy import WholeExports
+from sft_lightning.strategies.sharded_strategy import ShardedStrategy
 
 
-class Sharded(WholeExports, SingleDeviceStrategy):
+class Sharded(ShardedStrategy, SingleDeviceStrategy):
     """Has one process, and so whole weights; what stands in for them is still another parameter."""
 
 
