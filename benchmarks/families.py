@@ -1,9 +1,10 @@
-"""Every family of models in every mode of tuning, end to end on tiny random models; prints `docs/families.md`.
+"""Train each family of models in each mode of tuning, end to end on tiny random models; writes `docs/families.md`.
 
-    python benchmarks/families.py [--only Llama BLOOM] > docs/families.md
+    python benchmarks/families.py                     # all families
+    python benchmarks/families.py --only Llama BLOOM  # prints the table of some families, and writes no file
 
-Each pair is a run of its own: a model in a folder, two optimizer steps, the weights that changed compared with those
-that were meant to, the adapter exported and verified against the live model.
+Each combination is a separate run: two optimizer steps, a comparison of the weights that changed with those that should
+change, and an exported adapter that is verified against the live model.
 """
 
 from __future__ import annotations
@@ -43,47 +44,52 @@ MODES: dict[str, dict[str, Any]] = {
 
 _LEARNS = {"full": "", "lora": r"\.lora_[AB]\.", "qlora": r"\.lora_[AB]\."}
 _MAX_LENGTH = 256
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of a family in a mode showed."""
+    """The result of one run."""
 
     family: str
+    """Name of the family."""
+
     mode: str
+    """A key of `MODES`."""
 
     losses: tuple[float, ...]
     """Mean loss per supervised token of each optimizer step, in nats."""
 
     packing: str
-    """What `data.packing: auto` became."""
+    """The decision of `data.packing: auto`."""
 
     isolation: Isolation
+    """How much packed documents depend on each other."""
 
     attention: str
-    """transformers' name of the attention that the model ran with."""
+    """transformers' name of the attention that was used."""
 
     chunked_loss: bool
-    """Whether the loss was taken from hidden states, so that logits of masked positions never existed."""
+    """Whether the loss was computed from hidden states, without logits at masked positions."""
 
     changed: frozenset[str]
     """Names of the parameters that changed."""
 
-    meant: frozenset[str]
-    """Names of the parameters that were meant to."""
+    intended: frozenset[str]
+    """Names of the parameters that should change."""
 
     export_difference: float | None
     """Largest difference between the logits of the exported adapter and the live ones; `None` without an adapter."""
 
 
 def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
-    """Train two optimizer steps, and look at what came of it.
+    """Train two optimizer steps, and return the result.
 
     Args:
         family: The family's name.
         mode: A key of `MODES`.
-        model: The model's folder, as `save_family` made it.
-        folder: For the run's files.
+        model: The model's folder, from `save_family`.
+        folder: Folder for the run's files.
     """
     torch.manual_seed(0)
     data = SFTDataModule(
@@ -124,19 +130,19 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
         attention=str(module.base_model.config._attn_implementation),
         chunked_loss=module._head is not None,
         changed=frozenset(changed),
-        meant=frozenset(name for name in module.before if re.search(_LEARNS[mode], name)),
+        intended=frozenset(name for name in module.before if re.search(_LEARNS[mode], name)),
         export_difference=None if report is None else report.logit_difference,
     )
 
 
 def _same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Compare bits, not numbers: packed 4-bit weights may read as NaN in the type that they are stored as."""
+    """Compare bits: packed 4-bit weights may read as NaN in the type that they are stored as."""
     one, other = (tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (first, second))
     return torch.equal(one, other)
 
 
 class _Watched(CausalLMModule):
-    """Keeps the weights from before training, and the losses."""
+    """Keeps the initial weights, and the losses."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -150,7 +156,7 @@ class _Watched(CausalLMModule):
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """Return the outcomes as a Markdown table, a row for each family."""
+    """Return the outcomes as a Markdown table with a row for each family."""
     by_family: dict[str, list[Outcome]] = {}
     cells: dict[tuple[str, str], str] = {}
     for outcome in outcomes:
@@ -174,62 +180,65 @@ def _packing(row: Sequence[Outcome]) -> str:
     if all(outcome.packing == "best_fit" for outcome in row):
         return "best_fit"
     leak = max(outcome.isolation.leak for outcome in row)
-    return f"none: one document moves another's logits by {leak:.1e}"
+    return f"none: replacing a document changes another's logits by {leak:.1e}"
 
 
 def _attention(name: str) -> str:
-    return {"packed": "ours", "document_mask": "its own, our mask"}.get(name, "its own")
+    return {"packed": "packed", "document_mask": "own, document mask"}.get(name, "own")
 
 
 def _loss(row: Sequence[Outcome]) -> str:
-    return "chunked" if all(outcome.chunked_loss for outcome in row) else "the model's logits"
+    return "chunked" if all(outcome.chunked_loss for outcome in row) else "model's logits"
 
 
 def document(outcomes: Sequence[Outcome]) -> str:
     """Return `docs/families.md`."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
-    wrong = [f"{each.family}, {each.mode}" for each in outcomes if each.changed != each.meant]
+    wrong = [f"{each.family}, {each.mode}" for each in outcomes if each.changed != each.intended]
     if wrong:
-        raise RuntimeError(f"other weights changed than were meant to: {'; '.join(wrong)}")
+        raise RuntimeError(f"the weights that changed are not those that should: {'; '.join(wrong)}")
     largest = max((outcome.export_difference or 0.0 for outcome in outcomes), default=0.0)
     return f"""# Families of models
 
-Written by `python benchmarks/families.py > docs/families.md` ({versions}; CPU, float32).
+Written by `python benchmarks/families.py` ({versions}; CPU, float32).
 
-Each cell is a run of its own on a random two-layer model: two optimizer steps with AdamW, each on all of the same
-records. Losses are nats per supervised token, before each step. In every run exactly the weights that were meant to
-changed; every exported adapter was opened again by PEFT, and its logits differed from the live ones by {largest:.0e} at
-most.
+Each cell is a separate run on a random two-layer model: two optimizer steps with AdamW, each on the same records. It
+shows the loss before each step, in nats per supervised token. In every run, exactly the intended weights changed. Every
+exported adapter was loaded again with PEFT, and its logits differed from the live ones by at most {largest:.0e}.
 
 {table(outcomes)}
 
-- **packing** is what `data.packing: auto` became. `best_fit` where it was proven, on the loaded model, that packed
-  documents do not see each other: changing one moves the logits of the other by no more than rounding. Where it is not,
-  `data.packing: best_fit` stops the run, and `auto` gives each example a row of its own.
+- **packing** is the decision of `data.packing: auto`. It is `best_fit` if packed documents do not see each other in the
+  loaded model: replacing one changes the logits of the other by no more than rounding. Otherwise, `auto` gives each
+  example a row of its own, and `data.packing: best_fit` stops the run.
 - **packed − separate logits** is the largest difference between a document's logits in a packed row and alone, over the
   three modes.
-- **attention**: «ours» is `model.attn_implementation: auto` where the family uses transformers' attention interface;
-  «its own, our mask» is `auto` where it does not, so that only the mask keeps documents apart.
-- **loss**: «chunked» never makes logits of positions without a loss, nor those of all others at once; Mixtral's has the
-  loss of its routers added.
-- **QLoRA** quantizes what a family calls by its modules: of Mamba that is `in_proj` alone, because its kernels read the
-  weights of `x_proj`, `dt_proj` and `out_proj` past their modules.
+- **attention**: "packed" is our attention function, which `model.attn_implementation: auto` uses for families with
+  transformers' attention interface. "own, document mask" is the family's own attention with our mask, which keeps
+  documents apart. "own" is the family's own code, unchanged.
+- **loss**: "chunked" computes logits only for positions with a loss, and only some of them at a time. For Mixtral, the
+  load-balancing loss of the routers is added.
+- **QLoRA** quantizes the layers that a family calls. For Mamba this is only `in_proj`: its kernels read the weights of
+  `x_proj`, `dt_proj` and `out_proj` without calling the layers.
 """
 
 
 def main() -> None:
-    """Run what is asked for and print the document."""
+    """Run the families, and write the page or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, metavar="FAMILY", help="print only these families")
     only = parser.parse_args().only
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     outcomes = []
     with tempfile.TemporaryDirectory() as temporary:
-        for family in only:
+        for family in only or FAMILIES:
             model = save_family(family, Path(temporary))
             outcomes += [run(family, mode, model, model / mode) for mode in MODES]
-    print(document(outcomes), end="")
+    if only:
+        print(table(outcomes))
+    else:
+        PAGE.write_text(document(outcomes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Families × modes on tiny random models, by the script that writes `docs/families.md`."""
+"""Covers sft_lightning.models and sft_lightning.training: families and modes, by the script of docs/families.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ families: Any = _load("families")
 FAMILIES: dict[str, Any] = _load("family_models").FAMILIES
 MODES = list(families.MODES)
 LEAKS = {"Mamba"}
-"""Its state runs on from one document into the next."""
+"""Their state carries over from one document to the next."""
 
 ONE_MODE_EACH = [(family, MODES[number % len(MODES)]) for number, family in enumerate(FAMILIES)]
 ALL = [(family, mode) for family in FAMILIES for mode in MODES]
@@ -42,7 +42,7 @@ def _check(family: str, mode: str, folders: dict[str, Path], folder: Path) -> No
     assert len(outcome.losses) == 2
     assert all(math.isfinite(loss) for loss in outcome.losses)
     assert outcome.losses[1] < outcome.losses[0]
-    assert outcome.changed == outcome.meant
+    assert outcome.changed == outcome.intended
     assert outcome.chunked_loss
     assert outcome.packing == ("none" if family in LEAKS else "best_fit")
     assert outcome.isolation.verified is (family not in LEAKS)
@@ -54,7 +54,7 @@ def _check(family: str, mode: str, folders: dict[str, Path], folder: Path) -> No
 
 
 @pytest.mark.parametrize(("family", "mode"), ONE_MODE_EACH)
-def test_each_family_trains_packed_where_that_is_proven(
+def test_each_family_trains_packed_if_its_documents_do_not_see_each_other(
     family: str, mode: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     _check(family, mode, folders, tmp_path)
@@ -68,6 +68,7 @@ def test_each_family_trains_in_every_other_mode(
     _check(family, mode, folders, tmp_path)
 
 
-def test_the_table_has_a_row_for_each_family_of_the_guide() -> None:
+def test_the_guide_has_a_row_for_each_family() -> None:
     guide = (_BENCHMARKS.parent / "docs" / "families.md").read_text(encoding="utf-8")
+    assert guide.startswith("# Families of models\n")
     assert [line.split("|")[1].strip() for line in guide.splitlines() if line.startswith("|")][2:] == list(FAMILIES)
