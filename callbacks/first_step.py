@@ -26,7 +26,7 @@ class EvaluateFirst(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not datamodule_of(trainer).val_names:
+        if not datamodule_of(trainer).source_names("val"):
             raise UserError(
                 "callbacks.EvaluateFirst: there is nothing to validate on; set data.val_sources or data.val_fraction"
             )

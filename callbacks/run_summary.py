@@ -95,4 +95,4 @@ def _first_example(data: SFTDataModule) -> list[ShownToken]:
     if data.spec.streams:
         return []
     first = data.plan(0).row(0)[0].tolist()
-    return show_tokens(data.blend.corpora.example(*first), data.tokenizer)
+    return show_tokens(data.blend.examples.example(*first), data.tokenizer)

@@ -56,8 +56,6 @@ TOO_FULL: set[str] = set()
 """Folders that still have more than nine modules; each goes with its mending."""
 
 TO_DIVIDE_OR_JOIN = {
-    "sft_lightning/data/batches/streaming.py",
-    "sft_lightning/data/datamodule.py",
     "sft_lightning/training/module.py",
 }  # fmt: skip
 """Modules that are still too long or too short; each goes with its mending."""

@@ -23,7 +23,7 @@ from sft_lightning.cli.defaults import (
 from sft_lightning.cli.parsing import CommandParser, clear_message
 from sft_lightning.compat.jsonargparse import is_about_a_value, known_keys
 from sft_lightning.data.datamodule import SFTDataModule, data_from_keys
-from sft_lightning.data.pairs.datamodule import pair_data_from_keys
+from sft_lightning.data.pairs.kind import pair_data_from_keys
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.names import check_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
-from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.pairs.kind import Pairs
 from sft_lightning.estimation.estimate import Estimator
 from sft_lightning.estimation.inputs import PlanInputs
 from sft_lightning.estimation.memory import (
@@ -203,7 +203,7 @@ def _shared(inputs: PlanInputs) -> float:
     """Return the share of tokens that is computed once for both answers of a pair, if `fit` proves that it may be."""
     module, data = inputs.module, inputs.data
     asked = isinstance(module, DPOModule) and module.preference.share_prompts
-    return shared_fraction(data) if asked and isinstance(data, PairDataModule) else 0.0
+    return shared_fraction(data) if asked and isinstance(data.kind, Pairs) else 0.0
 
 
 def _asks_reference(module: CausalLMModule, skeleton: Skeleton) -> bool:

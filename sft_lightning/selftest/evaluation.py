@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sft_lightning.data.batches.collate import collate
+from sft_lightning.data.batches.loader import documents_of
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.store import PairExample
 from sft_lightning.models.base.quantization import without_int8_outliers
@@ -32,8 +33,9 @@ class Answers(NamedTuple):
 
 def documents_of_row(data: SFTDataModule, row: int) -> list[TokenizedExample]:
     """Return the documents of a row of the first epoch; both conversations of each of its pairs."""
-    found = [data.blend.corpora.example(*document) for document in data.plan(0).row(row).tolist()]
-    return [half for each in found for half in (each.halves() if isinstance(each, PairExample) else [each])]
+    [found] = documents_of(data.plan(0), [row], data.blend.examples)
+    tokens = [document.tokens for document in found]
+    return [half for each in tokens for half in (each.halves() if isinstance(each, PairExample) else [each])]
 
 
 def batch_of(rows: Sequence[Sequence[TokenizedExample]], data: SFTDataModule, device: torch.device) -> Batch:

@@ -114,4 +114,4 @@ def _data_module(
         store_dir=str(folder / "stores"),
         **pair_keys,
     )
-    return type(origin)(spec)
+    return origin.with_spec(spec)

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from sft_lightning.compat.lightning.loops import align_progress, is_accumulating, reopen_epoch, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
-from sft_lightning.data.datamodule import SFTDataModule, different_data_error
+from sft_lightning.data.batches.row_order import row_order_error
+from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
@@ -161,7 +162,7 @@ class CausalLMModule(LightningModule):
         rank_zero_info(f"packing: {packing} (auto: {reason})")
         self.layout = Layout(packing=packing)
         if continued is not None and continued != self.layout:
-            raise different_data_error([f"packing: {continued.packing} → {packing}"])
+            raise row_order_error([f"packing: {continued.packing} → {packing}"])
 
     def on_fit_start(self) -> None:
         """Prove packing isolation on the loaded model, decide on gradient checkpointing, and compile."""
@@ -255,7 +256,7 @@ class CausalLMModule(LightningModule):
         found = self.nonfinite_losses.found.to(self.device)
         step = int(self.trainer.strategy.reduce(found, reduce_op="max"))  # all ranks stop, whoever found it
         if step:
-            raise nonfinite_error(limit, step, self._data.describe_rows(step))
+            raise nonfinite_error(limit, step, self._data.rows.describe(step))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note the learning rate of the step."""
@@ -305,10 +306,10 @@ class CausalLMModule(LightningModule):
             self._prove_packing()
 
     def on_validation_epoch_start(self) -> None:
-        self._means = self._start_means(self._data.val_names)
+        self._means = self._start_means(self._data.source_names("val"))
 
     def on_test_epoch_start(self) -> None:
-        self._means = self._start_means(self._data.test_names)
+        self._means = self._start_means(self._data.source_names("test"))
 
     def _start_means(self, names: list[str]) -> SourceMeans:
         return SourceMeans(names, lambda: TokenMeans().to(self.device), of_each=["loss", "perplexity"])

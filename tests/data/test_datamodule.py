@@ -60,7 +60,7 @@ def test_validation_sources_have_a_loader_each(module: Make, alpaca_file: Path) 
     source = SourceConfig(path=str(alpaca_file), max_examples=3)
     data = module(val_sources={"one": source, "two": source})
     data.setup("fit")
-    assert data.val_names == ["one", "two"]
+    assert data.source_names("val") == ["one", "two"]
     assert len(data.val_dataloader()) == 2
 
 

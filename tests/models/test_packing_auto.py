@@ -165,7 +165,7 @@ def test_a_run_whose_losses_are_not_finite_stops_and_names_the_records(make: Mak
     with pytest.raises(UserError, match=r"in 3 optimizer steps in a row, the last of them step 3, which trained on .*"):
         trainer.fit(module, data)
     assert trainer.global_step == 4  # looked at where the log is written
-    (place,) = data.describe_rows(3)
+    (place,) = data.rows.describe(3)
     plan = data.plan(0)
     index = int(plan.row(2)[0, 0])
     assert place.endswith(f"alpaca.json, record {index} (toy)")
@@ -190,9 +190,9 @@ def test_rows_of_a_later_epoch_are_found(make: Make) -> None:
     trainer.fit(module, data)
     assert trainer.global_step == 10
     rows = [data.plan(1).row(row)[0, 0] for row in range(5)]
-    assert [place.rsplit(" ", 2)[-2] for place in data.describe_rows(6)] == [str(int(row)) for row in rows]
-    assert data.describe_rows(6, limit=2)[2] == "and 3 more records"
-    assert len(data.describe_rows(10)) == 4
+    assert [place.rsplit(" ", 2)[-2] for place in data.rows.describe(6)] == [str(int(row)) for row in rows]
+    assert data.rows.describe(6, limit=2)[2] == "and 3 more records"
+    assert len(data.rows.describe(10)) == 4
 
 
 @pytest.mark.slow

@@ -109,7 +109,7 @@ def _run_data(config: Path) -> SFTDataModule:
 def _documents(data: SFTDataModule) -> Iterator[list[int]]:
     """Yield the token ids of the documents of the validation rows, or of the training rows if there are none."""
     data.setup("fit")
-    loaders = data.val_dataloader() if data.val_names else [data.train_dataloader()]
+    loaders = data.val_dataloader() if data.source_names("val") else [data.train_dataloader()]
     for batch in chain.from_iterable(loaders):
         for ids, labels, lengths in zip(batch["input_ids"], batch["labels"], batch["document_lengths"], strict=True):
             sizes = [num_tokens(length) for length in lengths]

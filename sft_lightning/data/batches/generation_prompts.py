@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from sft_lightning.data.formats.registry import Malformed, to_messages
+from sft_lightning.data.plan.split_reader import Split, SplitReader
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.types import Message, Record
@@ -52,6 +54,25 @@ class PromptLoader:
     def _batch(self, number: int) -> PromptBatch:
         start = (number * self._world_size + self._rank) * self.batch_size
         return self.prompts[start : start + self.batch_size]
+
+
+def prompts_of(reader: SplitReader, split: Split, limit: int | None = None) -> PromptBatch:
+    """Return a prompt for each record of a split, in the order of the data.
+
+    Args:
+        reader: Reads the splits.
+        split: Which split.
+        limit: Prompts at most; `None`: all.
+
+    Raises:
+        UserError: If a record does not match its format.
+    """
+    prompts = (
+        prompt
+        for name, config in reader.sources(split).items()
+        for prompt in make_prompts(reader.builder, reader.records(split, name), config)
+    )
+    return list(islice(prompts, limit))
 
 
 def make_prompts(builder: ExampleBuilder, records: Iterable[Record], source: SourceConfig) -> Iterator[dict[str, str]]:

@@ -1,17 +1,50 @@
-"""Micro-batches of one rank, in the plan's order.
+"""Micro-batches of one rank, in the order of the plan.
 
 Rows are slices of arrays that are already tokenized, so collating takes microseconds and no worker process is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 from sft_lightning.data.plan.epoch_plan import EpochPlan, Topology
-from sft_lightning.types import Batch
+from sft_lightning.types import Batch, TokenizedExample
 
-Collate = Callable[[EpochPlan, list[int], float], Batch]
-"""(plan, rows, denominator) → Batch."""
+
+class Document(NamedTuple):
+    """A document of a row."""
+
+    number: int
+    """Number of the example that it is, or is a part of."""
+
+    tokens: TokenizedExample
+    """Its tokens and loss weights."""
+
+
+class Examples(Protocol):
+    """Numbered examples."""
+
+    def example(self, index: int, start: int, stop: int) -> TokenizedExample:
+        """Return the tokens from `start` up to `stop` of an example."""
+
+
+Collate = Callable[[Sequence[Sequence[Document]], float], Batch]
+"""(documents of each row, supervised weight of the optimizer step) → Batch."""
+
+
+def documents_of(plan: EpochPlan, rows: Sequence[int], examples: Examples) -> list[list[Document]]:
+    """Return the documents of some rows, row by row.
+
+    Args:
+        plan: The plan.
+        rows: Numbers of the rows.
+        examples: The examples that were planned.
+    """
+    return [
+        [Document(index, examples.example(index, start, stop)) for index, start, stop in plan.row(row).tolist()]
+        for row in rows
+    ]
 
 
 class EvaluationLoader:
@@ -20,38 +53,45 @@ class EvaluationLoader:
     Args:
         plan: The rows.
         topology: How rows are dealt to ranks and micro-batches.
-        collate: (plan, rows, denominator) → Batch.
+        examples: The examples that were planned.
+        collate: Makes a batch of documents.
     """
 
-    def __init__(self, plan: EpochPlan, topology: Topology, collate: Collate) -> None:
+    def __init__(self, plan: EpochPlan, topology: Topology, examples: Examples, collate: Collate) -> None:
         self._plan = plan
         self._topology = topology
+        self._examples = examples
         self._collate = collate
 
     def __len__(self) -> int:
-        """Micro-batches, for every rank the same."""
+        """Micro-batches, the same number for every rank."""
         return self._plan.num_micro_batches(self._topology)
 
     def __iter__(self) -> Iterator[Batch]:
         for index in range(len(self)):
-            yield self._collate(self._plan, self._plan.micro_batch(index, self._topology), 1.0)
+            rows = self._plan.micro_batch(index, self._topology)
+            yield self._collate(documents_of(self._plan, rows, self._examples), 1.0)
 
 
 class TrainLoader:
-    """One epoch after the other, continuing wherever a checkpoint left off.
+    """One epoch after the other, continuing where a checkpoint was saved.
 
-    The position is one number, rows delivered to all ranks together: it means the same for any number of devices and
-    any split of the global batch into micro-batches.
+    The position is one number, the rows that all ranks together have taken: it means the same for any number of devices
+    and any split of the global batch into micro-batches.
 
     Args:
         plan: Epoch → its plan.
         topology: How rows are dealt to ranks and micro-batches.
-        collate: (plan, rows, denominator) → Batch.
+        examples: The examples that are planned.
+        collate: Makes a batch of documents.
     """
 
-    def __init__(self, plan: Callable[[int], EpochPlan], topology: Topology, collate: Collate) -> None:
+    def __init__(
+        self, plan: Callable[[int], EpochPlan], topology: Topology, examples: Examples, collate: Collate
+    ) -> None:
         self._plan = plan
         self._topology = topology
+        self._examples = examples
         self._collate = collate
         self._epoch = 0
         self._next = 0  # micro-batch of this epoch that comes next
@@ -67,26 +107,27 @@ class TrainLoader:
             self._epoch, self._next = epoch, 0
 
     def __len__(self) -> int:
-        """Micro-batches of the epoch, for every rank the same."""
+        """Micro-batches of the epoch, the same number for every rank."""
         return self._plan(self._epoch).num_micro_batches(self._topology)
 
     def __iter__(self) -> Iterator[Batch]:
-        # Lightning makes the iterator before it sets the epoch; a generator looks at the epoch only when first asked.
+        # Lightning makes the iterator before it sets the epoch; a generator reads the epoch only when first asked.
         plan = self._plan(self._epoch)
         while self._next < plan.num_micro_batches(self._topology):
             index = self._next
             self._next += 1
             denominator = plan.step_weight(index // self._topology.accumulate)
-            yield self._collate(plan, plan.micro_batch(index, self._topology), denominator)
+            rows = plan.micro_batch(index, self._topology)
+            yield self._collate(documents_of(plan, rows, self._examples), denominator)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position: the epoch, and the rows of it that all ranks together have taken."""
         return {"epoch": self._epoch, "rows": self._next * self._topology.rows_per_micro_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a position, at the start of the optimizer step that it lies in.
+        """Continue at a position, from the first row of its optimizer step.
 
-        Gradients of a step that was under way are not in a checkpoint, so that step is taken again from its first row.
+        A checkpoint has no gradients, so a step that was under way is taken again.
         """
         self._epoch = state["epoch"]
         self._next = self._plan(self._epoch).micro_batches_done(state["rows"], self._topology)

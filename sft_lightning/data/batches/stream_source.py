@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from sft_lightning.data.plan.blending import BlendConfig, BlendUnit
-from sft_lightning.data.plan.split_examples import Corpus, LengthLimits, make_corpus
+from sft_lightning.data.plan.split_examples import LengthLimits, apply_limits, report_records
 from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
 from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.data.tokens.examples import ExampleBuilder
+from sft_lightning.data.tokens.flat_examples import flat_examples
 from sft_lightning.data.tokens.record_log import RecordLog
-from sft_lightning.data.tokens.store import TokenStore
-from sft_lightning.data.tokens.store_cache import Prepared
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
 from sft_lightning.errors import UserError
 from sft_lightning.types import Record, TokenizedExample
 
 RECORDS_AT_ONCE = 256
 """Records that are read and tokenized together: what a source may be read ahead of a window."""
-
-_NO_FILES = {f"{array}.bin": {"xxh3_128": ""} for array in ("input_ids", "loss_weights", "lengths")}
-"""`make_corpus` names a corpus by the checksums of its files; examples in memory have none."""
 
 _COUNTS = (
     "records", "examples", "tokens", "supervised_tokens", "rewritten_records", "rewritten_examples", "truncated",
@@ -110,24 +106,22 @@ class SourceStream:
         """Yield the examples of the records from `first` to the last, each with its record."""
         records = islice(read_records(self.name, self.config), first, None)
         while chunk := list(islice(records, RECORDS_AT_ONCE)):
-            corpus = self._tokenize(chunk)
-            for example in corpus.examples.tolist():
-                tokens = corpus.store.example(example, 0, int(corpus.kept[example]))
-                yield first + int(corpus.store.records[example]), tokens
+            yield from ((first + record, example) for record, example in self._tokenize(chunk))
             first += len(chunk)
 
-    def _tokenize(self, chunk: Sequence[Record]) -> Corpus:
+    def _tokenize(self, chunk: Sequence[Record]) -> Iterator[tuple[int, TokenizedExample]]:
+        """Yield the examples of some records that the limits leave, each with the index of its record."""
         log = RecordLog(format=self.report.format)
         built = list(self._builder.build(chunk, self.config.format, self.config.path, log))
-        records = np.concatenate([np.zeros(0, np.int64), *(of for _, of in built)])
-        store = TokenStore.of(join_batches([batch for batch, _ in built]), records, log.marks_array())
-        prepared = Prepared(Path(), store, {**log.facts(), "files": _NO_FILES}, built=True)
-        everything = np.ones(len(chunk), bool)
-        corpus = make_corpus(
-            self.name, "train", prepared, everything, self._limits, lambda index: chunk[index].location
+        examples = flat_examples(join_batches([batch for batch, _ in built]))
+        records = np.concatenate([np.zeros(0, np.int64), *(each for _, each in built)])
+        report = report_records("train", log.facts(), log.marks_array(), records, np.ones(len(chunk), bool))
+        kept = apply_limits(
+            examples, examples.lengths, self._limits, report, lambda index: chunk[records[index]].location
         )
-        self._count(corpus.report, store.lengths)
-        return corpus
+        self._count(report, examples.lengths)
+        for index in np.flatnonzero(kept).tolist():
+            yield int(records[index]), examples.example(index, 0, int(kept[index]))
 
     def _count(self, part: SourceReport, lengths: npt.NDArray[np.int64]) -> None:
         """Add the counts of a part to the report."""
@@ -166,6 +160,24 @@ def shares(sources: Sequence[SourceConfig], blend: BlendConfig) -> list[float]:
 def share_unit(blend: BlendConfig) -> BlendUnit:
     """Return what the shares of streams are counted in; passes are no share, so there it is tokens."""
     return "tokens" if blend.by == "epochs" else blend.by
+
+
+def open_streams(
+    sources: Mapping[str, SourceConfig], builder: ExampleBuilder, limits: LengthLimits
+) -> list[SourceStream]:
+    """Return the training sources as streams; finds their formats, and reads no more than the first record of each.
+
+    Args:
+        sources: Training sources.
+        builder: Makes examples from records.
+        limits: Which lengths are kept.
+
+    Raises:
+        UserError: If a source holds no record, or its format cannot be told.
+    """
+    # Tokenizing runs beside training, where samples are tokenized: each needs a tokenizer of its own.
+    builder = replace(builder, tokenizer=copy.deepcopy(builder.tokenizer))
+    return [SourceStream(name, config, builder, limits) for name, config in sources.items()]
 
 
 def describe_streamed(sources: Mapping[str, SourceConfig], blend: BlendConfig) -> str:

@@ -6,27 +6,24 @@ Rows are planned ahead, epoch by epoch, or drawn from streams as one epoch that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from sft_lightning.data.batches.loader import Collate, TrainLoader
+from sft_lightning.data.batches.stream_loader import StreamLoader
 from sft_lightning.data.batches.stream_source import SourceStream
-from sft_lightning.data.batches.streaming import StreamLoader, StreamWindows
-from sft_lightning.data.plan.blending import BlendConfig
+from sft_lightning.data.batches.stream_windows import StreamWindows
 from sft_lightning.data.plan.epoch_plan import Packing, Topology
 from sft_lightning.data.plan.epoch_planner import EpochPlanner
 from sft_lightning.data.plan.split_reader import Sources
 from sft_lightning.data.sources.source import read_record
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.errors import UserError
-from sft_lightning.types import TokenizedExample
-
-CollateFrom = Callable[[Callable[[int, int, int], TokenizedExample]], Collate]
-"""(index, start, stop) → example, to what makes batches of rows of them."""
 
 
 class RunLength(NamedTuple):
-    """How long the trainer trains; as it stands, one epoch."""
+    """How long the trainer trains; one epoch by default."""
 
     max_epochs: int | None = 1
     """Epochs; -1: no limit."""
@@ -69,7 +66,7 @@ class TrainingRows(Protocol):
     def is_within_epoch(self, position: Mapping[str, int]) -> bool:
         """Whether rows of its epoch come after a loader's position."""
 
-    def describe(self, optimizer_step: int, limit: int) -> list[str]:
+    def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:
         """Say where the records of an optimizer step's rows stand, those of all ranks.
 
         Args:
@@ -77,7 +74,7 @@ class TrainingRows(Protocol):
             limit: Places at most; one more entry tells of the rest.
         """
 
-    def loader(self, collate: CollateFrom) -> TrainLoader | StreamLoader:
+    def loader(self, collate: Collate) -> TrainLoader | StreamLoader:
         """Return this rank's micro-batches."""
 
 
@@ -144,7 +141,7 @@ class PlannedRows:
         """Whether rows of its epoch come after a loader's position."""
         return position["rows"] < self.planner.plan(position["epoch"]).num_rows
 
-    def describe(self, optimizer_step: int, limit: int) -> list[str]:
+    def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:
         """Say where the records of an optimizer step's rows stand."""
         epoch, step = 0, optimizer_step - 1
         while step >= self._steps_of(epoch):
@@ -153,13 +150,13 @@ class PlannedRows:
         plan, size = self.planner.plan(epoch), self.topology.rows_per_step
         rows = range(step * size, min((step + 1) * size, plan.num_rows))
         examples = dict.fromkeys(int(document[0]) for row in rows for document in plan.row(row))
-        found = list(dict.fromkeys(self.planner.blend.corpora.record(example) for example in examples))
+        found = list(dict.fromkeys(self.planner.blend.examples.record(example) for example in examples))
         places = [f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]]
         return places if len(found) <= limit else [*places, f"and {len(found) - limit} more records"]
 
-    def loader(self, collate: CollateFrom) -> TrainLoader:
+    def loader(self, collate: Collate) -> TrainLoader:
         """Return this rank's micro-batches, epoch after epoch."""
-        return TrainLoader(self.planner.plan, self.topology, collate(self.planner.blend.corpora.example))
+        return TrainLoader(self.planner.plan, self.topology, self.planner.blend.examples, collate)
 
 
 @dataclass(frozen=True)
@@ -169,23 +166,17 @@ class StreamedRows:
     streams: Sequence[SourceStream]
     """The sources, opened."""
 
-    blend: BlendConfig
-    """What the weights of the sources mean."""
+    spec: DataSpec
+    """The YAML's keys under `data`."""
 
     packing: Packing
     """How examples share rows."""
-
-    max_length: int
-    """Tokens per row."""
 
     topology: Topology
     """How rows are dealt to ranks and micro-batches."""
 
     run: RunLength
     """How long the trainer trains."""
-
-    seed: int
-    """Seed of the run."""
 
     @property
     def packs(self) -> bool:
@@ -209,11 +200,11 @@ class StreamedRows:
         """Whether rows of the run come after a loader's position."""
         return position["rows"] < self.num_optimizer_steps * self.topology.rows_per_step
 
-    def describe(self, optimizer_step: int, limit: int) -> list[str]:
+    def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:
         """Say which rows of the run an optimizer step has; where their records stood is not kept."""
         return [f"rows {(optimizer_step - 1) * self.topology.rows_per_step} and following of the streamed sources"]
 
-    def loader(self, collate: CollateFrom) -> StreamLoader:
+    def loader(self, collate: Collate) -> StreamLoader:
         """Return this rank's micro-batches of the whole run.
 
         Raises:
@@ -221,15 +212,13 @@ class StreamedRows:
         """
         windows = StreamWindows(
             self.streams,
-            self.blend,
+            self.spec.blend,
             packing=self.packing,
-            max_length=self.max_length,
+            max_length=self.spec.max_length,
             rows_per_step=self.topology.rows_per_step,
-            seed=self.seed,
+            seed=self.spec.seed,
         )
-        loader = StreamLoader(
-            windows, self.topology, lambda window: collate(window.store.example), self.num_optimizer_steps
-        )
+        loader = StreamLoader(windows, self.topology, collate, self.num_optimizer_steps)
         limit = self.run.limit_train_batches
         if limit != 1.0 and not (isinstance(limit, int) and limit >= len(loader)):
             raise UserError(f"trainer.limit_train_batches: {limit} with streamed sources; use trainer.max_steps alone")

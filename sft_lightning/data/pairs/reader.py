@@ -1,4 +1,4 @@
-"""What each split of a preference run consists of: `SplitReader`, whose examples are pairs."""
+"""Reads the splits of a preference run: an example of `SplitReader` is a pair here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from sft_lightning.data.pairs.examples import PairBuilder
 from sft_lightning.data.pairs.store import PairStore, Shortening, pair_store
-from sft_lightning.data.plan.split_examples import Corpus, LengthLimits
+from sft_lightning.data.plan.split_examples import LengthLimits, SplitExamples
 from sft_lightning.data.plan.split_reader import Sources, Split, SplitOptions, SplitReader
+from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.store_cache import Prepared
 
 
@@ -20,9 +20,9 @@ class PairReader(SplitReader):
     Args:
         sources: Sources of each split; with `val_fraction`, those of training are the validation's too.
         options: How records are divided.
-        builder: What makes examples.
+        builder: Makes two examples from each record.
         limits: Which lengths of pairs, both examples together, are kept.
-        store_dir: Folder of token stores; those of pairs lie in a folder of it, for the same files make other examples.
+        store_folder: Folder of token stores.
         shortening: How long pairs are shortened; `None` leaves that to `limits`.
     """
 
@@ -30,17 +30,23 @@ class PairReader(SplitReader):
         self,
         sources: Mapping[Split, Sources],
         options: SplitOptions,
-        builder: PairBuilder,
+        builder: ExampleBuilder,
         limits: LengthLimits,
-        store_dir: Path,
+        store_folder: Path,
         shortening: Shortening | None,
     ) -> None:
-        super().__init__(sources, options, builder, limits, store_dir / f"pairs_{builder.history}")
+        super().__init__(sources, options, builder, limits, store_folder)
         self._shortening = shortening
         self._seen_as_pairs: dict[Path, tuple[Prepared, Prepared]] = {}
 
     def prepare(self, split: Split, name: str, *, rebuild: bool = False) -> Prepared:
-        """Return the store of a split's source, of pairs."""
+        """Return the token store of a source as a store of pairs.
+
+        Args:
+            split: A split that has the source.
+            name: The source's name.
+            rebuild: Tokenize again what is stored already.
+        """
         prepared = super().prepare(split, name, rebuild=rebuild)
         found = self._seen_as_pairs.get(prepared.folder)
         if found is None or found[0] is not prepared:
@@ -48,21 +54,14 @@ class PairReader(SplitReader):
             self._seen_as_pairs[prepared.folder] = found
         return found[1]
 
-    def corpora(self, split: Split) -> list[Corpus]:
-        """Tokenize a split; examples are pairs, in the report too.
-
-        Raises:
-            UserError: If a record is wrong, a pair too long, or a source has nothing to evaluate on.
-        """
-        return [self._count_shortened(split, corpus) for corpus in super().corpora(split)]
-
-    def _count_shortened(self, split: Split, corpus: Corpus) -> Corpus:
-        """Report what was cut before lengths were looked at, and let it tell the corpus from others."""
+    def _select(self, split: Split, name: str) -> SplitExamples:
+        """Return the pairs that a split has of a source; what was cut before the limits is counted here."""
+        part = super()._select(split, name)
         if self._shortening is None:
-            return corpus
-        store, report = cast("PairStore", corpus.store), corpus.report
-        kept = corpus.examples
-        report.set_lengths(store.whole_lengths[self._members(split, corpus.name)[store.records]])
+            return part
+        store, report = cast("PairStore", part.store), part.report
+        kept = part.indices
+        report.set_lengths(store.whole_lengths[self._members(split, name)[store.records]])
         report.truncated = int((store.whole_lengths != store.lengths)[kept].sum())
         report.supervised_tokens_lost += int(store.lost[kept].sum())
-        return replace(corpus, content=f"{corpus.content} {self._shortening}")
+        return replace(part, content=f"{part.content} {self._shortening}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from sft_lightning.data.plan.blending import BlendConfig, BlendUnit, choose, passes
 from sft_lightning.data.plan.epoch_plan import EpochExamples
-from sft_lightning.data.plan.split_examples import Corpora, Corpus
+from sft_lightning.data.plan.split_examples import JoinedExamples, SplitExamples
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
 
@@ -18,8 +18,8 @@ class EpochBlend:
     """Chooses the examples of each epoch.
 
     Args:
-        corpora: What is trained on, in the order of the sources.
-        sources: Configuration of each corpus's source.
+        parts: The training examples, in the order of the sources.
+        sources: Configuration of each source.
         blend: What the weights of the sources mean.
         seed: Seed of the run.
 
@@ -28,13 +28,13 @@ class EpochBlend:
     """
 
     def __init__(
-        self, corpora: Sequence[Corpus], sources: Sequence[SourceConfig], blend: BlendConfig, seed: int
+        self, parts: Sequence[SplitExamples], sources: Sequence[SourceConfig], blend: BlendConfig, seed: int
     ) -> None:
-        self.parts = corpora
-        self.corpora = Corpora(corpora)
+        self.examples = JoinedExamples(parts)
+        """All training examples, numbered through the sources."""
         self._blend = blend
         self._seed = seed
-        self._amounts = [corpus.amounts(blend.by) for corpus in corpora]
+        self._amounts = [part.amounts(blend.by) for part in parts]
         used = [i for i, amounts in enumerate(self._amounts) if len(amounts)]  # a source may have lost all it had
         found = passes(
             [float(self._amounts[i].sum()) for i in used],
@@ -42,13 +42,13 @@ class EpochBlend:
             [sources[i].max_epochs for i in used],
             blend,
         )
-        self.passes = [0.0] * len(corpora)
+        self.passes = [0.0] * len(parts)
         """How many times each source is seen in an epoch."""
         for i, times in zip(used, found, strict=True):
             self.passes[i] = times
             if not len(choose([self._amounts[i]], [times], seed=seed, epoch=0)[0]):
                 raise UserError(
-                    f"data.sources.{corpora[i].name}.weight: {sources[i].weight} of {len(self._amounts[i])} examples "
+                    f"data.sources.{parts[i].name}.weight: {sources[i].weight} of {len(self._amounts[i])} examples "
                     "is less than one example; raise the weight, or remove the source"
                 )
 
@@ -62,28 +62,27 @@ class EpochBlend:
         """What shares are counted in: tokens if the weights are passes over the sources."""
         return "tokens" if self._blend.by == "epochs" else self._blend.by
 
-    def examples_of(self, epoch: int) -> EpochExamples:
+    def epoch_examples(self, epoch: int) -> EpochExamples:
         """Return the examples of an epoch, source by source."""
         chosen = choose(self._amounts, self.passes, seed=self._seed, epoch=epoch)
-        numbers = [
-            corpus.examples[mine] + first
-            for corpus, mine, first in zip(self.parts, chosen, self.corpora.firsts, strict=False)
-        ]
+        parts, firsts = self.examples.parts, self.examples.firsts
+        numbers = [part.indices[mine] + first for part, mine, first in zip(parts, chosen, firsts, strict=False)]
         return self.all_examples.take(np.concatenate(numbers))
 
     @functools.cached_property
     def all_examples(self) -> EpochExamples:
-        """Every example of every source once, those that are not kept too."""
-        amounts = np.zeros(len(self.corpora.kept))
-        for corpus, first in zip(self.parts, self.corpora.firsts, strict=False):
-            amounts[corpus.examples + first] = corpus.amounts(self.unit)
-        sources = np.repeat(np.arange(len(self.parts)), np.diff(self.corpora.firsts))
-        return EpochExamples(np.arange(len(amounts)), sources, self.corpora.kept, amounts)
+        """Every example of every source once, in order, including those that are not in the split."""
+        parts, firsts, kept = self.examples.parts, self.examples.firsts, self.examples.kept
+        amounts = np.zeros(len(kept))
+        for part, first in zip(parts, firsts, strict=False):
+            amounts[part.indices + first] = part.amounts(self.unit)
+        sources = np.repeat(np.arange(len(parts)), np.diff(firsts))
+        return EpochExamples(np.arange(len(kept)), sources, kept, amounts)
 
     def wanted_shares(self) -> list[float]:
         """Return the share of an epoch that the weights ask for, for each source; 0 to 1, in `unit`."""
         sums = [
             float(corpus.amounts(self.unit).sum()) * times
-            for corpus, times in zip(self.parts, self.passes, strict=True)
+            for corpus, times in zip(self.examples.parts, self.passes, strict=True)
         ]
         return [amount / max(sum(sums), 1e-300) for amount in sums]

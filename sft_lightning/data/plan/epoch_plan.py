@@ -163,7 +163,7 @@ def plan_epoch(
         rows = _order(rows, chosen, packing, rows_per_step, shuffle)
         if packing == "best_fit" and largest_deviation(source_amounts(rows, chosen)) > 1:
             rows = _order(_best_fit(chosen, max_length, full=0.0), chosen, packing, rows_per_step, shuffle)
-    rows = rows.of(chosen.examples)
+    rows = rows.renumbered(chosen.examples)
     return EpochPlan(rows, rows.sums(weigh(rows.documents)), rows_per_step)
 
 
@@ -184,19 +184,19 @@ def _best_fit(chosen: EpochExamples, max_length: int, full: float = 0.95) -> Row
     loose: list[Longs] = []
     for source in np.unique(chosen.sources):
         members = np.flatnonzero(chosen.sources == source)
-        rows = best_fit(chosen.lengths[members], max_length).of(members)
+        rows = best_fit(chosen.lengths[members], max_length).renumbered(members)
         is_full = rows.lengths >= full * max_length
         filled.append(rows.take(np.flatnonzero(is_full)))
         loose.append(rows.take(np.flatnonzero(~is_full)).documents[:, 0])
     together = np.concatenate(loose)
-    return join_rows([*filled, best_fit(chosen.lengths[together], max_length).of(together)])
+    return join_rows([*filled, best_fit(chosen.lengths[together], max_length).renumbered(together)])
 
 
 def _concat(chosen: EpochExamples, max_length: int) -> Rows:
     """Write the examples one after the other, the sources taking turns."""
     if chosen.sources.any():
         turns = take_turns(_one_hot(chosen.amounts, chosen.sources), chosen.sources)
-        return concat(chosen.lengths[turns], max_length).of(turns)
+        return concat(chosen.lengths[turns], max_length).renumbered(turns)
     return concat(chosen.lengths, max_length)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from sft_lightning.data.plan.blending import largest_deviation
 from sft_lightning.data.plan.epoch_blend import EpochBlend
 from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Packing, plan_epoch, source_amounts
-from sft_lightning.data.plan.split_examples import Corpora, Corpus
+from sft_lightning.data.plan.split_examples import SplitExamples
 from sft_lightning.data.sources.report import DataReport
 
 
@@ -35,8 +35,8 @@ class EpochPlanner:
     def plan(self, epoch: int) -> EpochPlan:
         """Return the plan of an epoch."""
         return plan_epoch(
-            self.blend.examples_of(epoch),
-            self.blend.corpora.weigh,
+            self.blend.epoch_examples(epoch),
+            self.blend.examples.weigh,
             packing=self._packing,
             max_length=self._max_length,
             rows_per_step=self._rows_per_step,
@@ -45,7 +45,7 @@ class EpochPlanner:
 
     def report(self, report: DataReport) -> None:
         """Write into a report what the rows of the first epoch hold, and the share of each source."""
-        plan, parts = self.plan(0), self.blend.parts
+        plan, parts = self.plan(0), self.blend.examples.parts
         tokens = int(plan.rows.lengths.sum())
         report.rows, report.optimizer_steps = plan.num_rows, plan.num_steps
         report.fill = tokens / max(1, plan.num_rows * self._max_length)
@@ -54,24 +54,24 @@ class EpochPlanner:
         report.largest_deviation = largest_deviation(amounts)
         delivered = np.zeros(len(parts))  # of the last sources too, which may have lost all they had
         delivered[: amounts.shape[1]] = amounts.sum(axis=0) / max(amounts.sum(), 1e-300)
-        for corpus, wanted, share in zip(parts, self.blend.wanted_shares(), delivered.tolist(), strict=True):
-            source = report.sources[f"train/{corpus.name}"]
+        for part, wanted, share in zip(parts, self.blend.wanted_shares(), delivered.tolist(), strict=True):
+            source = report.sources[f"train/{part.name}"]
             source.wanted, source.delivered = wanted, share
 
 
-def plan_evaluation(corpus: Corpus, *, packing: Packing, max_length: int, rows_per_step: int) -> EpochPlan:
-    """Plan every example of a corpus once, in order.
+def plan_evaluation(part: SplitExamples, *, packing: Packing, max_length: int, rows_per_step: int) -> EpochPlan:
+    """Plan every example of one source once, in order.
 
     Args:
-        corpus: What is evaluated on.
+        part: The examples to evaluate on.
         packing: How examples share rows.
         max_length: Tokens per row.
         rows_per_step: Rows that all ranks take together.
     """
-    examples, lengths = corpus.examples, corpus.kept[corpus.examples]
+    indices, lengths = part.indices, part.kept[part.indices]
     return plan_epoch(
-        EpochExamples(examples, np.zeros_like(examples), lengths, lengths.astype(np.float64)),
-        Corpora([corpus]).weigh,
+        EpochExamples(indices, np.zeros_like(indices), lengths, lengths.astype(np.float64)),
+        part.store.weigh,
         packing=packing,
         max_length=max_length,
         rows_per_step=rows_per_step,

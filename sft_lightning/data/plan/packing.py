@@ -46,8 +46,8 @@ class Rows(NamedTuple):
         picked = np.arange(starts[-1]) + np.repeat(self.starts[:-1][order] - starts[:-1], counts)
         return Rows(self.documents[picked], starts)
 
-    def of(self, examples: Longs) -> Rows:
-        """Return the same rows with `examples[i]` wherever the example is i."""
+    def renumbered(self, examples: Longs) -> Rows:
+        """Return the same rows with example i renamed to `examples[i]`."""
         documents = self.documents.copy()
         documents[:, 0] = examples[documents[:, 0]]
         return Rows(documents, self.starts)

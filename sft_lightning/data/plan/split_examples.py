@@ -1,12 +1,12 @@
-"""Token stores → the examples of a split: which records are in, how much of each example is kept, all counted."""
+"""Token stores → the examples of a split: which records are in it, how much of each example is kept, all counted."""
 
 from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,13 @@ import xxhash
 from sft_lightning.data.plan.blending import BlendUnit
 from sft_lightning.data.plan.splits import Mask
 from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
+from sft_lightning.data.tokens.flat_examples import FlatExamples
 from sft_lightning.data.tokens.record_log import REWRITTEN
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.store_cache import Prepared
+from sft_lightning.data.tokens.tokenization import Longs
 from sft_lightning.errors import UserError
 from sft_lightning.types import TokenizedExample
-
-Longs = npt.NDArray[np.int64]
 
 Overlong = Literal["error", "drop", "truncate"]
 
@@ -34,7 +34,7 @@ class LengthLimits:
     """Tokens per row."""
 
     min_length: int = 0
-    """Tokens below which an example is dropped."""
+    """Examples with fewer tokens are dropped."""
 
     overlong: Overlong = "error"
     """What to do with an example that is longer than a row."""
@@ -44,121 +44,145 @@ class LengthLimits:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What a split has of one source."""
+class SplitExamples:
+    """The examples that a split has of one source."""
 
     name: str
+    """The source's name in the YAML."""
+
     store: TokenStore
+    """All N examples of the source."""
+
     kept: Longs
-    """Tokens kept of each example of the store, (N,); 0 for one that is not in."""
+    """Tokens kept of each example of the store, (N,); 0 for an example that is not in the split."""
 
     report: SourceReport
+    """Counts."""
 
     content: str
     """Checksums of the tokens and weights."""
 
     @property
-    def examples(self) -> Longs:
-        """The examples that are in, as indices into the store."""
+    def indices(self) -> Longs:
+        """The examples that are in the split, as indices into the store."""
         return np.flatnonzero(self.kept)
 
     def amounts(self, unit: BlendUnit) -> npt.NDArray[np.float64]:
-        """Return what each example that is in counts, in the blend's unit."""
-        examples = self.examples
+        """Return what each example of the split counts in a unit of the blend, (len(indices),)."""
+        indices = self.indices
         if unit == "supervised_tokens":
-            return self.store.supervise(whole(examples, self.kept[examples])).astype(np.float64)
-        return self.kept[examples].astype(np.float64) if unit == "tokens" else np.ones(len(examples))
+            return self.store.supervise(first_tokens(indices, self.kept[indices])).astype(np.float64)
+        return self.kept[indices].astype(np.float64) if unit == "tokens" else np.ones(len(indices))
 
 
-class Corpora:
-    """Several corpora seen as one; examples are counted through all of them.
+class JoinedExamples:
+    """The examples of several sources, numbered through all of them: N examples of every store.
 
     Args:
-        corpora: The corpora, in the order of the sources.
+        parts: The examples of each source, in the order of the sources.
     """
 
-    def __init__(self, corpora: Sequence[Corpus]) -> None:
-        self._corpora = corpora
-        self.firsts = np.cumsum([0, *(len(corpus.kept) for corpus in corpora)])
-        """Where each corpus starts, and the end of the last."""
-        self.kept = np.concatenate([corpus.kept for corpus in corpora])
+    def __init__(self, parts: Sequence[SplitExamples]) -> None:
+        self.parts = parts
+        self.firsts = np.cumsum([0, *(len(part.kept) for part in parts)])
+        """The number of each source's first example, and N, (sources + 1,)."""
+        self.kept = np.concatenate([part.kept for part in parts])
         """Tokens kept of each example, (N,)."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of all tokens and of how much of each example is kept."""
         digest = xxhash.xxh3_128()
-        for corpus in self._corpora:
-            digest.update(corpus.content.encode())
-            digest.update(np.ascontiguousarray(corpus.kept).data)
+        for part in self.parts:
+            digest.update(part.content.encode())
+            digest.update(np.ascontiguousarray(part.kept).data)
         return digest.hexdigest()
 
     def example(self, index: int, start: int, stop: int) -> TokenizedExample:
-        """Return tokens `start` to `stop` of an example."""
-        number = self._number(index)
-        return self._corpora[number].store.example(index - int(self.firsts[number]), start, stop)
+        """Return tokens of an example.
+
+        Args:
+            index: Number of the example.
+            start: Its first token to take.
+            stop: Its first token not to take.
+        """
+        part, first = self._part_of(index)
+        return part.store.example(index - first, start, stop)
 
     def record(self, index: int) -> tuple[str, int]:
-        """Return the source of an example, and the index of the record that it was made of."""
-        number = self._number(index)
-        corpus = self._corpora[number]
-        return corpus.name, int(corpus.store.records[index - int(self.firsts[number])])
+        """Return the source of an example, and the index of the record that it was made from."""
+        part, first = self._part_of(index)
+        return part.name, int(part.store.records[index - first])
 
-    def _number(self, index: int) -> int:
-        return int(np.searchsorted(self.firsts, index, side="right")) - 1
+    def _part_of(self, index: int) -> tuple[SplitExamples, int]:
+        """Return the source that an example is from, and the number of the source's first example."""
+        part = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        return self.parts[part], int(self.firsts[part])
 
     def weigh(self, documents: Longs) -> npt.NDArray[np.float64]:
-        """Return the loss weight that each document contributes, (D,); see `TokenStore.weigh`."""
+        """Return the loss weight that each document contributes, (D,); see `FlatExamples.weigh`."""
         weights = np.zeros(len(documents))
-        for corpus, first, end in zip(self._corpora, self.firsts[:-1], self.firsts[1:], strict=True):
+        for part, first, end in zip(self.parts, self.firsts[:-1], self.firsts[1:], strict=True):
             mine = (documents[:, 0] >= first) & (documents[:, 0] < end)
-            weights[mine] = corpus.store.weigh(documents[mine] - [first, 0, 0])
+            weights[mine] = part.store.weigh(documents[mine] - [first, 0, 0])
         return weights
 
 
-def whole(examples: Longs, lengths: Longs) -> Longs:
-    """Return the documents that examples make from their first token to `lengths`, (len(examples), 3)."""
+def first_tokens(examples: Longs, lengths: Longs) -> Longs:
+    """Return the documents that the first tokens of examples are: (example, 0, length) of each, (N, 3).
+
+    Args:
+        examples: Which examples, (N,).
+        lengths: Tokens to take of each, (N,).
+    """
     return np.stack([examples, np.zeros_like(examples), lengths], axis=1)
 
 
-def make_corpus(
+def select_examples(
     name: str, split: str, prepared: Prepared, members: Mask, limits: LengthLimits, locate: Callable[[int], str]
-) -> Corpus:
-    """Select a split's examples of a source, apply the limits, and count.
+) -> SplitExamples:
+    """Select the examples that a split has of a source, apply the limits, and count.
 
     Args:
         name: The source's name.
         split: train, val or test.
         prepared: The source, tokenized.
-        members: Which records are in.
+        members: Which records are in the split, (records,).
         limits: Which lengths are kept.
-        locate: Index of a record → where it stands; reads the source, so called only where nothing else can say.
+        locate: Index of a record → its file and line. It reads the source, so it is called only for messages.
 
     Raises:
         UserError: If an example is too long and `limits.overlong` is `error`.
     """
     store = prepared.store
     lengths = np.where(members[store.records], store.lengths, 0) if len(store) else store.lengths
-    report = _report_records(split, prepared, members, locate)
-    report.set_lengths(lengths[lengths > 0])
-    kept = _shorten(store, lengths, limits, report, locate)
-    supervised = store.supervise(whole(np.arange(len(store)), kept))
-    _count_drops(report, "no_supervised_tokens", (kept > 0) & (supervised == 0))
-    kept = np.where(supervised == 0, 0, kept)
-    supervised = np.where(kept == 0, 0, supervised)
-    report.examples = int((kept > 0).sum())
-    report.tokens = int(kept.sum())
-    report.supervised_tokens = int(supervised.sum())
-    report.supervised_tokens_lost = int(store.supervised[lengths > 0].sum() - supervised.sum())
-    content = [
-        prepared.facts["files"][file]["xxh3_128"] for file in ("input_ids.bin", "loss_weights.bin", "lengths.bin")
-    ]
-    return Corpus(name, store, kept, report, " ".join(content))
+    report = report_records(
+        split, prepared.facts, store.marks, store.records, members, locate if prepared.moved else None
+    )
+    kept = apply_limits(store, lengths, limits, report, lambda example: locate(int(store.records[example])))
+    files = prepared.facts["files"]
+    content = [files[file]["xxh3_128"] for file in ("input_ids.bin", "loss_weights.bin", "lengths.bin")]
+    return SplitExamples(name, store, kept, report, " ".join(content))
 
 
-def _report_records(split: str, prepared: Prepared, members: Mask, locate: Callable[[int], str]) -> SourceReport:
-    """Count what became of the records of a split when examples were made of them."""
-    facts, marks = prepared.facts, prepared.store.marks
+def report_records(
+    split: str,
+    facts: Mapping[str, Any],
+    marks: npt.NDArray[np.uint32],
+    records: Longs,
+    members: Mask,
+    locate: Callable[[int], str] | None = None,
+) -> SourceReport:
+    """Count what became of the records of a split when examples were made from them.
+
+    Args:
+        split: train, val or test.
+        facts: The record log's facts, see `RecordLog.facts`.
+        marks: What happened to each record, a bit for each of the log's codes, (records,).
+        records: The record that each example was made from, (N,).
+        members: Which records are in the split, (records,).
+        locate: Index of a record → its file and line, if the places in `facts` are out of date.
+    """
     report = SourceReport(split, facts["format"], records=int(members.sum()))
     counts = {
         code: int((((marks >> np.uint32(bit)) & np.uint32(1)).astype(bool) & members).sum())
@@ -167,26 +191,52 @@ def _report_records(split: str, prepared: Prepared, members: Mask, locate: Calla
     report.rewritten_records = counts.pop(REWRITTEN, 0)
     if report.rewritten_records:
         rewritten = (marks >> np.uint32(facts["codes"].index(REWRITTEN))) & np.uint32(1)
-        report.rewritten_examples = int((rewritten.astype(bool) & members)[prepared.store.records].sum())
+        report.rewritten_examples = int((rewritten.astype(bool) & members)[records].sum())
     report.dropped = Counter({code: counts.pop(code) for code in facts["dropped"] if counts[code]})
     report.repairs = Counter({code: count for code, count in counts.items() if count})
     for reason, places in facts["dropped_at"].items():
         mine = [(index, place) for index, place in places if members[index]][:MAX_LOCATIONS]
         if mine:
-            report.dropped_at[reason] = [locate(index) if prepared.moved else place for index, place in mine]
+            report.dropped_at[reason] = [place if locate is None else locate(index) for index, place in mine]
     return report
 
 
-def _shorten(
-    store: TokenStore, lengths: Longs, limits: LengthLimits, report: SourceReport, locate: Callable[[int], str]
+def apply_limits(
+    examples: FlatExamples, lengths: Longs, limits: LengthLimits, report: SourceReport, locate: Callable[[int], str]
 ) -> Longs:
-    """Return how much of each example the limits leave."""
+    """Return how many tokens of each example are kept, (N,), and write the counts into the report.
+
+    Args:
+        examples: N examples.
+        lengths: Tokens of each, (N,); 0 for an example that is not in the split.
+        limits: Which lengths are kept.
+        report: Gets lengths, drops, cuts, examples and tokens.
+        locate: Index of an example → file and line of its record.
+
+    Raises:
+        UserError: If an example is too long and `limits.overlong` is `error`.
+    """
+    report.set_lengths(lengths[lengths > 0])
+    kept = _cut_or_drop(lengths, limits, report, locate)
+    supervised = examples.supervise(first_tokens(np.arange(len(examples)), kept))
+    _count_drops(report, "no_supervised_tokens", (kept > 0) & (supervised == 0))
+    kept = np.where(supervised == 0, 0, kept)
+    supervised = np.where(kept == 0, 0, supervised)
+    report.examples = int((kept > 0).sum())
+    report.tokens = int(kept.sum())
+    report.supervised_tokens = int(supervised.sum())
+    report.supervised_tokens_lost = int(examples.supervised[lengths > 0].sum() - supervised.sum())
+    return kept
+
+
+def _cut_or_drop(lengths: Longs, limits: LengthLimits, report: SourceReport, locate: Callable[[int], str]) -> Longs:
+    """Return how many tokens of each example the limits leave, (N,)."""
     too_short = (lengths > 0) & (lengths < limits.min_length)
     _count_drops(report, "too_short", too_short)
     lengths = np.where(too_short, 0, lengths)
     overlong = lengths > limits.max_length
     if limits.cuts_examples or not overlong.any():
-        return lengths  # cut by the plan, and nothing is lost
+        return lengths
     if limits.overlong == "drop":
         _count_drops(report, "overlong", overlong)
         return np.where(overlong, 0, lengths)
@@ -195,9 +245,9 @@ def _shorten(
         return np.minimum(lengths, limits.max_length)
     longest = int(lengths.argmax())
     raise UserError(
-        f"{locate(int(store.records[longest]))}: {lengths[longest]} tokens, but data.max_length is "
-        f"{limits.max_length}; {int(overlong.sum())} of {int((lengths > 0).sum())} examples are longer. Set "
-        f"data.max_length to at least {lengths[longest]}, or data.overlong to drop or truncate"
+        f"{locate(longest)}: {lengths[longest]} tokens, but data.max_length is {limits.max_length}; "
+        f"{int(overlong.sum())} of {int((lengths > 0).sum())} examples are longer. Set data.max_length to at least "
+        f"{lengths[longest]}, or data.overlong to drop or truncate"
     )
 
 

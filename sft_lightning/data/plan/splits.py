@@ -72,7 +72,9 @@ def check_part(data_split: str, part: int) -> list[float]:
     return proportions
 
 
-def stage(num_records: int, data_split: str, part: int, *, seed: int, compat: Compat | None = None) -> list[int]:
+def stage_records(
+    num_records: int, data_split: str, part: int, *, seed: int, compat: Compat | None = None
+) -> list[int]:
     """Return the records of one stage of training, as indices; the stages are disjoint and together everything.
 
     With `compat="deepspeed_chat"` sizes and members are those of DeepSpeed-Chat (`get_raw_dataset_split_index` in

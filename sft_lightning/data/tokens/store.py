@@ -17,10 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sft_lightning.data.tokens.tokenization import TokenizedBatch
-from sft_lightning.types import TokenizedExample
-
-Longs = npt.NDArray[np.int64]
+from sft_lightning.data.tokens.flat_examples import FlatExamples, starts_of, summarize
+from sft_lightning.data.tokens.tokenization import Longs, TokenizedBatch
 
 MANIFEST = "manifest.json"
 
@@ -30,98 +28,14 @@ class DamagedStoreError(Exception):
 
 
 @dataclass(frozen=True)
-class TokenStore:
-    """All examples of a source, one after the other."""
-
-    input_ids: npt.NDArray[np.int32]
-    """Token ids of all examples, (T,)."""
-
-    loss_weights: npt.NDArray[np.float32]
-    """Loss weight of each token, (T,)."""
-
-    lengths: Longs
-    """Tokens of each example, (N,)."""
+class TokenStore(FlatExamples):
+    """All examples of a source, the records they were made from, and what became of every record."""
 
     records: Longs
     """The record that each example was made of, counted from 0 in the order of reading, (N,)."""
 
-    supervised: Longs
-    """Tokens with a loss of each example, (N,). A document's first token never has one: nothing stands before it to
-    predict it from."""
-
-    weights: npt.NDArray[np.float64]
-    """Loss weight of each example's supervised tokens together, (N,)."""
-
-    starts: Longs
-    """Where each example starts, (N,)."""
-
     marks: npt.NDArray[np.uint32]
     """What happened to each record when examples were made of it, a bit for each of the log's codes, (records,)."""
-
-    @classmethod
-    def of(cls, batch: TokenizedBatch, records: Longs, marks: npt.NDArray[np.uint32]) -> TokenStore:
-        """Keep examples in memory."""
-        lengths, supervised, weights = summarize(batch)
-        starts = starts_of(lengths)
-        return cls(batch.input_ids, batch.loss_weights, lengths, records, supervised, weights, starts, marks)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def example(self, index: int, start: int, stop: int) -> TokenizedExample:
-        """Return tokens `start` to `stop` of an example."""
-        first = int(self.starts[index])
-        part = slice(first + start, first + stop)
-        return TokenizedExample(self.input_ids[part], self.loss_weights[part])
-
-    def weigh(self, documents: Longs) -> npt.NDArray[np.float64]:
-        """Return the loss weight that each document contributes, (D,).
-
-        Args:
-            documents: Example, first token and end of each, (D, 3).
-        """
-        weights = self.weights[documents[:, 0]]
-        for row in self._partial(documents):
-            weights[row] = float(self._after_first(documents[row]).sum(dtype=np.float64))
-        return weights
-
-    def supervise(self, documents: Longs) -> Longs:
-        """Return how many tokens of each document have a loss, (D,).
-
-        Args:
-            documents: Example, first token and end of each, (D, 3).
-        """
-        supervised = self.supervised[documents[:, 0]]
-        for row in self._partial(documents):
-            supervised[row] = int((self._after_first(documents[row]) > 0).sum())
-        return supervised
-
-    def _partial(self, documents: Longs) -> list[int]:
-        """Return the rows of the documents that are not whole examples; the sums of those are known."""
-        whole = (documents[:, 1] == 0) & (documents[:, 2] == self.lengths[documents[:, 0]])
-        rows: list[int] = np.flatnonzero(~whole).tolist()
-        return rows
-
-    def _after_first(self, document: Longs) -> npt.NDArray[np.float32]:
-        index, start, stop = document.tolist()
-        first = int(self.starts[index])
-        return self.loss_weights[first + start + 1 : first + stop]
-
-
-def starts_of(lengths: Longs) -> Longs:
-    """Return where each example starts, given how long each is."""
-    return np.cumsum(lengths) - lengths
-
-
-def summarize(batch: TokenizedBatch) -> tuple[Longs, Longs, npt.NDArray[np.float64]]:
-    """Return length, supervised tokens and loss weight of each example, all (N,)."""
-    weights = batch.loss_weights.astype(np.float64)
-    starts = starts_of(batch.counts)
-    weights[starts[batch.counts > 0]] = 0.0
-    before = np.concatenate([[0.0], np.cumsum(weights)])
-    supervised = np.concatenate([[0], np.cumsum(weights > 0)])
-    ends = starts + batch.counts
-    return batch.counts, supervised[ends] - supervised[starts], before[ends] - before[starts]
 
 
 _TYPES: Mapping[str, type[np.generic]] = {

@@ -53,7 +53,7 @@ def check_pairs(run: Run, small: SmallData) -> Check:
     data.setup("fit")
     plan = data.plan(0)
     row = max((plan.row(each).tolist() for each in range(plan.num_rows)), key=len)
-    examples = [(document[0], data.blend.corpora.example(*document)) for document in row]
+    examples = [(document[0], data.blend.examples.example(*document)) for document in row]
     pairs = [(number, example) for number, example in examples if isinstance(example, PairExample)]
     module = run.module.to(run.device)
     if not isinstance(module, DPOModule):

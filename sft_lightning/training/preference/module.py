@@ -11,8 +11,9 @@ from peft import PeftModel
 
 from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.compat.transformers import attention_of
+from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.collate import PairBatch
-from sft_lightning.data.pairs.datamodule import PairDataModule, PairPart
+from sft_lightning.data.pairs.kind import PairPart, Pairs, pair_parts, reference_folder
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.base.quantization import without_int8_outliers
@@ -95,11 +96,10 @@ class DPOModule(CausalLMModule):
             self._start = weight_fingerprint(self.language_model)
 
     @property
-    def _pairs(self) -> PairDataModule:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, PairDataModule):
-            raise UserError("DPOModule takes its pairs from a PairDataModule; give the trainer one")
-        return datamodule
+    def _pairs(self) -> SFTDataModule:
+        if not isinstance(self._data.kind, Pairs):
+            raise UserError("DPOModule takes pairs from its datamodule; make it as SFTDataModule(spec, Pairs)")
+        return self._data
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -119,7 +119,7 @@ class DPOModule(CausalLMModule):
         self.layout = replace(data.layout, share_prompts=reason is None)
         if reason is not None:
             rank_zero_info(f"prompts: with each answer ({reason})")
-        elif "train" in data.splits:
+        elif "train" in data.reader.read:
             rank_zero_info(f"prompts: once for both answers, {shared_fraction(data):.0%} fewer tokens to compute")
 
     @torch.no_grad()
@@ -147,10 +147,10 @@ class DPOModule(CausalLMModule):
         """See to it that every pair's reference log-probabilities are there, as of the model before training."""
         if self._reference is None or self._reference.kind == "adapter_off":
             return
-        if set(self._of_parts) == set(self._pairs.splits):
+        if set(self._of_parts) == set(self._pairs.reader.read):
             return  # found before
         of_parts: dict[str, list[torch.Tensor]] = {}
-        for part in self._pairs.parts():
+        for part in pair_parts(self._pairs):
             key = table_key(self._start, part.content, str(self.trainer.precision), self.spec.attn_implementation)
             key = self.trainer.strategy.broadcast(key)  # of sharded models every rank has another fingerprint
             if key not in self._tables:
@@ -162,7 +162,7 @@ class DPOModule(CausalLMModule):
 
     def _find_table(self, part: PairPart, key: str) -> torch.Tensor:
         """Return the log-probabilities of a part's pairs, from the disk or from the model, (pairs, 2)."""
-        folder, writes = self._pairs.reference_dir, self.trainer.is_global_zero
+        folder, writes = reference_folder(self._pairs), self.trainer.is_global_zero
         table = self.trainer.strategy.broadcast(load_table(folder, key, part.num_pairs) if writes else None)
         if table is not None:
             return table

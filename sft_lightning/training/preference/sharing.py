@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.collate import PairBatch, collate_pairs
-from sft_lightning.data.pairs.datamodule import PairDataModule
 from sft_lightning.data.pairs.store import PairExample, share_prompt
 
 _PROMPT, _ANSWER = 48, 16
@@ -86,11 +86,11 @@ def _pair(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> PairE
     return PairExample(np.concatenate(ids), np.concatenate(weights), len(prompt) + len(chosen), 1.0)
 
 
-def shared_fraction(data: PairDataModule) -> float:
+def shared_fraction(data: SFTDataModule) -> float:
     """Return the share of tokens that is not computed a second time, of the first pairs of the first epoch."""
     tokens = saved = 0
     for document in data.plan(0).documents[:_PAIRS_LOOKED_AT].tolist():
-        pair = data.blend.corpora.example(*document)
+        pair = data.blend.examples.example(*document)
         shared = share_prompt(pair) if isinstance(pair, PairExample) else None
         tokens += len(pair.input_ids)
         saved += 0 if shared is None else shared.shared.common

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from sft_lightning.data.batches.loader import EvaluationLoader, TrainLoader
+from sft_lightning.data.batches.loader import Document, EvaluationLoader, TrainLoader
 from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Topology, plan_epoch
+from sft_lightning.types import TokenizedExample
 
 
 def plan(epoch: int, rows: int = 13, rows_per_step: int = 4) -> EpochPlan:
@@ -17,12 +19,22 @@ def plan(epoch: int, rows: int = 13, rows_per_step: int = 4) -> EpochPlan:
     )  # fmt: skip
 
 
-def collate(made: EpochPlan, rows: list[int], denominator: float) -> Any:
-    return ([int(made.documents[row, 0]) for row in rows], denominator)
+class Numbered:
+    """Examples whose only token is their number."""
+
+    def example(self, index: int, start: int, stop: int) -> TokenizedExample:
+        assert (start, stop) == (0, 1)
+        return TokenizedExample(np.array([index], np.int32), np.ones(1, np.float32))
+
+
+def collate(rows: Sequence[Sequence[Document]], denominator: float) -> Any:
+    """Collate to the number of each row's example."""
+    assert all(document.number == document.tokens.input_ids[0] for row in rows for document in row)
+    return [document.number for row in rows for document in row], denominator
 
 
 def train_loader(batch_size: int = 2, accumulate: int = 2) -> TrainLoader:
-    return TrainLoader(plan, Topology(batch_size=batch_size, accumulate=accumulate), collate)
+    return TrainLoader(plan, Topology(batch_size=batch_size, accumulate=accumulate), Numbered(), collate)
 
 
 def test_an_epoch_has_every_row_once_in_the_plans_order() -> None:
@@ -62,6 +74,6 @@ def test_a_new_epoch_starts_at_its_first_row_with_another_order() -> None:
 
 
 def test_evaluation_starts_over_each_time() -> None:
-    loader = EvaluationLoader(plan(0), Topology(batch_size=4), collate)
+    loader = EvaluationLoader(plan(0), Topology(batch_size=4), Numbered(), collate)
     assert [rows for rows, _ in loader] == [rows for rows, _ in loader]
     assert len(loader) == 4

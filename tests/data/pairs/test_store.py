@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sft_lightning.data.pairs.store import Shortening, pair_store, shorten
+from sft_lightning.data.tokens.flat_examples import flat_examples
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
 
@@ -14,7 +15,8 @@ def make_store(*examples: tuple[int, int], weight: float = 1.0) -> TokenStore:
     weights = np.concatenate([[0.0] * prompt + [weight] * answer for prompt, answer in examples]).astype(np.float32)
     ids = np.arange(counts.sum(), dtype=np.int32)
     records = np.arange(len(examples)) // 2
-    return TokenStore.of(TokenizedBatch(ids, weights, counts), records, np.zeros(len(examples) // 2, np.uint32))
+    marks = np.zeros(len(examples) // 2, np.uint32)
+    return TokenStore(**vars(flat_examples(TokenizedBatch(ids, weights, counts))), records=records, marks=marks)
 
 
 @pytest.mark.parametrize(

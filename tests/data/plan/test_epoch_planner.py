@@ -9,33 +9,34 @@ import pytest
 from sft_lightning.data.plan.blending import BlendConfig
 from sft_lightning.data.plan.epoch_blend import EpochBlend
 from sft_lightning.data.plan.epoch_planner import EpochPlanner
-from sft_lightning.data.plan.split_examples import Corpus
+from sft_lightning.data.plan.split_examples import SplitExamples
 from sft_lightning.data.sources.report import DataReport, SourceReport
 from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.tokens.flat_examples import flat_examples
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
 from sft_lightning.errors import UserError
 
 
-def corpus(name: str, count: int, *, seed: int = 0, longest: int = 60) -> Corpus:
+def part(name: str, count: int, *, seed: int = 0, longest: int = 60) -> SplitExamples:
     """Examples of random lengths, half of each supervised."""
     lengths = np.random.default_rng(seed).integers(4, longest, count)
     weights = np.concatenate([np.arange(n) >= n // 2 for n in lengths] or [np.zeros(0)]).astype(np.float32)
     batch = TokenizedBatch(np.zeros(int(lengths.sum()), np.int32), weights, lengths)
-    store = TokenStore.of(batch, np.arange(count), np.zeros(count, np.uint32))
-    return Corpus(name, store, lengths, SourceReport("train"), content=f"{name} {seed}")
+    store = TokenStore(**vars(flat_examples(batch)), records=np.arange(count), marks=np.zeros(count, np.uint32))
+    return SplitExamples(name, store, lengths, SourceReport("train"), content=f"{name} {seed}")
 
 
-def planner(corpora: list[Corpus], weights: list[float], **options: Any) -> EpochPlanner:
-    caps = options.pop("max_epochs", [1.0] * len(corpora))
+def planner(parts: list[SplitExamples], weights: list[float], **options: Any) -> EpochPlanner:
+    caps = options.pop("max_epochs", [1.0] * len(parts))
     sources = [SourceConfig(path="x", weight=w, max_epochs=m) for w, m in zip(weights, caps, strict=True)]
     blend = BlendConfig(by=options.pop("by", "epochs"), temperature=options.pop("temperature", 1.0))
     seed = options.pop("seed", 0)
     defaults = {"packing": "best_fit", "max_length": 64, "rows_per_step": 4, "seed": seed}
-    return EpochPlanner(EpochBlend(corpora, sources, blend, seed), **{**defaults, **options})
+    return EpochPlanner(EpochBlend(parts, sources, blend, seed), **{**defaults, **options})
 
 
-BIG, SMALL = corpus("big", 300), corpus("small", 40, seed=1)
+BIG, SMALL = part("big", 300), part("small", 40, seed=1)
 
 
 def seen(made: EpochPlanner, epoch: int) -> list[Counter[int]]:
@@ -64,7 +65,7 @@ def test_the_first_epoch_has_the_shares_that_the_weights_ask_for(by: str, weight
     for source, share in zip((BIG, SMALL), shares.tolist(), strict=True):
         assert source.report.wanted == pytest.approx(share)
         assert source.report.delivered == pytest.approx(share, abs=0.03)
-    amounts = [corpus.amounts(by) for corpus in (BIG, SMALL)]  # type: ignore[arg-type]
+    amounts = [each.amounts(by) for each in (BIG, SMALL)]  # type: ignore[arg-type]
     delivered = [
         sum(float(amount[i]) * times for i, times in each.items())
         for amount, each in zip(amounts, seen(made, 0), strict=True)
@@ -117,7 +118,7 @@ def test_steps_weigh_what_their_examples_weigh(packing: str) -> None:
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
 def test_a_source_that_lost_all_its_examples_takes_no_part(packing: str) -> None:
-    empty = corpus("empty", 0)
+    empty = part("empty", 0)
     made = planner([empty, BIG], [5.0, 1.0], by="tokens", packing=packing)
     assert made.blend.passes == [0.0, 1.0]
     report = DataReport(sources={"train/empty": empty.report, "train/big": BIG.report})
@@ -126,7 +127,7 @@ def test_a_source_that_lost_all_its_examples_takes_no_part(packing: str) -> None
 
 
 def test_a_last_source_that_lost_all_its_examples_takes_no_part_either() -> None:
-    empty = corpus("empty", 0)
+    empty = part("empty", 0)
     made = planner([BIG, empty], [1.0, 5.0])
     report = DataReport(sources={"train/empty": empty.report, "train/big": BIG.report})
     made.report(report)

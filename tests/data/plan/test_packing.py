@@ -109,7 +109,7 @@ def test_rows_can_be_taken_in_any_order_and_more_than_once() -> None:
 
 
 def test_rows_can_speak_of_other_examples() -> None:
-    assert as_lists(ROWS.of(lengths(7, 8, 9)))[0] == [[7, 0, 3], [8, 0, 1]]
+    assert as_lists(ROWS.renumbered(lengths(7, 8, 9)))[0] == [[7, 0, 3], [8, 0, 1]]
     assert ROWS.documents[0].tolist() == [0, 0, 3]
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft_lightning.data.plan.split_examples import Corpora, Corpus, LengthLimits, make_corpus, whole
+from sft_lightning.data.plan.split_examples import (
+    JoinedExamples,
+    LengthLimits,
+    SplitExamples,
+    first_tokens,
+    select_examples,
+)
+from sft_lightning.data.tokens.flat_examples import flat_examples
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.store_cache import Prepared
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
@@ -34,7 +41,8 @@ def prepared(
         np.arange(sum(lengths), dtype=np.int32), np.array(weights, np.float32), np.array(lengths, np.int64)
     )
     where = np.array(records if records is not None else range(len(lengths)), np.int64)
-    store = TokenStore.of(batch, where, np.array(marks if marks is not None else [0] * len(lengths), np.uint32))
+    all_marks = np.array(marks if marks is not None else [0] * len(lengths), np.uint32)
+    store = TokenStore(**vars(flat_examples(batch)), records=where, marks=all_marks)
     facts: dict[str, Any] = {
         "format": "text",
         "codes": list(codes),
@@ -45,17 +53,17 @@ def prepared(
     return Prepared(Path("store"), store, facts, built=False)
 
 
-def corpus_of(source: Prepared, members: list[bool] | None = None, **limits: Any) -> Corpus:
+def selected(source: Prepared, members: list[bool] | None = None, **limits: Any) -> SplitExamples:
     chosen = np.array(members if members is not None else [True] * source.num_records, bool)
     options = LengthLimits(**{"max_length": 10, **limits})
-    return make_corpus("toy", "train", source, chosen, options, lambda index: f"f.json, record {index}")
+    return select_examples("toy", "train", source, chosen, options, lambda index: f"f.json, record {index}")
 
 
 def test_everything_that_fits_is_kept_and_counted() -> None:
-    corpus = corpus_of(prepared([3, 10, 5]))
-    assert corpus.kept.tolist() == [3, 10, 5]
-    assert corpus.examples.tolist() == [0, 1, 2]
-    report = corpus.report
+    part = selected(prepared([3, 10, 5]))
+    assert part.kept.tolist() == [3, 10, 5]
+    assert part.indices.tolist() == [0, 1, 2]
+    report = part.report
     assert (report.split, report.format, report.records, report.examples) == ("train", "text", 3, 3)
     assert (report.tokens, report.supervised_tokens, report.supervised_tokens_lost) == (18, 15, 0)
     assert (report.dropped, report.truncated, report.repairs) == ({}, 0, {})
@@ -63,74 +71,74 @@ def test_everything_that_fits_is_kept_and_counted() -> None:
 
 def test_only_the_examples_of_the_splits_records_are_in() -> None:
     source = prepared([3, 4, 5, 6], records=[0, 1, 1, 3], marks=[0, 0, 0, 0])
-    corpus = corpus_of(source, [False, True, True, False])
-    assert corpus.kept.tolist() == [0, 4, 5, 0]
-    assert (corpus.report.records, corpus.report.examples, corpus.report.tokens) == (2, 2, 9)
-    assert corpus.report.longest == 5
+    part = selected(source, [False, True, True, False])
+    assert part.kept.tolist() == [0, 4, 5, 0]
+    assert (part.report.records, part.report.examples, part.report.tokens) == (2, 2, 9)
+    assert part.report.longest == 5
 
 
 def test_an_overlong_example_is_an_error_that_names_the_record_and_the_length_needed() -> None:
     with pytest.raises(UserError) as error:
-        corpus_of(prepared([3, 12, 17, 11], records=[0, 1, 4, 5], marks=[0] * 6))
+        selected(prepared([3, 12, 17, 11], records=[0, 1, 4, 5], marks=[0] * 6))
     assert str(error.value).startswith("f.json, record 4: 17 tokens, but data.max_length is 10")
     assert "3 of 4 examples are longer" in str(error.value)
     assert "Set data.max_length to at least 17, or data.overlong to drop or truncate" in str(error.value)
 
 
 def test_an_overlong_example_of_another_split_is_no_error() -> None:
-    assert corpus_of(prepared([3, 12]), [True, False]).report.examples == 1
+    assert selected(prepared([3, 12]), [True, False]).report.examples == 1
 
 
 def test_overlong_examples_can_be_dropped() -> None:
-    corpus = corpus_of(prepared([3, 11, 10, 40]), overlong="drop")
-    assert corpus.kept.tolist() == [3, 0, 10, 0]
-    assert corpus.report.dropped == {"overlong": 2}
-    assert (corpus.report.truncated, corpus.report.supervised_tokens_lost) == (0, 10 + 39)
-    assert corpus.report.longest == 40  # lengths are those before any drop
+    part = selected(prepared([3, 11, 10, 40]), overlong="drop")
+    assert part.kept.tolist() == [3, 0, 10, 0]
+    assert part.report.dropped == {"overlong": 2}
+    assert (part.report.truncated, part.report.supervised_tokens_lost) == (0, 10 + 39)
+    assert part.report.longest == 40  # lengths are those before any drop
 
 
 def test_overlong_examples_can_be_cut_and_the_loss_is_counted() -> None:
-    corpus = corpus_of(prepared([3, 14, 10]), overlong="truncate")
-    assert corpus.kept.tolist() == [3, 10, 10]
-    assert (corpus.report.truncated, corpus.report.supervised_tokens_lost) == (1, 4)
-    assert (corpus.report.tokens, corpus.report.supervised_tokens) == (23, 2 + 9 + 9)
+    part = selected(prepared([3, 14, 10]), overlong="truncate")
+    assert part.kept.tolist() == [3, 10, 10]
+    assert (part.report.truncated, part.report.supervised_tokens_lost) == (1, 4)
+    assert (part.report.tokens, part.report.supervised_tokens) == (23, 2 + 9 + 9)
 
 
 def test_an_example_cut_before_its_answer_is_dropped_and_counted() -> None:
-    corpus = corpus_of(prepared([14, 14], prompts=[10, 9]), overlong="truncate")
-    assert corpus.kept.tolist() == [0, 10]
-    assert corpus.report.dropped == {"no_supervised_tokens": 1}
-    assert (corpus.report.truncated, corpus.report.supervised_tokens_lost) == (2, 4 + 4)
+    part = selected(prepared([14, 14], prompts=[10, 9]), overlong="truncate")
+    assert part.kept.tolist() == [0, 10]
+    assert part.report.dropped == {"no_supervised_tokens": 1}
+    assert (part.report.truncated, part.report.supervised_tokens_lost) == (2, 4 + 4)
 
 
 @pytest.mark.parametrize("cuts_examples", [True, False])
 def test_an_example_without_supervised_tokens_is_dropped_whatever_the_packing(cuts_examples: bool) -> None:
-    corpus = corpus_of(prepared([4, 5, 1], prompts=[4, 1, 0]), cuts_examples=cuts_examples)
-    assert corpus.kept.tolist() == [0, 5, 0]
-    assert corpus.report.dropped == {"no_supervised_tokens": 2}
+    part = selected(prepared([4, 5, 1], prompts=[4, 1, 0]), cuts_examples=cuts_examples)
+    assert part.kept.tolist() == [0, 5, 0]
+    assert part.report.dropped == {"no_supervised_tokens": 2}
 
 
 def test_examples_shorter_than_min_length_are_dropped_and_counted() -> None:
-    corpus = corpus_of(prepared([4, 5, 6, 2]), min_length=5)
-    assert corpus.kept.tolist() == [0, 5, 6, 0]
-    assert corpus.report.dropped == {"too_short": 2}
-    assert corpus.report.supervised_tokens_lost == 3 + 1
+    part = selected(prepared([4, 5, 6, 2]), min_length=5)
+    assert part.kept.tolist() == [0, 5, 6, 0]
+    assert part.report.dropped == {"too_short": 2}
+    assert part.report.supervised_tokens_lost == 3 + 1
 
 
 def test_min_and_max_length_are_both_inclusive() -> None:
-    corpus = corpus_of(prepared([5, 10, 15]), min_length=10, max_length=10, overlong="drop")
-    assert corpus.kept.tolist() == [0, 10, 0]
-    assert corpus.report.dropped == {"too_short": 1, "overlong": 1}
+    part = selected(prepared([5, 10, 15]), min_length=10, max_length=10, overlong="drop")
+    assert part.kept.tolist() == [0, 10, 0]
+    assert part.report.dropped == {"too_short": 1, "overlong": 1}
 
 
 def test_with_concat_nothing_is_too_long() -> None:
-    corpus = corpus_of(prepared([40, 3]), cuts_examples=True)
-    assert corpus.kept.tolist() == [40, 3]
-    assert (corpus.report.dropped, corpus.report.truncated) == ({}, 0)
+    part = selected(prepared([40, 3]), cuts_examples=True)
+    assert part.kept.tolist() == [40, 3]
+    assert (part.report.dropped, part.report.truncated) == ({}, 0)
 
 
 def test_percentiles_are_lengths_that_there_are() -> None:
-    report = corpus_of(prepared(list(range(2, 102))), max_length=200).report
+    report = selected(prepared(list(range(2, 102))), max_length=200).report
     assert (report.length_p50, report.length_p90, report.length_p99, report.longest) == (51, 91, 100, 101)
 
 
@@ -144,7 +152,7 @@ MARKED = {
 
 
 def test_what_became_of_records_is_counted_by_reason() -> None:
-    report = corpus_of(prepared([3, 4, 5, 6], **MARKED)).report
+    report = selected(prepared([3, 4, 5, 6], **MARKED)).report
     assert (report.records, report.examples) == (5, 4)
     assert report.dropped == {"no_answer": 2}
     assert report.dropped_at == {"no_answer": ["f.json, record 1", "f.json, record 3"]}
@@ -154,11 +162,11 @@ def test_what_became_of_records_is_counted_by_reason() -> None:
 
 def test_what_became_of_records_is_counted_by_split() -> None:
     source = prepared([3, 4, 5, 6], **MARKED)
-    first = corpus_of(source, [True, True, False, False, False]).report
+    first = selected(source, [True, True, False, False, False]).report
     assert (first.records, first.dropped, first.repairs) == (2, {"no_answer": 1}, {})
     assert first.dropped_at == {"no_answer": ["f.json, record 1"]}
     assert (first.rewritten_records, first.rewritten_examples) == (1, 2)
-    second = corpus_of(source, [False, False, True, False, True]).report
+    second = selected(source, [False, False, True, False, True]).report
     assert (second.records, second.dropped, second.repairs) == (2, {}, {"trailing_user": 2})
     assert second.dropped_at == {}
     assert (second.rewritten_records, second.rewritten_examples) == (0, 0)
@@ -169,44 +177,44 @@ def test_at_most_five_places_of_a_reason_are_kept() -> None:
     source = prepared(
         [], records=[], marks=[1] * 9, codes=("no_answer",), dropped=("no_answer",), dropped_at={"no_answer": places}
     )
-    report = corpus_of(source).report
+    report = selected(source).report
     assert report.dropped == {"no_answer": 9}
     assert report.dropped_at["no_answer"] == [place for _, place in places[:5]]
 
 
 def test_a_source_without_examples_has_none() -> None:
-    corpus = corpus_of(prepared([]), [])
-    assert len(corpus.examples) == len(corpus.amounts("tokens")) == corpus.report.tokens == corpus.report.longest == 0
+    part = selected(prepared([]), [])
+    assert len(part.indices) == len(part.amounts("tokens")) == part.report.tokens == part.report.longest == 0
 
 
 def test_amounts_are_in_the_blends_unit() -> None:
-    corpus = corpus_of(prepared([4, 14, 6], prompts=[1, 5, 2]), [True, True, False], overlong="truncate")
-    assert corpus.amounts("epochs").tolist() == corpus.amounts("examples").tolist() == [1, 1]
-    assert corpus.amounts("tokens").tolist() == [4, 10]
-    assert corpus.amounts("supervised_tokens").tolist() == [3, 5]
+    part = selected(prepared([4, 14, 6], prompts=[1, 5, 2]), [True, True, False], overlong="truncate")
+    assert part.amounts("epochs").tolist() == part.amounts("examples").tolist() == [1, 1]
+    assert part.amounts("tokens").tolist() == [4, 10]
+    assert part.amounts("supervised_tokens").tolist() == [3, 5]
 
 
 def test_the_content_is_that_of_the_tokens_and_weights() -> None:
-    assert corpus_of(prepared([3])).content == "input_ids loss_weights lengths"
+    assert selected(prepared([3])).content == "input_ids loss_weights lengths"
 
 
-def test_corpora_count_examples_through_all_of_them() -> None:
-    one, two = corpus_of(prepared([3, 4])), corpus_of(prepared([5, 12, 2]), overlong="truncate")
-    empty = corpus_of(prepared([]), [])
-    corpora = Corpora([one, empty, two])
-    assert corpora.kept.tolist() == [3, 4, 5, 10, 2]
-    assert corpora.firsts.tolist() == [0, 2, 2, 5]
-    assert corpora.example(1, 0, 4).input_ids.tolist() == [3, 4, 5, 6]
-    assert corpora.example(2, 1, 3).input_ids.tolist() == [1, 2]
-    documents = whole(np.arange(5), corpora.kept)
-    assert corpora.weigh(documents).tolist() == [2, 3, 4, 9, 1]
-    assert corpora.weigh(documents[[4, 0]]).tolist() == [1, 2]
+def test_joined_examples_are_numbered_through_the_sources() -> None:
+    one, two = selected(prepared([3, 4])), selected(prepared([5, 12, 2]), overlong="truncate")
+    empty = selected(prepared([]), [])
+    joined = JoinedExamples([one, empty, two])
+    assert joined.kept.tolist() == [3, 4, 5, 10, 2]
+    assert joined.firsts.tolist() == [0, 2, 2, 5]
+    assert joined.example(1, 0, 4).input_ids.tolist() == [3, 4, 5, 6]
+    assert joined.example(2, 1, 3).input_ids.tolist() == [1, 2]
+    documents = first_tokens(np.arange(5), joined.kept)
+    assert joined.weigh(documents).tolist() == [2, 3, 4, 9, 1]
+    assert joined.weigh(documents[[4, 0]]).tolist() == [1, 2]
 
 
 def test_the_fingerprint_changes_with_the_tokens_their_order_and_how_much_is_kept() -> None:
-    one, two = corpus_of(prepared([3, 10, 5])), corpus_of(prepared([4, 4]))
-    first = Corpora([one, two]).fingerprint
-    assert Corpora([corpus_of(prepared([3, 10, 5])), two]).fingerprint == first
+    one, two = selected(prepared([3, 10, 5])), selected(prepared([4, 4]))
+    first = JoinedExamples([one, two]).fingerprint
+    assert JoinedExamples([selected(prepared([3, 10, 5])), two]).fingerprint == first
     cut = replace(one, kept=np.minimum(one.kept, 5))
     others = [[cut, two], [two, one], [one], [one, replace(two, content="other")]]
-    assert len({first, *(Corpora(each).fingerprint for each in others)}) == 5
+    assert len({first, *(JoinedExamples(each).fingerprint for each in others)}) == 5

@@ -51,20 +51,21 @@ def read(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Read:
 
 
 def numbers(reader: SplitReader, split: Split, name: str) -> list[int]:
-    """The records of a split, checked against the examples of its corpus."""
+    """The records of a split, checked against its examples."""
     found = [int(record.fields["output"]) for record in reader.records(split, name)]
-    [corpus] = [corpus for corpus in reader.corpora(split) if corpus.name == name]
-    assert corpus.store.records[corpus.examples].tolist() == found
-    assert corpus.report.records == len(found)
+    [part] = [part for part in reader.examples(split) if part.name == name]
+    assert part.store.records[part.indices].tolist() == found
+    assert part.report.records == len(found)
     return found
 
 
 def test_without_a_division_every_split_has_all_of_its_sources(read: Read) -> None:
     reader = read()
-    assert [corpus.name for corpus in reader.corpora("train")] == ["one", "two"]
+    assert [part.name for part in reader.examples("train")] == ["one", "two"]
     assert numbers(reader, "train", "two") == numbers(reader, "val", "held") == list(range(10))
     assert reader.sources("test") == {}
-    assert reader.corpora("test") == []
+    with pytest.raises(UserError, match=r"data\.test_sources: no source given"):
+        reader.examples("test")
 
 
 def test_a_fraction_of_each_source_is_held_out_disjoint_complete_and_in_file_order(read: Read) -> None:
@@ -144,19 +145,22 @@ def test_no_division_tokenizes_anything_again(read: Read) -> None:
 
 def test_a_stage_without_records_is_refused(read: Read) -> None:
     with pytest.raises(UserError, match=r"data\.data_split: '9,1' gives part 1 none of 3 records"):
-        read(num_records=3, data_split="9,1", data_split_part=1).corpora("train")
+        read(num_records=3, data_split="9,1", data_split_part=1).examples("train")
 
 
 def test_an_overlong_example_is_found_in_its_file(read: Read, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tmp_path}/one\.json, record \d: \d+ tokens, but data\.max_length is 20"):
-        read(limits={"max_length": 20}).corpora("train")
+        read(limits={"max_length": 20}).examples("train")
 
 
 def test_a_source_to_validate_on_of_which_nothing_is_left_is_named(read: Read) -> None:
     reader = read(limits={"max_length": 20, "overlong": "drop"})
-    assert [corpus.report.examples for corpus in reader.corpora("train")] == [0, 0]
-    with pytest.raises(UserError, match=r"data: no example of the val source 'held' is left: \{'overlong': 10\}"):
-        reader.corpora("val")
+    assert [part.report.examples for part in reader.examples("train")] == [0, 0]
+    assert [part.report.examples for part in reader.examples("val")] == [0]
+    with pytest.raises(UserError, match=r"data\.sources: no example is left to train on; dropped: \{'one': "):
+        reader.check_left("train")
+    with pytest.raises(UserError, match=r"no example of the val source 'held' is left; dropped: \{'overlong': 10\}"):
+        reader.check_left("val")
 
 
 def test_records_can_be_limited(read: Read) -> None:
@@ -170,7 +174,7 @@ def test_a_copy_of_a_source_names_its_own_records(read: Read, tmp_path: Path, wr
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": ""}]
     paths = {name: write_json(f"{name}.json", rows) for name in ("first", "copy")}
     reader = read(other={"test": {name: SourceConfig(path=str(path)) for name, path in paths.items()}})
-    reports = {corpus.name: corpus.report for corpus in reader.corpora("test")}
+    reports = {part.name: part.report for part in reader.examples("test")}
     assert {name: report.dropped_at for name, report in reports.items()} == {
         name: {"no_answer": [f"{path}, record 1"]} for name, path in paths.items()
     }

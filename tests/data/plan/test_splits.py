@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_lightning.data.plan.splits import Compat, hold_out, parse_data_split, stage
+from sft_lightning.data.plan.splits import Compat, hold_out, parse_data_split, stage_records
 from sft_lightning.errors import UserError
 
 ALL = np.ones(20, bool)
@@ -49,7 +49,7 @@ def stages(num_records: int, data_split: str, *, seed: int = 0, compat: Compat |
     parts: list[list[int]] = []
     for part in range(data_split.count(",") + 1):
         try:
-            parts.append(stage(num_records, data_split, part, seed=seed, compat=compat))
+            parts.append(stage_records(num_records, data_split, part, seed=seed, compat=compat))
         except UserError:
             parts.append([])
     return parts
@@ -63,7 +63,7 @@ def test_deepspeed_chats_sizes_are_kept_to_the_record(num_records: int, sizes: l
 
 
 def test_deepspeed_chats_members_are_kept_to_the_record() -> None:
-    assert stage(10, "2,4,4", 0, seed=1234, compat="deepspeed_chat") == [7, 2]
+    assert stage_records(10, "2,4,4", 0, seed=1234, compat="deepspeed_chat") == [7, 2]
 
 
 def by_deepspeed_chat(num_records: int, proportions: list[float], seed: int) -> list[list[int]]:
@@ -113,24 +113,24 @@ def test_no_stage_is_off_by_more_than_one_record(num_records: int, proportions: 
 
 
 def test_everything_in_the_first_stage_is_everything() -> None:
-    assert sorted(stage(9, "10,0,0", 0, seed=3)) == list(range(9))
+    assert sorted(stage_records(9, "10,0,0", 0, seed=3)) == list(range(9))
 
 
 def test_another_seed_draws_other_records() -> None:
-    assert stage(50, "1,1", 0, seed=0) == stage(50, "1,1", 0, seed=0)
-    assert set(stage(50, "1,1", 0, seed=0)) != set(stage(50, "1,1", 0, seed=1))
+    assert stage_records(50, "1,1", 0, seed=0) == stage_records(50, "1,1", 0, seed=0)
+    assert set(stage_records(50, "1,1", 0, seed=0)) != set(stage_records(50, "1,1", 0, seed=1))
 
 
 @pytest.mark.parametrize("compat", [None, "deepspeed_chat"])
 def test_a_stage_that_gets_nothing_is_refused_with_the_key(compat: Compat | None) -> None:
     with pytest.raises(UserError, match=r"data\.data_split: '9,1' gives part 1 none of 3 records"):
-        stage(3, "9,1", 1, seed=0, compat=compat)
+        stage_records(3, "9,1", 1, seed=0, compat=compat)
 
 
 @pytest.mark.parametrize("part", [-1, 3])
 def test_a_part_that_there_is_not_names_those_that_there_are(part: int) -> None:
     with pytest.raises(UserError, match=rf"data\.data_split_part: {part}, but data_split '2,4,4' has the parts 0 to 2"):
-        stage(10, "2,4,4", part, seed=0)
+        stage_records(10, "2,4,4", part, seed=0)
 
 
 def test_proportions_are_numbers() -> None:

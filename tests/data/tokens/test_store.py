@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
-from hypothesis import strategies as st
 
-from sft_lightning.data.tokens.store import DamagedStoreError, StoreWriter, TokenStore, hash_file, open_store
+from sft_lightning.data.tokens.flat_examples import flat_examples
+from sft_lightning.data.tokens.store import DamagedStoreError, StoreWriter, hash_file, open_store
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
-
-NO_MARKS = np.zeros(0, np.uint32)
 
 
 def batch_of(*examples: tuple[list[int], list[float]]) -> TokenizedBatch:
@@ -26,58 +23,6 @@ def batch_of(*examples: tuple[list[int], list[float]]) -> TokenizedBatch:
 
 
 BATCH = batch_of(([5, 6, 7], [1, 0, 2]), ([8], [1]), ([9, 10], [0, 0.5]))
-STORE = TokenStore.of(BATCH, np.array([0, 1, 3]), np.array([0, 0, 1, 0], np.uint32))
-
-
-def test_examples_come_back_as_they_went_in() -> None:
-    back = STORE.example(0, 0, 3)
-    assert back.input_ids.tolist() == [5, 6, 7]
-    assert back.loss_weights.tolist() == [1, 0, 2]
-    assert STORE.lengths.tolist() == [3, 1, 2]
-    assert STORE.records.tolist() == [0, 1, 3]
-    assert len(STORE) == 3
-
-
-def test_an_example_can_be_cut() -> None:
-    assert STORE.example(2, 0, 1).input_ids.tolist() == [9]
-    assert STORE.example(0, 1, 3).input_ids.tolist() == [6, 7]
-
-
-def test_the_first_token_of_a_document_counts_for_nothing() -> None:
-    documents = np.array([[0, 0, 3], [1, 0, 1], [2, 0, 2]])
-    assert STORE.weigh(documents).tolist() == [2, 0, 0.5]
-    assert STORE.supervise(documents).tolist() == STORE.supervised.tolist() == [1, 0, 1]
-
-
-def test_weights_follow_a_cut() -> None:
-    documents = np.array([[0, 0, 2], [0, 1, 3], [0, 2, 3], [0, 0, 0]])
-    assert STORE.weigh(documents).tolist() == [0, 2, 0, 0]
-    assert STORE.supervise(documents).tolist() == [0, 1, 0, 0]
-
-
-def test_no_examples_make_an_empty_store() -> None:
-    empty = TokenStore.of(batch_of(), np.zeros(0, np.int64), NO_MARKS)
-    nothing = np.zeros((0, 3), np.int64)
-    assert len(empty) == len(empty.weigh(nothing)) == len(empty.supervise(nothing)) == 0
-
-
-WEIGHTS = st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), max_size=12)
-
-
-@given(data=st.data(), weights=st.lists(WEIGHTS, min_size=1, max_size=6))
-def test_sums_over_any_part_of_any_example_are_those_of_adding_up(
-    data: st.DataObject, weights: list[list[float]]
-) -> None:
-    store = TokenStore.of(
-        batch_of(*((list(range(len(each))), each) for each in weights)), np.arange(len(weights)), NO_MARKS
-    )
-    documents = []
-    for index in data.draw(st.lists(st.integers(0, len(weights) - 1), min_size=1, max_size=8)):
-        start, stop = sorted(data.draw(st.tuples(*(st.integers(0, len(weights[index])),) * 2)))
-        documents.append([index, start, stop])
-    parts = [weights[index][start + 1 : stop] for index, start, stop in documents]
-    assert store.weigh(np.array(documents)).tolist() == [sum(part) for part in parts]
-    assert store.supervise(np.array(documents)).tolist() == [sum(weight > 0 for weight in part) for part in parts]
 
 
 def write(folder: Path, *batches: TokenizedBatch, **facts: Any) -> Path:
@@ -106,9 +51,9 @@ def test_what_was_written_batch_by_batch_is_one_store_mapped_into_memory(tmp_pat
     whole = TokenizedBatch(
         ids, np.concatenate([b.loss_weights for b in batches]), np.concatenate([b.counts for b in batches])
     )
-    in_memory = TokenStore.of(whole, np.arange(120), np.arange(120, dtype=np.uint32))
-    for name in ("input_ids", "loss_weights", "lengths", "records", "supervised", "weights", "starts", "marks"):
-        assert np.array_equal(getattr(store, name), getattr(in_memory, name)), name
+    for name, expected in vars(flat_examples(whole)).items():
+        assert np.array_equal(getattr(store, name), expected), name
+    assert store.records.tolist() == store.marks.tolist() == list(range(120))
     assert isinstance(store.input_ids.base, np.memmap)
     assert isinstance(store.loss_weights.base, np.memmap)
     assert (manifest["format"], manifest["num_examples"], manifest["num_tokens"]) == ("text", 120, len(ids))

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.pairs.kind import Pairs, reference_folder
 from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
@@ -61,7 +62,7 @@ class Watched(DPOModule):
 
 
 class Run:
-    def __init__(self, module: DPOModule, data: PairDataModule, trainer: Trainer, watch: Watch) -> None:
+    def __init__(self, module: DPOModule, data: SFTDataModule, trainer: Trainer, watch: Watch) -> None:
         self.module, self.data, self.trainer, self.watch = module, data, trainer, watch
 
 
@@ -83,7 +84,7 @@ def train(model_dir: Path, tmp_path: Path) -> Train:
         **model: Any,
     ) -> Run:
         torch.manual_seed(0)
-        datamodule = PairDataModule(
+        datamodule = SFTDataModule(
             PairDataSpec(
                 **{
                     "sources": {"toy": SourceConfig(path=str(file))},
@@ -92,7 +93,8 @@ def train(model_dir: Path, tmp_path: Path) -> Train:
                     "tokenizer_name_or_path": str(model_dir),
                     **(data or {}),
                 }
-            )
+            ),
+            Pairs,
         )
         options: dict[str, Any] = {
             "model_name_or_path": str(model_dir),
@@ -265,7 +267,7 @@ def test_a_resumed_run_continues_to_the_same_bits(kind: str, train: Train, tmp_p
     half = train(**KINDS[kind], lr=1e-3, trainer={"max_epochs": 2, "max_steps": 2})
     checkpoint = tmp_path / "half.ckpt"
     half.trainer.save_checkpoint(checkpoint)
-    for file in half.data.reference_dir.glob("*.npy"):
+    for file in reference_folder(half.data).glob("*.npy"):
         file.unlink()  # the checkpoint has all that is needed
     resumed = train(**KINDS[kind], lr=1e-3, trainer={"max_epochs": 2}, ckpt_path=checkpoint)
     assert len(half.watch.logged) + len(resumed.watch.logged) == len(whole.watch.logged)
@@ -309,7 +311,7 @@ def test_a_checkpoint_is_validated_against_the_model_before_training(kind: str, 
     during = float(run.trainer.callback_metrics["val/loss"])
     run.trainer.save_checkpoint(tmp_path / "end.ckpt")
     fresh = train(**KINDS[kind], trainer={"max_steps": 0}, data=data)
-    for file in run.data.reference_dir.glob("*.npy"):
+    for file in reference_folder(run.data).glob("*.npy"):
         file.unlink()
     model = {"adapter": AdapterConfig(r=4, dropout=0.1), **KINDS[kind]}
     module = DPOModule(replace(fresh.module.spec, **model))

@@ -9,8 +9,7 @@ window is built again from that, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,14 +17,12 @@ import numpy as np
 import torch
 import xxhash
 
-from sft_lightning.data.batches.loader import Collate
 from sft_lightning.data.batches.stream_source import Cursor, SourceStream, join_batches, share_unit, shares
 from sft_lightning.data.plan.blending import BlendConfig
-from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Packing, Topology, plan_epoch
-from sft_lightning.data.tokens.store import TokenStore
+from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Packing, plan_epoch
+from sft_lightning.data.tokens.flat_examples import FlatExamples, flat_examples
 from sft_lightning.data.tokens.tokenization import TokenizedBatch
-from sft_lightning.errors import UserError
-from sft_lightning.types import Batch, TokenizedExample
+from sft_lightning.types import TokenizedExample
 
 ROWS_OF_A_WINDOW = 1024
 TOKENS_OF_A_WINDOW = 2**24
@@ -60,8 +57,11 @@ class Window:
     start: Mapping[str, Any]
     """The position at which it begins, see `StreamWindows.position`."""
 
-    store: TokenStore
+    examples: FlatExamples
+    """The examples."""
+
     plan: EpochPlan
+    """Their rows."""
 
     num_steps: int
     """Whole optimizer steps; rows of the plan beyond them are not taken."""
@@ -153,16 +153,16 @@ class StreamWindows:
         """
         start = self.position()
         drawn, rest = self._fill()
-        store = TokenStore.of(_joined(drawn), np.zeros(len(drawn), np.int64), np.zeros(0, np.uint32))
+        examples = flat_examples(_joined(drawn))
         chosen = EpochExamples(
             np.arange(len(drawn)),
             np.array([each.source for each in drawn]),
-            store.lengths,
+            examples.lengths,
             np.array([self._amount(each.example) for each in drawn]),
         )
         plan = plan_epoch(
             chosen,
-            store.weigh,
+            examples.weigh,
             packing=self._packing,
             max_length=self._max_length,
             rows_per_step=self._rows_per_step,
@@ -173,7 +173,7 @@ class StreamWindows:
         self._carried = [*(drawn[index] for index in left.tolist()), *rest]
         self._number, self._steps = self._number + 1, self._steps + num_steps
         self._report()
-        return Window(start, store, plan, num_steps, _digest(store))
+        return Window(start, examples, plan, num_steps, _digest(examples))
 
     def _fill(self) -> tuple[list[Drawn], list[Drawn]]:
         """Take the examples of a window; return them, and what is left of the last one.
@@ -221,89 +221,8 @@ def _joined(drawn: Sequence[Drawn]) -> TokenizedBatch:
     )
 
 
-def _digest(store: TokenStore) -> str:
+def _digest(examples: FlatExamples) -> str:
     digest = xxhash.xxh3_128()
-    for array in (store.input_ids, store.loss_weights, store.lengths):
+    for array in (examples.input_ids, examples.loss_weights, examples.lengths):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-class StreamLoader:
-    """One rank's micro-batches of a run that streams; the next window is made while one is trained on.
-
-    It has a length, that of the run: Lightning would fetch a batch ahead from a loader of unknown length, and a
-    checkpoint's position would be one micro-batch off.
-
-    Args:
-        windows: What is trained on.
-        topology: How rows are dealt to ranks and micro-batches.
-        collate: Window → what makes batches of its rows.
-        num_steps: Optimizer steps of the run.
-    """
-
-    def __init__(
-        self, windows: StreamWindows, topology: Topology, collate: Callable[[Window], Collate], num_steps: int
-    ) -> None:
-        self._windows = windows
-        self._topology = topology
-        self._collate = collate
-        self._num_steps = num_steps
-        self._next = 0  # micro-batch of the run that comes next
-        self._start: Mapping[str, Any] = windows.position()
-        self._digest = ""  # of the window at `_start`, as the checkpoint has it
-        self._window: Window | None = None
-        self._ahead: Future[Window] | None = None
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
-
-    def __len__(self) -> int:
-        """Micro-batches of the run, for every rank the same."""
-        return self._num_steps * self._topology.accumulate
-
-    def __iter__(self) -> Iterator[Batch]:
-        while self._next < len(self):
-            window = self._window_of(self._next // self._topology.accumulate)
-            index = self._next - window.first_step * self._topology.accumulate
-            self._next += 1
-            denominator = window.plan.step_weight(index // self._topology.accumulate)
-            rows = window.plan.micro_batch(index, self._topology)
-            yield self._collate(window)(window.plan, rows, denominator)
-
-    def _window_of(self, step: int) -> Window:
-        """Return the window that an optimizer step lies in."""
-        while self._window is None or step >= self._window.end_step:
-            ahead = self._ahead or self._worker.submit(self._windows.next_window)
-            self._ahead = None
-            window = ahead.result()
-            self._check(window)
-            self._window, self._start = window, window.start
-            if window.end_step < self._num_steps:
-                self._ahead = self._worker.submit(self._windows.next_window)
-        return self._window
-
-    def _check(self, window: Window) -> None:
-        """Refuse a window whose tokens are not those that the checkpoint was saved at."""
-        if self._digest and window.digest != self._digest:
-            raise UserError(
-                "--ckpt_path: the streamed sources no longer hold, at the checkpoint's position, what they held when "
-                "it was saved; restore the files, template and tokenizer, or start a new run from the checkpoint's "
-                "weights with model.adapter.path (or model.model_name_or_path)"
-            )
-        self._digest = ""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position: the rows that all ranks together have taken, and where the window of the last began."""
-        return {
-            "epoch": 0,
-            "rows": self._next * self._topology.rows_per_micro_batch,
-            "window": dict(self._start),
-            "digest": self._window.digest if self._window is not None else self._digest,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a position, at the start of the optimizer step that it lies in."""
-        self._next = state["rows"] // self._topology.rows_per_step * self._topology.accumulate
-        self._start, self._digest = state["window"], state["digest"]
-        if self._ahead is not None:
-            wait([self._ahead])  # it moves what is to be moved now
-        self._window = self._ahead = None
-        self._windows.seek(self._start)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.formats.fields import Malformed
-from sft_lightning.data.pairs.datamodule import PairDataModule
+from sft_lightning.data.pairs.kind import Pairs
 from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
@@ -24,10 +25,10 @@ BROKEN: list[dict[str, Any]] = [
 ]
 
 
-def make(path: Path, model_dir: Path, rows: list[dict[str, Any]], **changes: Any) -> PairDataModule:
+def make(path: Path, model_dir: Path, rows: list[dict[str, Any]], **changes: Any) -> SFTDataModule:
     path.write_text(json.dumps(rows))
     settings = {"template": "alpaca", "max_length": 400, "tokenizer_name_or_path": str(model_dir), **changes}
-    data = PairDataModule(PairDataSpec(sources={"toy": SourceConfig(path=str(path))}, **settings))
+    data = SFTDataModule(PairDataSpec(sources={"toy": SourceConfig(path=str(path))}, **settings), Pairs)
     data.setup("fit")
     return data
 
@@ -85,8 +86,6 @@ def test_data_without_pairs_is_refused(tmp_path: Path, model_dir: Path) -> None:
 
 
 def test_the_same_file_makes_other_examples_for_sft(tmp_path: Path, model_dir: Path) -> None:
-    from sft_lightning.data.datamodule import SFTDataModule
-
     pairs = make(tmp_path / "pairs.json", model_dir, GOOD, store_dir=str(tmp_path / "stores"))
     plain = SFTDataModule(DataSpec(
         sources={"toy": SourceConfig(path=str(tmp_path / "pairs.json"))}, template="alpaca", max_length=400,
