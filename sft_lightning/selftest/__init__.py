@@ -1,1 +1,1 @@
-"""The invariants of the house, proven on a user's own model and data."""
+"""Check the trainer's promises on the user's own model and data."""

@@ -1,4 +1,4 @@
-"""What a model makes of a few rows: loss and logits, without gradients and without chance."""
+"""Evaluate a model on a few rows: logits and loss, in evaluation mode and without gradients."""
 
 from __future__ import annotations
 
@@ -19,27 +19,39 @@ from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_tar
 from sft_lightning.types import Batch, TokenizedExample
 
 Precision = Callable[[], AbstractContextManager[Any]]
+"""Makes the context of a forward pass, such as autocast."""
 
 
-class Answers(NamedTuple):
-    """What a model says of a batch."""
+class Evaluation(NamedTuple):
+    """Logits and loss of a model on a batch."""
 
     logits: torch.Tensor
-    """At the positions that predict supervised tokens, (N, V) float32, on the CPU."""
+    """(N, V) float32 logits at the N positions that predict supervised tokens, on the CPU."""
 
     loss: float
-    """Mean over the supervised tokens, in nats."""
+    """Mean loss over the supervised tokens, in nats."""
 
 
 def documents_of_row(data: SFTDataModule, row: int) -> list[TokenizedExample]:
-    """Return the documents of a row of the first epoch; both conversations of each of its pairs."""
-    [found] = documents_of(data.plan(0), [row], data.blend.examples)
-    tokens = [document.tokens for document in found]
+    """Return the documents of a row of the first epoch; a preference pair is two documents.
+
+    Args:
+        data: The data of a run, set up.
+        row: Number of the row.
+    """
+    [documents] = documents_of(data.plan(0), [row], data.blend.examples)
+    tokens = [document.tokens for document in documents]
     return [half for each in tokens for half in (each.halves() if isinstance(each, PairExample) else [each])]
 
 
 def batch_of(rows: Sequence[Sequence[TokenizedExample]], data: SFTDataModule, device: torch.device) -> Batch:
-    """Return rows as a batch on a device."""
+    """Return rows as a batch on a device.
+
+    Args:
+        rows: The documents of each row.
+        data: The data of the run, for its padding token.
+        device: Where to put the tensors.
+    """
     batch = collate(rows, pad_token_id=data.stop_token_id, denominator=1.0)
     for key, value in batch.items():
         if isinstance(value, torch.Tensor):
@@ -49,7 +61,12 @@ def batch_of(rows: Sequence[Sequence[TokenizedExample]], data: SFTDataModule, de
 
 @torch.no_grad()
 def loss_sums(run: Run, rows: Sequence[Sequence[TokenizedExample]]) -> LossSums:
-    """Return the loss sums that training computes of rows, in evaluation mode."""
+    """Return the loss sums of rows as training computes them, but in evaluation mode.
+
+    Args:
+        run: The run whose model to evaluate.
+        rows: The documents of each row.
+    """
     module = run.module.to(run.device)
     precision = run.trainer.precision_plugin.forward_context()
     with evaluating(module), precision, without_int8_outliers(module.language_model):
@@ -58,13 +75,13 @@ def loss_sums(run: Run, rows: Sequence[Sequence[TokenizedExample]]) -> LossSums:
 
 
 @torch.no_grad()
-def answers(model: torch.nn.Module, batch: Batch, precision: Precision) -> Answers:
-    """Return what a model says of a batch, in evaluation mode.
+def evaluate(model: torch.nn.Module, batch: Batch, precision: Precision) -> Evaluation:
+    """Return a model's logits and loss on a batch; the model stays in evaluation mode.
 
     Args:
-        model: A causal language model, adapter included; where the batch is.
-        batch: Some rows.
-        precision: What the model is asked in, such as autocast.
+        model: A causal language model with its adapter, on the device of the batch.
+        batch: (B, S) rows.
+        precision: Makes the context of the forward pass.
     """
     model.eval()
     targets = find_targets(batch["labels"], batch["loss_weights"])
@@ -77,4 +94,4 @@ def answers(model: torch.nn.Module, batch: Batch, precision: Precision) -> Answe
         )
     logits = out.logits.flatten(0, 1)[targets.positions].float()
     sums = cross_entropy_sums(logits, targets)
-    return Answers(logits.cpu(), float(sums.loss / sums.weight))
+    return Evaluation(logits.cpu(), float(sums.loss / sums.weight))

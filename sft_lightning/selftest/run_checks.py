@@ -1,4 +1,4 @@
-"""All checks, one after the other, in a temporary folder."""
+"""Run all checks, one after the other, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -28,18 +28,20 @@ def run_checks(
     num_records: int,
     max_row_length: int,
 ) -> Iterator[Check]:
-    """Yield the checks of a configuration, each when it is done; the model is loaded four times, one at a time.
+    """Yield the outcome of each check of a configuration as soon as it is known.
+
+    The model is loaded four times, one copy at a time.
 
     Args:
         configure: Parses the user's configuration; every run is built from it.
-        data: The data that they describe.
-        num_records: Records of each source whose masks are checked.
-        max_row_length: Tokens per row in the runs.
+        data: The data of the configuration.
+        num_records: Number of records per source whose masks are checked.
+        max_row_length: Most tokens per row in the test's own runs.
 
     Raises:
         UserError: If the configuration or the data is wrong.
     """
-    # Training refuses to pack where isolation is broken: what comes after is then checked with one example a row.
+    # Training refuses to pack if isolation fails: the later checks then use one example per row.
     packing = data.layout.packing
     yield from check_masks(data, num_records)
     with tempfile.TemporaryDirectory(prefix="sft_lightning_selftest_") as name:

@@ -1,4 +1,4 @@
-"""Runs of a few optimizer steps, of the user's configuration, in a folder of their own."""
+"""Short runs of the user's configuration: a few optimizer steps on one device, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.training.module import CausalLMModule
 
-_ALWAYS: Mapping[str, Any] = {
+_TRAINER_KEYS: Mapping[str, Any] = {
     "logger": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
@@ -38,27 +38,31 @@ _ALWAYS: Mapping[str, Any] = {
     "barebones": False,
     "deterministic": "warn",
 }
-"""Keys of `trainer` that a few steps on one device need; optimizer, precision and all of `model` are the user's."""
+"""Keys of `trainer` that every short run sets; the user's precision, optimizer and `model` keys stay."""
 
 
 @dataclass
 class Run:
-    """A run, ended."""
+    """A finished run."""
 
     module: CausalLMModule
+    """The trained model."""
+
     data: SFTDataModule
+    """The data that it was trained on."""
+
     trainer: Any
-    """Lightning's, which only the wiring may know by name."""
+    """Lightning's trainer; only the wiring imports Lightning, so it has no type here."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model was trained."""
+        """The device that the model was trained on."""
         device: torch.device = self.trainer.strategy.root_device
         return device
 
     @property
     def rounding(self) -> float:
-        """Relative rounding error of the coarsest type that the run computes in."""
+        """Relative rounding error (machine epsilon) of the coarsest data type that the run computes in."""
         return max(torch.finfo(dtype).eps for dtype in self._dtypes())
 
     def _dtypes(self) -> set[torch.dtype]:
@@ -90,7 +94,7 @@ Configure = Callable[[Sequence[str]], Configuration]
 
 
 class Runner:
-    """Makes runs of one configuration.
+    """Runs a configuration for a few optimizer steps.
 
     Args:
         configure: Parses the configuration with further options.
@@ -101,7 +105,7 @@ class Runner:
         self._configure = configure
         self._folder = folder
 
-    def module(self) -> CausalLMModule:
+    def configured_module(self) -> CausalLMModule:
         """Return the configured module, newly seeded; its weights are not loaded yet."""
         return self._configure([]).module
 
@@ -118,15 +122,15 @@ class Runner:
         """Train for a few optimizer steps.
 
         Args:
-            data: What to train on.
+            data: The training data.
             max_steps: Optimizer steps.
             accumulate: Micro-batches per optimizer step.
-            module: A model to go on with; default: the configuration's, loaded anew.
-            trainer: More keys of `trainer`.
-            ckpt_path: Checkpoint to continue.
+            module: A loaded model to train further; default: the configuration's, loaded anew.
+            trainer: Further keys of `trainer`.
+            ckpt_path: Checkpoint to continue from.
         """
         keys = {
-            **_ALWAYS,
+            **_TRAINER_KEYS,
             "default_root_dir": str(self._folder / "run"),
             "max_steps": max_steps,
             "accumulate_grad_batches": accumulate,
@@ -148,13 +152,13 @@ def _yaml(value: Any) -> str:
 
 
 def _is_observer(callback: object) -> bool:
-    """Whether a callback is one of ours: without them every learned weight is the same."""
+    """Whether a callback is one of this project's, none of which changes a learned weight."""
     return type(callback).__module__.partition(".")[0] == "callbacks"
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without what the trainer says of every run, and without a trace in torch's global settings."""
+    """Suppress the trainer's usual messages, and restore torch's global settings afterwards."""
     logger = logging.getLogger("lightning.pytorch")
     level, deterministic = logger.level, torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

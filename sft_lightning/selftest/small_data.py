@@ -1,4 +1,4 @@
-"""A few short rows of a run's own data, for runs of a few optimizer steps."""
+"""A few short rows of the user's data, for short runs."""
 
 from __future__ import annotations
 
@@ -17,48 +17,58 @@ from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.errors import UserError
 
 ROWS_WANTED = 4
+"""Number of rows that an epoch of the short runs should have."""
+
 _EXAMPLES_WANTED = 16
+"""Number of examples, over all sources."""
 
 
 @dataclass(frozen=True)
 class SmallData:
-    """The first records of every source, cut short."""
+    """The first records of each source, in short rows."""
 
     origin: SFTDataModule
-    """The data of the run."""
+    """The data of the configuration."""
 
     sources: Mapping[str, SourceConfig]
+    """The sources by name, limited to their first records."""
+
     row_length: int
-    """Tokens per row."""
+    """Most tokens per row; longer examples are truncated."""
 
     folder: Path
-    """For token stores."""
+    """Folder for token stores."""
 
     def module(self, *, batch_size: int, packing: Packing) -> SFTDataModule:
-        """Return the data of a run over these rows."""
+        """Return the data of a run on these rows.
+
+        Args:
+            batch_size: Rows per micro-batch.
+            packing: `data.packing` of the run.
+        """
         return _data_module(self.origin, self.sources, self.row_length, self.folder, batch_size, packing)
 
     def num_rows(self, packing: Packing) -> int:
-        """Return the rows of an epoch."""
+        """Return the number of rows of an epoch."""
         data = self.module(batch_size=1, packing=packing)
         data.setup("fit")
         return data.plan(0).num_rows
 
 
 def small_data(origin: SFTDataModule, folder: Path, *, max_row_length: int) -> SmallData:
-    """Take so few records, and rows so short, that an epoch has some four rows.
+    """Return the first records of each source in rows so short that an epoch has about four rows.
 
     Args:
-        origin: The data of the run.
-        folder: For what is written.
-        max_row_length: Tokens per row at most; longer examples are cut.
+        origin: The data of the configuration.
+        folder: Folder for token stores, and for the records of streamed sources.
+        max_row_length: Most tokens per row; longer examples are truncated.
 
     Raises:
-        UserError: If there is no source, or no example in its first records.
+        UserError: If there are no sources, or no examples in their first records.
     """
     named = origin.spec.sources_of("train")
     if not named:
-        raise UserError("data.sources: no source given, so there is nothing to test on")
+        raise UserError("data.sources: selftest needs at least one source; add one")
     each = max(1, _EXAMPLES_WANTED // len(named))
     sources = {name: _first_records(origin, name, config, each, folder) for name, config in named.items()}
     limit = min(max_row_length, origin.spec.max_length)
@@ -76,7 +86,7 @@ def _first_records(origin: SFTDataModule, name: str, config: SourceConfig, limit
         return few
     records = list(read_records(name, few))
     if not records:
-        raise UserError(f"data.sources.{name}.path: {config.path!r} holds no records, so there is nothing to test on")
+        raise UserError(f"data.sources.{name}.path: {config.path!r} holds no records; selftest needs at least one")
     file = folder / "records" / f"{name}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(dict(record.fields), ensure_ascii=False, default=str) for record in records]

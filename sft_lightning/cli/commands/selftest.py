@@ -1,4 +1,4 @@
-"""Prove on your own model and data what this trainer promises: masks, packing, gradients, resuming, export."""
+"""Check masks, packing, gradients, resuming and export on your own model and data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sft_lightning.selftest.run_checks import run_checks
 
 
 def main(args: Sequence[str]) -> None:
-    """Run the checks, print a line for each; exit status 1 if one fails."""
+    """Run the checks and print one line for each; exit with status 1 if one fails."""
     quiet_libraries()
 
     def configure(overrides: Sequence[str]) -> SFTCommandLine:
@@ -40,5 +40,5 @@ def main(args: Sequence[str]) -> None:
 
 
 def _add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--num_records", type=int, default=32, help="Records of each source whose masks are checked.")
-    parser.add_argument("--row_length", type=int, default=512, help="Tokens per row at most in the test's own runs.")
+    parser.add_argument("--num_records", type=int, default=32, help="Records per source whose masks are checked.")
+    parser.add_argument("--row_length", type=int, default=512, help="Most tokens per row in the test's own runs.")

@@ -1,4 +1,4 @@
-"""What a check found: a line with its figure."""
+"""The checks, one file each; each returns `Check`s, which are printed as one line."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Check:
-    """One invariant, checked."""
+    """The outcome of one check."""
 
     name: str
-    """What was checked: `gradient 2 × 2`."""
+    """Name of the check: `gradient 2 × 2`."""
 
     passed: bool | None
-    """`None` where it does not apply to the configuration."""
+    """`None` if the check does not apply to the configuration."""
 
     figure: str
-    """What was found, with the tolerance it was held against; or why the check does not apply."""
+    """The measured figure with its tolerance, or why the check does not apply."""
 
     def line(self) -> str:
         """Return the line that is printed."""
@@ -25,5 +25,12 @@ class Check:
 
 
 def within(name: str, value: float, tolerance: float, what: str) -> Check:
-    """Return the check that a figure is at most its tolerance; not-a-number is above every tolerance."""
+    """Return a check that passes if a value is at most its tolerance; NaN fails.
+
+    Args:
+        name: Name of the check.
+        value: The measured value.
+        tolerance: Largest value that passes.
+        what: What the value is, as the figure says it.
+    """
     return Check(name, value <= tolerance, f"{what} {value:.1e} (at most {tolerance:.1e})")

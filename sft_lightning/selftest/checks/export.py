@@ -1,4 +1,4 @@
-"""Whether what is exported answers like what was trained, loaded as others load it."""
+"""Check that the exported model, loaded by PEFT or transformers alone, has the logits of the trained one."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from sft_lightning.models.assembly import load_base, resize_vocabulary
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.export.write import export_adapter, export_model
 from sft_lightning.selftest.checks import Check, within
-from sft_lightning.selftest.evaluation import Answers, answers, batch_of, documents_of_row
+from sft_lightning.selftest.evaluation import Evaluation, batch_of, documents_of_row, evaluate
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.training.module import CausalLMModule
 
 _TOLERANCE = 1e-4
+"""Largest difference of two logits, relative to the largest logit; more if the run computes in a coarser type."""
 
 
 def check_export(run: Run, folder: Path) -> Check:
-    """Export a trained model, load it with PEFT or transformers alone, and compare its answers on a row.
+    """Export a trained model, load the export with PEFT or transformers alone, and compare their logits on a row.
 
     Args:
-        run: Whose model to export. It is given up: two models at a time are more than a device may hold.
-        folder: Where to write.
+        run: A finished run. Its model is deleted, because a device may not hold two models.
+        folder: Folder to write the export to.
     """
     module, data, device, precision = run.module, run.data, run.device, run.trainer.precision_plugin.forward_context
     tolerance, model = max(_TOLERANCE, run.rounding), module.language_model
@@ -37,8 +38,8 @@ def check_export(run: Run, folder: Path) -> Check:
         if isinstance(model, PeftModel):
             report = export_adapter(model, data.tokenizer, folder, {"made_by": "selftest"}, precision=precision)
             if module.spec.from_config is not None:
-                figure = f"logits under PEFT differ by {report.logit_difference or 0.0:.1e}; the base is from_config, "
-                return Check("export", True, f"{figure}random at every start, so it was not loaded a second time")
+                figure = f"logits under PEFT differ by {report.logit_difference or 0.0:.1e}; not loaded again, because "
+                return Check("export", True, f"{figure}the base (model.from_config) is random at every start")
         else:
             export_model(model, data.tokenizer, folder, {"made_by": "selftest"})
     except RuntimeError as error:
@@ -46,32 +47,38 @@ def check_export(run: Run, folder: Path) -> Check:
             raise
         return Check("export", False, str(error))
     batch = batch_of([documents_of_row(data, 0)], data, device)
-    live = answers(model, batch, precision)
+    trained = evaluate(model, batch, precision)
     is_adapter = isinstance(model, PeftModel)
-    run.module = run.trainer = data.trainer = module.model = None  # type: ignore[assignment]  # given up
+    run.module = run.trainer = data.trainer = module.model = None  # type: ignore[assignment]  # frees the model
     module.__dict__.pop("_head", None)
     del model
     gc.collect()
-    again = load_plainly(module, data, folder).to(device) if is_adapter else load_whole(module, folder).to(device)
-    return compare(live, answers(again, batch, precision), tolerance)
+    loaded = load_adapter(module, data, folder) if is_adapter else load_full_model(module, folder)
+    return compare(trained, evaluate(loaded.to(device), batch, precision), tolerance)
 
 
-def compare(live: Answers, again: Answers, tolerance: float) -> Check:
-    """Compare the answers of the trained and of the loaded model.
+def compare(trained: Evaluation, loaded: Evaluation, tolerance: float) -> Check:
+    """Compare the logits of the trained model with those of the loaded export.
 
     Args:
-        live: Of the model that was trained.
-        again: Of the model that was loaded.
+        trained: Evaluation of the trained model.
+        loaded: Evaluation of the loaded export.
         tolerance: Largest difference of two logits, relative to the largest logit.
     """
-    scale = max(float(live.logits.abs().max()), 1.0)
-    difference = float((live.logits - again.logits).abs().max())
-    what = f"loss {live.loss:.6f} live, {again.loss:.6f} loaded again; logits differ by"
+    scale = max(float(trained.logits.abs().max()), 1.0)
+    difference = float((trained.logits - loaded.logits).abs().max())
+    what = f"loss {trained.loss:.6f} trained, {loaded.loss:.6f} loaded again; logits differ by"
     return within("export", difference, tolerance * scale, what)
 
 
-def load_plainly(module: CausalLMModule, data: SFTDataModule, folder: Path) -> torch.nn.Module:
-    """Return the configuration's base, loaded anew, with the adapter in a folder on it through PEFT alone."""
+def load_adapter(module: CausalLMModule, data: SFTDataModule, folder: Path) -> torch.nn.Module:
+    """Load the configuration's base anew, and put an exported adapter on it with PEFT alone.
+
+    Args:
+        module: The module of the configuration.
+        data: The data of the run, for its tokenizer.
+        folder: The exported adapter.
+    """
     base = load_base(module.spec, len(data.tokenizer))
     resize_vocabulary(base, module.spec, data.tokenizer)
     wrapped: torch.nn.Module = PeftModel.from_pretrained(base, str(folder))
@@ -79,8 +86,13 @@ def load_plainly(module: CausalLMModule, data: SFTDataModule, folder: Path) -> t
     return wrapped
 
 
-def load_whole(module: CausalLMModule, folder: Path) -> torch.nn.Module:
-    """Return the model in a folder, as transformers loads it."""
+def load_full_model(module: CausalLMModule, folder: Path) -> torch.nn.Module:
+    """Load an exported model with transformers alone.
+
+    Args:
+        module: The module of the configuration.
+        folder: The exported model.
+    """
     spec = module.spec
     options: dict[str, Any] = {
         "dtype": "auto",

@@ -1,4 +1,4 @@
-"""Whether one optimizer step's gradient is the same however its rows are dealt out and packed."""
+"""Check that the gradient of an optimizer step does not depend on how its rows are split and packed."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from sft_lightning.selftest.small_data import SmallData
 from sft_lightning.training.module import CausalLMModule
 
 _SPLITS = (1, 2, 4)
+"""Rows per micro-batch of the splits that are compared."""
+
 _ENTRIES = 1 << 16
+"""Most entries of a tensor that are compared."""
+
 _FLOAT32_TOLERANCE = 1e-4
 _ROUNDINGS = 8
-"""Rounding errors of the coarsest type that two orders of summation may be apart, in the norm of the gradient."""
+"""Tolerance in rounding errors of the run's coarsest type: sums in another order differ by rounding."""
 
 
 @dataclass
 class Gradient:
-    """A gradient, at most some ten thousand evenly spaced entries of each tensor."""
+    """A gradient, or of large tensors 65,536 evenly spaced entries."""
 
     entries: list[torch.Tensor] = field(default_factory=list)
-    """Float32, on the CPU."""
+    """Entries of each parameter, (n,) float32 on the CPU."""
 
     def difference(self, other: Gradient) -> float:
-        """Return the norm of the difference over the norm of this gradient; infinite if this is zero."""
+        """Return the norm of the difference, relative to the norm of this gradient; infinite if that is zero."""
         norm = math.sqrt(sum(float(mine.double().square().sum()) for mine in self.entries))
         pairs = zip(self.entries, other.entries, strict=True)
         apart = math.sqrt(sum(float((mine.double() - theirs.double()).square().sum()) for mine, theirs in pairs))
@@ -39,10 +43,10 @@ class Gradient:
 
 
 class GradientRecorder(torch.optim.Optimizer):
-    """Takes no step, and keeps the gradient that it was given.
+    """An optimizer that records the gradient and changes no weight.
 
     Args:
-        params: As of any optimizer.
+        params: Parameters, or groups of them.
         gradient: Filled at every step.
     """
 
@@ -51,7 +55,7 @@ class GradientRecorder(torch.optim.Optimizer):
         self._gradient = gradient
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # one form
-        """Run the closure, and record."""
+        """Run the closure and record the gradient."""
         loss = closure() if closure is not None else None
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self._gradient.entries = [_sampled(parameter) for parameter in parameters]
@@ -64,8 +68,8 @@ def _sampled(parameter: torch.Tensor) -> torch.Tensor:
     return values.detach().flatten()[::stride].float().cpu()
 
 
-def switch_off_chance(module: CausalLMModule) -> None:
-    """Make a loaded model a function of its input: no dropout, no noise, no loss of the routers' own."""
+def disable_randomness(module: CausalLMModule) -> None:
+    """Make a loaded model deterministic: no dropout, no router jitter, and no auxiliary loss of the routers."""
     for layer in module.language_model.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
@@ -74,14 +78,14 @@ def switch_off_chance(module: CausalLMModule) -> None:
                 setattr(layer, name, 0.0)
     config: Any = base_model(module.language_model).config
     if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # the balance of a micro-batch is not the balance of a step
+        config.output_router_logits = False  # it depends on the micro-batch, not only on the step
 
 
 class GradientSession:
-    """Gradients of the same weights on the same examples.
+    """Computes gradients of the same weights on the same examples; the model is loaded once.
 
     Args:
-        runner: Makes the runs.
+        runner: Runs the configuration.
         small: The examples.
     """
 
@@ -89,16 +93,21 @@ class GradientSession:
         self._runner = runner
         self._small = small
         self.run: Run | None = None
-        """The last run; its model is loaded once for all of them."""
+        """The latest run."""
 
     def gradient(self, batch_size: int, packing: Packing) -> tuple[Gradient, int]:
-        """Return the gradient of one step over all rows, and the number of its micro-batches."""
+        """Return the gradient of one optimizer step over all rows, and its number of micro-batches.
+
+        Args:
+            batch_size: Rows per micro-batch.
+            packing: `data.packing`.
+        """
         accumulate = math.ceil(self._small.num_rows(packing) / batch_size)
         module = self.run.module if self.run is not None else self._load()
         gradient = Gradient()
 
         def record(params: Any) -> GradientRecorder:
-            switch_off_chance(module)
+            disable_randomness(module)
             return GradientRecorder(params, gradient)
 
         module.spec = replace(module.spec, optimizer=record)
@@ -113,44 +122,44 @@ class GradientSession:
 
     @property
     def loaded(self) -> Run:
-        """The last run."""
+        """The latest run, whose model is loaded."""
         if self.run is None:
             raise RuntimeError("the session has not computed a gradient yet")
         return self.run
 
     @property
     def tolerance(self) -> float:
-        """How far two gradients of the same examples may be apart, relative to their norm."""
+        """Largest relative difference between two gradients of the same examples."""
         return max(_FLOAT32_TOLERANCE, _ROUNDINGS * self.loaded.rounding)
 
     def _load(self) -> CausalLMModule:
-        module = self._runner.module()
-        module.spec = replace(module.spec, neftune_alpha=None)  # before the model is made, which would get its hook
+        module = self._runner.configured_module()
+        module.spec = replace(module.spec, neftune_alpha=None)  # before the model is built with a hook for it
         return module
 
 
 def check_gradients(session: GradientSession, packing: Packing) -> Iterator[Check]:
-    """Compare the gradients of three ways to split one optimizer step.
+    """Compare the gradients of one optimizer step that is split into micro-batches in three ways.
 
     Args:
-        session: Of the loaded model.
-        packing: The configuration's.
+        session: Computes the gradients.
+        packing: `data.packing` of the configuration.
     """
     first, accumulate = session.gradient(_SPLITS[0], packing)
     reference = f"{_SPLITS[0]} × {accumulate}"
     for batch_size in _SPLITS[1:]:
         other, accumulate = session.gradient(batch_size, packing)
-        what = f"against {reference} (batch × accumulation): relative difference"
+        what = f"relative difference from {reference} (batch × accumulation)"
         yield within(f"gradient {batch_size} × {accumulate}", first.difference(other), session.tolerance, what)
 
 
 def check_packed_gradient(session: GradientSession, separate: Gradient) -> Check:
-    """Compare the gradient of packed rows with that of one example a row.
+    """Compare the gradient of packed rows with that of one example per row.
 
     Args:
-        session: Of the loaded model.
-        separate: The gradient of one example a row.
+        session: Computes the gradients.
+        separate: The gradient with one example per row.
     """
     packed, _ = session.gradient(1, "best_fit")
-    what = "against one example a row: relative difference"
+    what = "relative difference from one example per row"
     return within("gradient packed", separate.difference(packed), session.tolerance, what)

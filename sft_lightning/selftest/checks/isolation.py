@@ -1,4 +1,4 @@
-"""Whether packed documents see each other, in the loaded model and in the loss."""
+"""Check on the loaded model that packed documents do not influence each other's logits and loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.isolation import verify_isolation
+from sft_lightning.models.isolation import describe_leak, measure_isolation
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.evaluation import documents_of_row, loss_sums
 from sft_lightning.selftest.short_runs import Run
@@ -17,30 +17,46 @@ _FLOAT32_TOLERANCE = 1e-5
 
 
 def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Check]:
-    """Check packing on a loaded model.
+    """Check the logits, then the loss of packed documents.
 
     Args:
-        run: A run that has loaded it.
+        run: A run whose model is loaded.
         small: Examples to pack.
-        packing: The configuration's.
+        packing: `data.packing` of the configuration.
     """
     if not can_isolate(run, packing):
-        yield Check("packing isolation", None, "data.packing is none, and this attention does not isolate documents")
+        yield Check(
+            "packing isolation",
+            None,
+            "data.packing is none, and this attention implementation does not isolate documents",
+        )
         return
     module = run.module.to(run.device)
     try:
         with run.trainer.precision_plugin.forward_context():
-            difference = verify_isolation(module.language_model, len(run.data.tokenizer), run.device)
+            isolation = measure_isolation(module.language_model, len(run.data.tokenizer), run.device)
     except UserError as error:
         yield Check("packing isolation", False, str(error))
         return
-    figure = f"another document changes nothing; packed = separate logits to {difference:.1e}"
+    if not isolation.verified:
+        leak = describe_leak(module.language_model, isolation)
+        yield Check("packing isolation", False, f"{leak}; set data.packing: none")
+        return
+    figure = (
+        f"logits move by {isolation.leak:.1e} with another document in the row, by {isolation.difference:.1e} without "
+        f"(at most {isolation.tolerance:.1e})"
+    )
     yield Check("packing isolation", True, figure)
     yield _packed_loss(run, small)
 
 
 def can_isolate(run: Run, packing: Packing) -> bool:
-    """Whether documents of a row are to be isolated: rows are packed, or could be without another attention."""
+    """Whether isolation applies: rows are packed, or the attention implementation supports packing.
+
+    Args:
+        run: A run whose model is loaded.
+        packing: `data.packing` of the configuration.
+    """
     return packing != "none" or run.module.spec.attn_implementation in ("auto", PACKED)
 
 
@@ -50,11 +66,11 @@ def _packed_loss(run: Run, small: SmallData) -> Check:
     rows = [documents_of_row(data, row) for row in range(data.plan(0).num_rows)]
     together = max(rows, key=len)
     if len(together) < 2:
-        return Check("packed loss", None, "no two of the first examples fit into a row")
+        return Check("packed loss", None, "no two of the examples fit into one row")
     packed = float(loss_sums(run, [together]).loss)
     separate = sum(float(loss_sums(run, [[document]]).loss) for document in together)
     if not separate:
-        return Check("packed loss", None, "the documents of the row have no supervised token left")
+        return Check("packed loss", None, "the truncated documents of the row have no supervised tokens")
     tolerance = max(_FLOAT32_TOLERANCE, run.rounding)
-    what = f"{len(together)} documents, {packed:.4f} packed, {separate:.4f} separate: relative"
+    what = f"{len(together)} documents: loss {packed:.4f} packed, {separate:.4f} separate; relative difference"
     return within("packed loss", abs(packed - separate) / separate, tolerance, what)

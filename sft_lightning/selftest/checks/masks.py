@@ -1,4 +1,4 @@
-"""Whether the tokens with a loss are the text that is to be learned, and prompts are served as they are trained."""
+"""Check that the supervised tokens are the supervised text, and that prompts are tokenized as in serving."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def check_masks(data: SFTDataModule, num_records: int) -> Iterator[Check]:
     """Check the first records of every training and validation source.
 
     Args:
-        data: The data of the run.
-        num_records: Records of each source.
+        data: The data of the configuration.
+        num_records: Number of records per source.
 
     Raises:
-        UserError: If a source cannot be read, or a record is wrong and `data.malformed` is `error`.
+        UserError: If a source cannot be read, or if a record is malformed and `data.malformed` is `error`.
     """
     for sources in (data.spec.sources_of("train"), data.spec.sources_of("val")):
         for name, config in sources.items():
@@ -52,21 +52,26 @@ def _supervised_text(data: SFTDataModule, name: str, records: Sequence[RenderedR
     figure = f"{num_examples} examples: {num_supervised:,} supervised tokens"
     if wrong:
         return Check(f"masks of {name}", False, f"{figure}; {len(wrong)} examples differ; {wrong[0]}")
-    return Check(f"masks of {name}", num_supervised > 0, f"{figure}, which decode to the supervised text")
+    return Check(f"masks of {name}", num_supervised > 0, f"{figure}, which decode to exactly the supervised text")
 
 
 def supervised_texts(segments: Sequence[Segment]) -> list[str]:
-    """Return the supervised texts of an example, segments that follow each other joined."""
+    """Return the supervised texts of an example; consecutive supervised segments are one text."""
     runs = groupby(segments, key=lambda segment: segment.supervised and segment.weight > 0)
     texts = ["".join(segment.text for segment in run) for supervised, run in runs if supervised]
     return [text for text in texts if text]
 
 
 def first_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
-    """Return what the first difference between two lists of texts is; `None` if there is none."""
-    for n, (want, have) in enumerate(zip(expected, found, strict=False), start=1):
-        if want != have:
-            return f"supervised text {n} is {want[-60:]!r}, its tokens say {have[-60:]!r}"
+    """Describe the first difference between two lists of texts; `None` if they are equal.
+
+    Args:
+        expected: Supervised texts of the template.
+        found: Texts that the runs of supervised tokens decode to.
+    """
+    for n, (text, decoded) in enumerate(zip(expected, found, strict=False), start=1):
+        if text != decoded:
+            return f"supervised text {n} is {text[-60:]!r}, but its tokens decode to {decoded[-60:]!r}"
     if len(expected) != len(found):
         return f"{len(expected)} supervised texts, but {len(found)} runs of supervised tokens"
     return None
@@ -81,5 +86,5 @@ def _served_prompts(data: SFTDataModule, name: str, records: Sequence[RenderedRe
             check_examples(template, data.tokenizer, encoder, [(location, messages)], data.spec.loss_on)
     except UserError as error:
         return Check(f"prompts of {name}", False, str(error))
-    figure = f"{len(conversations)} records: stop tokens supervised, prompts served as they are trained"
+    figure = f"{len(conversations)} records: stop tokens supervised, prompts tokenized as in serving"
     return Check(f"prompts of {name}", bool(conversations), figure)

@@ -1,4 +1,4 @@
-"""What holds of preference training alone: where its loss starts, and that a pair's answers do not see each other."""
+"""Checks of preference training: the loss at the start, and the isolation of pairs in packed rows."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ _FLOAT32_TOLERANCE = 1e-5
 
 
 def check_start(run: Run, config: PreferenceConfig) -> Check:
-    """Check that the loss of the first step is that of a model that is its own reference.
+    """Check that the loss of the first step is that of a model which equals its reference.
 
     Args:
-        run: A run of one step, without chance.
-        config: The loss.
+        run: A run of one step without dropout and noise.
+        config: The preference loss.
     """
     name = "loss at step 0"
     if not config.has_reference:
-        return Check(name, None, f"the loss {config.loss} has no reference model to start at")
+        return Check(name, None, f"the loss {config.loss} has no reference model")
     module = run.module
     if config.reference == "adapter_off" and module.spec.adapter is not None and module.spec.adapter.path is not None:
-        return Check(name, None, "model.preference.reference: adapter_off compares with the base, not with the start")
+        return Check(
+            name, None, "with model.preference.reference: adapter_off the reference is the base, not the loaded adapter"
+        )
     found, expected = float(run.trainer.callback_metrics["train/loss"]), start_loss(config)
-    what = f"{found:.6f}, {'log 2' if config.loss == 'sigmoid' else f'{expected:.6f}'} expected: relative difference"
+    wanted = "log 2" if config.loss == "sigmoid" else f"{expected:.6f}"
+    what = f"{found:.6f}, expected {wanted}: relative difference"
     return within(name, abs(found - expected) / expected, max(_FLOAT32_TOLERANCE, run.rounding), what)
 
 
 def start_loss(config: PreferenceConfig) -> float:
-    """Return the loss of a pair whose two log-ratios are equal, in nats."""
+    """Return the loss of a pair whose chosen and rejected log-ratios are equal."""
     return {"sigmoid": math.log(2), "ipo": 1 / (2 * config.beta) ** 2, "hinge": 1.0}[config.loss]
 
 
 def check_pairs(run: Run, small: SmallData) -> Check:
-    """Compare the log-probabilities of answers in packed rows with those of each conversation in a row of its own.
+    """Compare the log-probabilities of answers in a packed row with those of each conversation in its own row.
 
     Args:
-        run: A run that has loaded the model.
+        run: A run whose model is loaded.
         small: Pairs to pack.
     """
     data = small.module(batch_size=1, packing="best_fit")
@@ -69,7 +72,7 @@ def check_pairs(run: Run, small: SmallData) -> Check:
             for together in (True, False)
         )
     scale = max(1.0, float(separate.abs().max()))
-    what = f"{len(pairs)} pairs in a row against a row for each conversation: log-probabilities differ by"
+    what = f"{len(pairs)} pairs in one row: log-probabilities differ from those in separate rows by"
     return within(
         "pair isolation", float((packed - separate).abs().max()) / scale, max(_FLOAT32_TOLERANCE, run.rounding), what
     )

@@ -1,4 +1,4 @@
-"""Whether a run that is stopped and continued ends at the same bits."""
+"""Check that a run which is interrupted and continued ends with the same bits."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from sft_lightning.selftest.small_data import SmallData
 from sft_lightning.training.checkpoint import trainable_state
 
 _STEPS = 4
+"""Optimizer steps of a run; its checkpoint is saved halfway."""
+
 _ACCUMULATE = 2
+"""Micro-batches per optimizer step."""
 
 
 def check_resume(runner: Runner, small: SmallData, packing: Packing, folder: Path) -> tuple[Check, Run]:
-    """Train a few steps; continue from the checkpoint of the middle; compare weights and optimizer bit by bit.
+    """Train a few steps, continue from the checkpoint halfway, and compare weights and optimizer states bit by bit.
 
     Args:
-        runner: Makes the runs.
-        small: The examples; more epochs than one are run if they are few.
-        packing: The configuration's.
-        folder: For the checkpoints.
+        runner: Runs the configuration.
+        small: The examples; the run repeats them if they are few.
+        packing: `data.packing` of the configuration.
+        folder: Folder for the checkpoints.
 
     Returns:
-        What was found, and the continued run.
+        The check, and the continued run.
     """
-    whole = _train(runner, small, packing, folder)
-    expected, steps = digests(whole), int(whole.trainer.global_step)
-    del whole
+    uninterrupted = _train(runner, small, packing, folder)
+    expected, steps = digests(uninterrupted), int(uninterrupted.trainer.global_step)
+    del uninterrupted
     checkpoint = folder / f"step={_STEPS // 2}.ckpt"
     middle = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     before = {f"weight {name}": _digest(tensor) for name, tensor in middle.items()}
@@ -42,23 +45,27 @@ def check_resume(runner: Runner, small: SmallData, packing: Packing, folder: Pat
 
 
 def compare(expected: Mapping[str, str], found: Mapping[str, str], before: Mapping[str, str], steps: int) -> Check:
-    """Compare the digests of two ended runs.
+    """Compare the digests of two finished runs.
 
     Args:
-        expected: Of the uninterrupted run.
-        found: Of the continued one.
-        before: Of the weights at the checkpoint: some must have moved since, or nothing was proven.
-        steps: Optimizer steps of the whole run.
+        expected: Digests of the uninterrupted run.
+        found: Digests of the continued run.
+        before: Digests of the weights at the checkpoint. Some must have changed since, or the check shows nothing.
+        steps: Optimizer steps of the uninterrupted run.
     """
-    other = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    moved = sum(found.get(name) != digest for name, digest in before.items())
-    what = f"{steps} optimizer steps against {_STEPS // 2}, a checkpoint and {steps - _STEPS // 2}"
-    if other:
-        figure = f"{what}: {len(other)} of {len(expected)} tensors have other bits, such as {other[0]}"
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    changed = sum(found.get(name) != digest for name, digest in before.items())
+    what = f"{steps} optimizer steps, and {_STEPS // 2} + {steps - _STEPS // 2} with a checkpoint between"
+    if different:
+        figure = f"{what}: {len(different)} of {len(expected)} tensors differ, such as {different[0]}"
         return Check("resume", False, figure)
-    if not moved:
-        return Check("resume", False, f"{what}: no weight has moved; is model.optimizer's lr above 0?")
-    return Check("resume", True, f"{what}: all bits of {len(expected)} tensors equal, {moved} moved since")
+    if not changed:
+        return Check("resume", False, f"{what}: no weight changed; is the lr of model.optimizer above 0?")
+    return Check(
+        "resume",
+        True,
+        f"{what}: all {len(expected)} tensors have the same bits; {changed} changed after the checkpoint",
+    )
 
 
 def _train(
@@ -74,7 +81,7 @@ def _train(
 
 
 def digests(run: Run) -> dict[str, str]:
-    """Return a hash of each tensor that trains, and of each that the optimizer keeps."""
+    """Return a hash of each trained weight and of each tensor in the optimizer's state."""
     found = {f"weight {name}": _digest(t) for name, t in trainable_state(run.module, run.module.state_dict()).items()}
     for number, state in run.trainer.optimizers[0].state_dict()["state"].items():
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
