@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.blending import BlendConfig
-from sft_lightning.data.plan.epoch_plan import Topology
+from sft_lightning.data.plan.epoch_plan import Layout, Topology
 from sft_lightning.data.plan.split_reader import Split
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
@@ -363,3 +364,9 @@ def test_the_same_shard_order_reaches_every_rank(module: Make) -> None:
         taken.append([batch["input_ids"].tolist() for batch in loader])
         assert len(taken[-1]) == len(loader) == 6
     assert sum(len(batch) for rank in taken for batch in rank) == 24
+
+
+def test_a_model_that_trains_again_does_not_keep_the_layout_of_its_earlier_run(module: Make) -> None:
+    data = module(packing="best_fit")
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(layout=Layout(packing="none")))  # type: ignore[assignment]
+    assert data.layout.packing == "best_fit"

@@ -18,8 +18,8 @@ def decided_layout(model: object, packing: PackingSetting) -> Layout | None:
         packing: `data.packing` as written.
     """
     decided: Layout | None = getattr(model, "layout", None)
-    if decided is None and packing != "auto":
-        return Layout(packing=packing)
+    if packing != "auto" and (decided is None or decided.packing != packing):
+        return Layout(packing=packing)  # a model that trains again still has the layout of its earlier run
     return decided if hasattr(model, "layout") else Layout(packing="best_fit")
 
 
