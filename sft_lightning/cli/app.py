@@ -9,7 +9,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import class_from_function
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -22,6 +22,7 @@ from sft_lightning.cli.defaults import (
 )
 from sft_lightning.cli.parsing import CommandParser, clear_message
 from sft_lightning.compat.jsonargparse import is_about_a_value, known_keys
+from sft_lightning.compat.lightning.cli import CommandLine
 from sft_lightning.data.datamodule import SFTDataModule, data_from_keys
 from sft_lightning.data.pairs.kind import pair_data_from_keys
 from sft_lightning.data.plan.epoch_plan import Topology
@@ -35,7 +36,7 @@ from sft_lightning.training.preference.module import preference_model_from_keys
 register_strategies()
 
 
-class SFTCommandLine(LightningCLI):
+class SFTCommandLine(CommandLine):
     """A configuration, and for a trainer's command the run that it describes.
 
     Args:
@@ -52,13 +53,12 @@ class SFTCommandLine(LightningCLI):
         self._own_optimizer = names_another_optimizer(args)
         # Reading the sources for what they say of each key takes a quarter of a second, and only help shows it.
         set_parsing_settings(docstring_parse_attribute_docstrings=shows_help(args))
-        run = self._runs = command in self.subcommands()
         is_preference = value_of(args, "task") == "dpo"  # decides which keys there are: known before parsing
         super().__init__(
-            class_from_function(preference_model_from_keys if is_preference else model_from_keys),
-            class_from_function(pair_data_from_keys if is_preference else data_from_keys),
-            args=[command, *args] if run else args,
-            run=run,
+            command,
+            args,
+            model_class=class_from_function(preference_model_from_keys if is_preference else model_from_keys),
+            datamodule_class=class_from_function(pair_data_from_keys if is_preference else data_from_keys),
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=CommandParser,
@@ -67,12 +67,6 @@ class SFTCommandLine(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults=TRAINER_DEFAULTS,
         )
-
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        # Only the command that was asked for: building the other three parsers would triple the time to start.
-        every = self.subcommands()
-        self.subcommands = lambda: {self._command: every[self._command]}  # type: ignore[method-assign]
-        super()._add_subcommands(parser, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `task`, and link what the model and the data must agree on."""
@@ -96,13 +90,10 @@ class SFTCommandLine(LightningCLI):
             compute_fn=_first_given,
         )
 
-    def _parse_ckpt_path(self) -> None:
-        """Take nothing from a checkpoint: what the user wrote wins."""
-
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; a value that a config class refuses is the user's, not ours."""
         try:
-            if self._runs:
+            if self.runs_trainer:
                 super().instantiate_classes()
             else:
                 self.config_init = self.parser.instantiate(self.config)
@@ -118,7 +109,7 @@ class SFTCommandLine(LightningCLI):
         Raises:
             UserError: If the configuration trains something else.
         """
-        module = self._get(self.config_init, "model")
+        module = self.setting(self.config_init, "model")
         if not isinstance(module, CausalLMModule):
             raise UserError(f"task: {self._command} works with a CausalLMModule (got {type(module).__name__})")
         return module
@@ -126,10 +117,10 @@ class SFTCommandLine(LightningCLI):
     @property
     def data(self) -> SFTDataModule:
         """The data of a command that runs no trainer, planned for the devices that the configuration speaks of."""
-        data = self._get(self.config_init, "data")
+        data = self.setting(self.config_init, "data")
         if not isinstance(data, SFTDataModule):
             raise TypeError(f"expected an SFTDataModule, found a {type(data).__name__}")
-        trainer = self._get(self.config_init, "trainer")
+        trainer = self.setting(self.config_init, "trainer")
         data.topology = Topology(
             batch_size=data.spec.batch_size,
             accumulate=trainer["accumulate_grad_batches"],
@@ -139,16 +130,16 @@ class SFTCommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with our defaults where the user has set nothing."""
-        config = self._get(self.config_init, "trainer")
-        root = Path(config["default_root_dir"] or default_run_folder(self._get(self.config, "config")))
+        config = self.setting(self.config_init, "trainer")
+        root = Path(config["default_root_dir"] or default_run_folder(self.setting(self.config, "config")))
         config["default_root_dir"] = str(root)
         if config["logger"] in (None, True):
             config["logger"] = TensorBoardLogger(root, name="", version="")
-        self._get(self.config, "trainer")["default_root_dir"] = str(root)  # for config.yaml, which can be run again
+        self.setting(self.config, "trainer")["default_root_dir"] = str(root)  # for config.yaml, which can be run again
         if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
             config["max_epochs"] = 1
         leaves_results = self._command == "fit" and not config["fast_dev_run"]
-        if leaves_results and check_run_folder(root, self._get(self.config, "ckpt_path")):
+        if leaves_results and check_run_folder(root, self.setting(self.config, "ckpt_path")):
             rank_zero_info(f"--ckpt_path last: {root} has no checkpoint yet; the run starts from the beginning")
         check_name(config["strategy"])
         config["callbacks"] = with_default_callbacks(

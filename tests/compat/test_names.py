@@ -23,12 +23,7 @@ EVERY = [entry for entry in ENTRIES if importlib.util.find_spec(entry.library) i
 
 def function_of(entry: Entry) -> Any:
     """The function of an entry; of a class, what makes an object of it."""
-    module, _, name = entry.function.rpartition(".")
-    owner: Any = importlib.import_module(f"sft_lightning.compat.{module}")
-    if not hasattr(owner, name):  # a method
-        module, _, owner_name = module.rpartition(".")
-        owner = getattr(importlib.import_module(f"sft_lightning.compat.{module}"), owner_name)
-    return getattr(owner, name)
+    return pkgutil.resolve_name(f"sft_lightning.compat.{entry.function}")
 
 
 def delete(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

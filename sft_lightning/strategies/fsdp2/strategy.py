@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from sft_lightning.compat.lightning.loops import inner_optimizer, set_device
+from sft_lightning.compat.lightning.strategies import MeshStrategy
 from sft_lightning.errors import UserError
 from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.fsdp2.groups import shard_model
@@ -30,7 +30,7 @@ from sft_lightning.strategies.sharded_strategy import TIMEOUT, ShardedStrategy, 
 from sft_lightning.strategies.sharding import ShardingSpec, fsdp2_sharding
 
 
-class FSDP2(ShardedStrategy, ModelParallelStrategy):
+class FSDP2(ShardedStrategy, MeshStrategy):
     """Shards weights, gradients and optimizer state over all processes, layer by layer; `--trainer.strategy fsdp2`.
 
     Zhao et al., 2023, arXiv:2304.11277; the per-parameter design is torch's `fully_shard`. Losses are those of a single
@@ -68,7 +68,9 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
     def setup_environment(self) -> None:
         """Make the mesh: all processes in one line, or `replicas` lines of them."""
         world_size = self.num_nodes * self.num_processes
-        self._data_parallel_size, self._tensor_parallel_size = world_size, 1
+        self.use_one_mesh_axis(world_size)
+        if self.process_group_backend is None and self.offload and self.root_device.type == "cuda":
+            self.use_backend("cpu:gloo,cuda:nccl")  # offloaded gradients are reduced to one norm on the CPU
         super().setup_environment()
         if self.replicas == 1:
             self._sharding_mesh = self.device_mesh["data_parallel"]
@@ -106,11 +108,6 @@ class FSDP2(ShardedStrategy, ModelParallelStrategy):
         for buffer in self._language_model.buffers():
             buffer.data = buffer.data.to(self.root_device)
         set_device(self._module, self.root_device)
-
-    def _get_process_group_backend(self) -> str:
-        if self._process_group_backend is None and self.offload and self.root_device.type == "cuda":
-            return "cpu:gloo,cuda:nccl"  # offloaded gradients are reduced to one norm on the host
-        return super()._get_process_group_backend()
 
     @property
     def _language_model(self) -> Any:

@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 from sft_lightning.compat.deepspeed import flat_partitions
 from sft_lightning.compat.lightning.loops import inner_optimizer
+from sft_lightning.compat.lightning.strategies import HookedDeepSpeedStrategy
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.strategies.fsdp2.groups import keep_quantization_states
@@ -48,7 +47,7 @@ from sft_lightning.strategies.zero.state import gather_state, gather_weights, lo
 _OF_OPTIMIZER = ("optimizer", "scheduler")
 
 
-class DeepSpeedZeRO(ShardedStrategy, DeepSpeedStrategy):
+class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
     """ZeRO stages 0 to 3 (Rajbhandari et al., 2019, arXiv:1910.02054), by our keys or a DeepSpeed JSON.
 
     The module loads its model as always; stage 3 partitions what is loaded, 4-bit weights too. Checkpoints are those of
@@ -130,25 +129,15 @@ class DeepSpeedZeRO(ShardedStrategy, DeepSpeedStrategy):
         super().connect(model)
 
     def setup_environment(self) -> None:
-        """As Lightning's, without its refusal of the CPU."""
-        super(DeepSpeedStrategy, self).setup_environment()
+        """As Lightning's, on the CPU too, with our precision."""
+        super().setup_environment()
         precision: Any = self.precision_plugin.precision
         self.precision_plugin = ZeroPrecision(precision)
-
-    def setup_distributed(self) -> None:
-        """As Lightning's, without its check of device indices, which the CPU has not."""
-        if self.root_device.type == "cuda":
-            super().setup_distributed()
-            return
-        reset_seed()
-        self.set_world_ranks()
-        self._process_group_backend = "gloo"
-        self._init_deepspeed_distributed()
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Let the module load its model whole; ZeRO-3 partitions it then, before any device would hold it."""
-        self._init_config_if_needed()
+        self.prepare_config()
         module, config = self._module, self.config or {}
         with one_process_at_a_time(wanted=self.shards_weights and self.world_size > 1 and module.copies_weights):
             yield
@@ -167,13 +156,7 @@ class DeepSpeedZeRO(ShardedStrategy, DeepSpeedStrategy):
         if self.shards_weights:
             self.export_whole_at_end(trainer)
 
-    @property
-    def root_device(self) -> torch.device:
-        """The device of this process; DeepSpeed reads its index, on the CPU too."""
-        device: torch.device = super().root_device
-        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
-
-    def _format_config(self) -> None:
+    def fill_config(self) -> None:
         """Let the YAML fill the configuration, or refuse it; what is of the optimizer is checked once that is made."""
         config = {key: value for key, value in self._asked.items() if key not in _OF_OPTIMIZER}
         self.config = resolve(config, self._from_yaml(None), source=self._source)
@@ -181,9 +164,10 @@ class DeepSpeedZeRO(ShardedStrategy, DeepSpeedStrategy):
             module: Any = self.lightning_module
             module.spec = replace(module.spec, optimizer=OnHost(module.spec.optimizer))
 
-    def _init_optimizers(self) -> tuple[Optimizer, Any]:
+    def make_optimizer(self) -> tuple[Optimizer, Any]:
+        """Make the optimizer while ZeRO-3's partitions are gathered where a forward pass needs them."""
         with gathered_in_forward(self._module):  # the module asks its model what can be packed
-            optimizer, schedule = super()._init_optimizers()
+            optimizer, schedule = super().make_optimizer()
         resolve(self._asked, self._from_yaml(optimizer), source=self._source)
         check_optimizer(optimizer, self.sharding)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]  # ZeRO puts its partitions there
