@@ -63,19 +63,31 @@ def is_dataclass(node: ast.ClassDef) -> bool:
 
 
 UNFINISHED: tuple[str, ...] = (
-    "callbacks", "cli", "data", "estimation", "migration", "strategies",
-    "training", "views",
-)  # fmt: skip
-"""Rooms that are not written up yet: each leaves this list when it is."""
+    "callbacks",
+    "cli",
+    "data/batches",
+    "data/datamodule.py",
+    "data/formats",
+    "data/pairs",
+    "data/plan",
+    "data/spec.py",
+    "data/templates",
+    "data/tokens",
+    "estimation",
+    "migration",
+    "strategies",
+    "training",
+    "views",
+)
+"""Folders and modules that are not written up yet: each leaves this list when it is."""
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_say_arguments_shapes_and_fields(path: Path) -> None:
-    parts = path.relative_to(ROOT).parts
-    room = parts[0] if parts[0] == "callbacks" else parts[1]
+    place = str(path.relative_to(ROOT)).removeprefix("sft_lightning/")
     found = missing(path)
-    if room in UNFINISHED:
-        pytest.skip(f"{room} is unfinished: {len(found)} to write")
+    if any(f"{place}/".startswith(f"{room}/") for room in UNFINISHED):
+        pytest.skip(f"{place} is unfinished: {len(found)} to write")
     assert not found
 
 

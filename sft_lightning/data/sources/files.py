@@ -1,4 +1,4 @@
-"""Files of every type → rows, each with the place where a person finds it."""
+"""Files of every supported type → rows, each with its location."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ import pyarrow.parquet as pq
 from sft_lightning.errors import UserError, one_of
 
 Rows = Iterator[tuple[str, Any]]
-"""(location, row) of every row of a file."""
+"""Location and value of every row of a file."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ROWS_AT_ONCE = 1024
 
 
 def read_file(path: Path) -> Rows:
-    """Yield the location and the row of every record of a file.
+    """Yield the location and the value of every row of a file.
 
     Raises:
-        UserError: If the file holds none, or is not what its name says; with file and line.
+        UserError: If the file type is unknown, if the file holds no row, or if it is broken; with file and line.
     """
     reader = reader_of(path)
     if reader is None:
@@ -35,7 +38,7 @@ def read_file(path: Path) -> Rows:
         empty = False
         yield location_and_row
     if empty:
-        raise UserError(f"{path}: the file holds no records; remove it or point data.sources at another")
+        raise UserError(f"{path}: the file holds no records; remove it, or name another in data.sources")
 
 
 def _read_json(path: Path) -> Rows:
@@ -72,11 +75,11 @@ def _read_csv(path: Path) -> Rows:
         reader = csv.DictReader(file)
         for row in reader:
             if None in row or None in row.values():
-                found = len([cell for cell in row.values() if cell is not None])
+                extra = len(row.get(None) or ())  # the key of cells beyond the header
+                found = len([cell for key, cell in row.items() if key is not None and cell is not None]) + extra
                 raise UserError(
-                    f"{path}, line {reader.line_num}: the row has not the {len(reader.fieldnames or [])} cells of "
-                    f"the heading (found {found}{' and more' if None in row else ''}); "
-                    "quote cells with commas or line ends"
+                    f"{path}, line {reader.line_num}: expected {len(reader.fieldnames or [])} columns as in the "
+                    f"header, found {found}; put quotes around cells that contain commas or line breaks"
                 )
             yield f"{path}, line {reader.line_num}", row
 
@@ -91,7 +94,7 @@ def _read_parquet(path: Path) -> Rows:
 
 
 def _read_arrow(path: Path) -> Rows:
-    """Arrow's file format, or its stream format, which `datasets` writes."""
+    """Read Arrow's file format, or its stream format, which `datasets` writes."""
 
     def batches() -> Iterator[pa.RecordBatch]:
         with pa.memory_map(str(path)) as source:
@@ -106,9 +109,6 @@ def _read_arrow(path: Path) -> Rows:
     yield from _rows_of(path, batches)
 
 
-_ROWS_AT_ONCE = 1024
-
-
 def _rows_of(path: Path, batches: Callable[[], Iterator[pa.RecordBatch]]) -> Rows:
     index = 0
     try:
@@ -117,7 +117,7 @@ def _rows_of(path: Path, batches: Callable[[], Iterator[pa.RecordBatch]]) -> Row
                 yield f"{path}, record {index}", row
                 index += 1
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a {path.suffix} file that Arrow can read: {error}") from error
+        raise UserError(f"{path}: Arrow cannot read this {path.suffix} file: {error}") from error
 
 
 def _refuse_pointer(path: Path) -> None:
@@ -128,15 +128,15 @@ def _refuse_pointer(path: Path) -> None:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[TextIO]:
-    """Open a text file, perhaps compressed, for reading from its first character on.
+    """Open a text file, compressed if its name ends in `.gz`.
 
-    Lines end at "\\n" alone: JSON strings may hold U+2028 and other characters that `splitlines` takes for line ends.
+    Lines end at "\\n" only: JSON strings may contain U+2028 and other characters that `splitlines` takes for line ends.
 
     Raises:
-        UserError: If it is empty, or not UTF-8 text; while it is read, too.
+        UserError: If the file is empty, or turns out not to be UTF-8 text or not to be gzip while it is read.
     """
     if not path.stat().st_size:
-        raise UserError(f"{path}: the file is empty; remove it or point data.sources at another")
+        raise UserError(f"{path}: the file is empty; remove it, or name another in data.sources")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -146,18 +146,15 @@ def _open(path: Path) -> Iterator[TextIO]:
             f"{path}: not UTF-8 text ({error.reason}, byte {error.object[error.start]:#04x}); convert it to UTF-8"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a gzip file that can be read: {error}") from error
+        raise UserError(f"{path}: cannot decompress the file with gzip: {error}") from error
 
 
 def _text(path: Path) -> str:
     with _open(path) as file:
         text = file.read()
     if not text.strip():
-        raise UserError(f"{path}: the file is empty; remove it or point data.sources at another")
+        raise UserError(f"{path}: the file is empty; remove it, or name another in data.sources")
     return text
-
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 READERS: Mapping[str, Callable[[Path], Rows]] = {
@@ -169,16 +166,17 @@ READERS: Mapping[str, Callable[[Path], Rows]] = {
     ".arrow": _read_arrow,
     ".txt": _read_text,
 }
+"""The function that reads each file type, by the ending of the name."""
 
 
 def reader_of(path: Path) -> Callable[[Path], Rows] | None:
-    """Return what reads a file of this name, if anything does."""
+    """Return the function that reads a file of this name; `None` if the file type is unknown."""
     suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     return READERS.get(suffix)
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether a `.json` file holds one object a line, as many published data sets do."""
+    """Whether a `.json` file holds one object per line, as many published data sets do."""
     first, _, rest = text.lstrip().partition("\n")
     try:
         return isinstance(json.loads(first), dict) and bool(rest.strip())

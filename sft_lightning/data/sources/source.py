@@ -1,6 +1,6 @@
-"""A file, a folder, a `save_to_disk` folder or a Hub id → Records, each knowing where it stands.
+"""A file, a folder, a `save_to_disk` folder or a Hub data set → records, each with its location.
 
-Records are read one after the other and never held all at once.
+Records are read one after the other and never all held in memory.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ class SourceConfig:
 
     format: str | None = None
     """How a record becomes messages: alpaca, firefly, messages, preference, prompt_completion, segments, sharegpt,
-    text, deepspeed_chat/<name>, or the dotted path of a function `Record -> list[Message]`. Default: as the path or
-    the first record's keys tell."""
+    text, deepspeed_chat/<name>, or the dotted path of a function `Record -> list[Message]`. Default: detected from the
+    path or from the keys of the first record."""
 
     columns: dict[str, str] | None = None
-    """What the format calls a key, and what it is called in the file: `{instruction: question, output: answer}`."""
+    """The format's name of a key, and the key in the file: `{instruction: question, output: answer}`."""
 
     weight: float = 1.0
-    """How much of the source is seen; in what, `data.blend.by` says. By default passes per epoch: 1 sees each example
+    """How often the source is seen, in the unit of `data.blend.by`. By default passes per epoch: 1 shows each example
     once, 2 twice, 0.5 a different half in each epoch."""
 
     max_epochs: float = 1.0
-    """Passes over the source in one epoch at most, where `weight` is a share; the first source to reach it ends the
+    """The most passes over the source in one epoch, where `weight` is a share; the first source to reach it ends the
     epoch."""
 
     max_examples: int | None = None
     """Read at most this many records."""
 
     split: str | None = None
-    """Split of a Hub data set or a `save_to_disk` folder (default: train), slices such as `train[:10%]` included; of a
-    plain folder, only the files or subfolders of that name."""
+    """Split of a Hub data set or a `save_to_disk` folder (default: train), or a slice such as `train[:10%]`. For a
+    plain folder: read only the files and subfolders of that name."""
 
     subset: str | None = None
     """Subset (configuration) of a Hub data set."""
@@ -60,15 +60,15 @@ class SourceConfig:
     """Commit, branch or tag of a Hub data set."""
 
     sft_only: bool = False
-    """Use all of the source, whatever `data.data_split` gives to other stages."""
+    """Use the whole source, although `data.data_split` gives parts of the others to other stages."""
 
     streaming: bool = False
-    """Read, tokenize and pack the source while training: for data larger than disk or memory. Needs
+    """Read, tokenize and pack the source during training, for data larger than disk or memory. Requires
     `trainer.max_steps`."""
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
-            raise UserError(f"data.sources: weight must be above 0 (got {self.weight}); leave the source out instead")
+            raise UserError(f"data.sources: weight must be above 0 (got {self.weight}); remove the source instead")
         if self.max_epochs <= 0:
             raise UserError(f"data.sources: max_epochs must be above 0 (got {self.max_epochs})")
         if self.max_examples is not None and self.max_examples < 1:
@@ -76,26 +76,32 @@ class SourceConfig:
 
 
 def read_records(name: str, config: SourceConfig) -> Iterator[Record]:
-    """Read the records of a source, in file order.
+    """Yield the records of a source, in file order.
 
     Args:
         name: The source's name in the YAML, for messages.
-        config: Where to read.
+        config: The source.
 
     Raises:
-        UserError: If a path does not exist, holds no records, or is not what its name says; with file and line.
+        UserError: If a path does not exist, holds no records, or cannot be read; with file and line.
     """
     for location, row in islice(_rows(name, config), config.max_examples):
         if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
-            row = {"messages": row}  # a conversation without an object around it, as llama-recipes writes them
+            row = {"messages": row}  # a bare list of messages, as llama-recipes writes conversations
         if not isinstance(row, dict):
-            raise UserError(f"{location}: a record must be a JSON object, not {type(row).__name__}: {_short(row)}")
+            raise UserError(f"{location}: a record must be a JSON object (got {type(row).__name__}: {_shortened(row)})")
         fields = _renamed(name, config.columns, location, row) if config.columns else row
         yield Record(fields=fields, source=name, location=location)
 
 
 def read_record(name: str, config: SourceConfig, index: int) -> Record:
-    """Return the record at an index, reading the source up to it."""
+    """Return the record at an index; the source is read up to it.
+
+    Args:
+        name: The source's name in the YAML, for messages.
+        config: The source.
+        index: From 0.
+    """
     return next(islice(read_records(name, config), index, None))
 
 
@@ -110,28 +116,32 @@ def _rows(name: str, config: SourceConfig) -> Rows:
 
 
 def source_files(name: str, config: SourceConfig) -> list[Path]:
-    """Return the files of a source that is a file or a folder, in the order in which they are read.
+    """Return the files of a source that is a file or a folder, in reading order.
+
+    Args:
+        name: The source's name in the YAML, for messages.
+        config: The source.
 
     Raises:
-        UserError: If there is none, or of a type that nothing reads.
+        UserError: If there is no file, or the file type is unknown.
     """
     path, key = Path(config.path).expanduser(), f"data.sources.{name}"
     _refuse_hub_options(key, config)
     if path.is_file():
         if config.split is not None:
-            raise UserError(f"{key}.split: {config.split!r}, but {config.path!r} is one file and has no splits")
+            raise UserError(f"{key}.split: {config.split!r}, but {config.path!r} is a single file, which has no splits")
         if reader_of(path) is None:
             raise one_of(f"{key}.path: {config.path!r}: the file type", path.suffix, READERS)
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file))
     if not files:
-        raise UserError(f"{key}.path: the folder {config.path!r} holds no {', '.join(READERS)} file")
+        raise UserError(f"{key}.path: the folder {config.path!r} contains no file of type {', '.join(READERS)}")
     if config.split is None:
         return files
     named = [file for file in files if _is_of_split(file.relative_to(path), config.split)]
     if not named:
         raise UserError(
-            f"{key}.split: no file or subfolder of {config.path!r} is called {config.split!r}; there are: "
+            f"{key}.split: {config.path!r} contains no file or subfolder named {config.split!r}; it contains: "
             f"{', '.join(str(file.relative_to(path)) for file in files[:8])}"
         )
     return named
@@ -139,11 +149,11 @@ def source_files(name: str, config: SourceConfig) -> list[Path]:
 
 def _refuse_hub_options(key: str, config: SourceConfig) -> None:
     if config.subset is not None or config.revision is not None:
-        raise UserError(f"{key}: subset and revision are for data sets on the Hub, but {config.path!r} is a path here")
+        raise UserError(f"{key}: subset and revision are only valid for Hub data sets, but {config.path!r} is local")
 
 
 def _is_of_split(path: Path, split: str) -> bool:
-    """Whether a path is of a split: `train.jsonl`, `train-00000-of-00002.parquet`, `train/part.json`."""
+    """Whether a path belongs to a split: `train.jsonl`, `train-00000-of-00002.parquet`, `train/part.json`."""
     return any(re.match(rf"{re.escape(split)}(\W|$)", part) for part in path.parts)
 
 
@@ -153,10 +163,14 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def load_dataset(name: str, config: SourceConfig) -> Any:
-    """Load a `save_to_disk` folder or a data set from the Hub.
+    """Load a `save_to_disk` folder or a Hub data set.
+
+    Args:
+        name: The source's name in the YAML, for messages.
+        config: The source.
 
     Raises:
-        UserError: If it, or its split, does not exist or cannot be reached.
+        UserError: If the data set or its split does not exist, or the Hub cannot be reached.
     """
     path, key = Path(config.path).expanduser(), f"data.sources.{name}"
     if path.exists():
@@ -174,10 +188,10 @@ def load_dataset(name: str, config: SourceConfig) -> Any:
             revision=config.revision,
             streaming=config.streaming,
         )
-    except (OSError, ValueError) as error:  # every error of `datasets` about what was asked for is one of these
+    except (OSError, ValueError) as error:  # the types of every error of `datasets` about a wrong request
         raise UserError(
-            f"{key}.path: {config.path!r} is no file or folder here (looked in {Path.cwd()}), and the Hugging Face Hub "
-            f"did not give it: {_short(str(error).partition(chr(10))[0], 300)}"
+            f"{key}.path: {config.path!r} is not a local file or folder (looked in {Path.cwd()}), and loading it from "
+            f"the Hugging Face Hub failed: {_shortened(str(error).partition(chr(10))[0], 300)}"
         ) from error
 
 
@@ -187,10 +201,10 @@ def _load_saved(key: str, path: Path, split: str | None) -> Any:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}.path: {str(path)!r} cannot be loaded as a save_to_disk folder: {error}") from error
+        raise UserError(f"{key}.path: cannot load {str(path)!r} as a save_to_disk folder: {error}") from error
     if isinstance(loaded, datasets.Dataset):
         if split is not None:
-            raise UserError(f"{key}.split: {split!r}, but {str(path)!r} was saved without splits")
+            raise UserError(f"{key}.split: {split!r}, but {str(path)!r} has no splits")
         return loaded
     wanted = split or "train"
     if wanted.partition("[")[0] not in loaded:
@@ -207,8 +221,8 @@ def _renamed(name: str, columns: Mapping[str, str], location: str, row: Mapping[
     for ours, theirs in columns.items():
         if theirs not in row:
             raise UserError(
-                f"{location}: no key {theirs!r}, which data.sources.{name}.columns gives for {ours!r}; "
-                f"the keys there are: {', '.join(sorted(row))}"
+                f"{location}: data.sources.{name}.columns reads {ours!r} from {theirs!r}, but the record has no such "
+                f"key; its keys are: {', '.join(sorted(row))}"
             )
     moved = set(columns.values())
     return {key: value for key, value in row.items() if key not in moved} | {
@@ -216,6 +230,6 @@ def _renamed(name: str, columns: Mapping[str, str], location: str, row: Mapping[
     }
 
 
-def _short(value: object, limit: int = 60) -> str:
+def _shortened(value: object, limit: int = 60) -> str:
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"

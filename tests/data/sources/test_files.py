@@ -82,21 +82,21 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_file_type_gives_the_same_records(name: str, tmp_path: Path) -> None:
+def test_all_file_types_give_the_same_records(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / name)
     assert read(tmp_path / name) == ROWS
     assert len(set(locations(tmp_path / name))) == 3
     assert all(location.startswith(f"{tmp_path / name}, ") for location in locations(tmp_path / name))
 
 
-def test_records_are_counted_through_the_batches_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_numbers_continue_across_the_batches_of_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_ROWS_AT_ONCE", 2)
     for name in ("a.parquet", "stream.arrow"):
         WRITERS[name](tmp_path / name)
         assert locations(tmp_path / name) == [f"{tmp_path / name}, record {i}" for i in range(3)]
 
 
-def test_a_csv_record_is_named_by_its_line(tmp_path: Path) -> None:
+def test_the_location_of_a_csv_record_is_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     write_csv(path, [{"a": "1"}, {"a": "2"}])
     assert locations(path) == [f"{path}, line 2", f"{path}, line 3"]
@@ -121,7 +121,7 @@ class _CountingReads:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_json_lines_are_read_as_they_are_asked_for(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_lines_are_read_one_by_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = "\n".join(['{"n": 1}'] * 50_000)
     content = f"{good}\nbroken".encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
@@ -165,20 +165,18 @@ def test_a_parquet_file_is_read_batch_by_batch(tmp_path: Path, monkeypatch: pyte
         ("a.jsonl", '{"n": 1}\n{"n": }\n', "line 2, column 7: broken JSON"),
         ("a.json", '[{"n": 1},\n {"n": ]', "line 2, column 8: broken JSON"),
         ("a.json", '{"n": 1}\n{"n": ]', "line 2, column 7: broken JSON"),
-        ("a.csv", "n,m\n1,2\n3\n", "line 3: the row has not the 2 cells of the heading (found 1)"),
-        ("a.csv", "n,m\n1,2,3\n", "line 2: the row has not the 2 cells of the heading (found"),
+        ("a.csv", "n,m\n1,2\n3\n", "line 3: expected 2 columns as in the header, found 1;"),
+        ("a.csv", "n,m\n1,2,3,4\n", "line 2: expected 2 columns as in the header, found 4;"),
         ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer"),
         ("a.jsonl.gz", "version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer"),
         ("a.json", "version https://git-lfs.github.com/spec/v1\noid", "git-LFS pointer"),
-        ("a.jsonl.gz", "not gzip", "not a gzip file"),
-        ("a.parquet", "not parquet", "not a .parquet file"),
-        ("a.arrow", "not arrow", "not a .arrow file"),
+        ("a.jsonl.gz", "not gzip", "cannot decompress the file with gzip"),
+        ("a.parquet", "not parquet", "Arrow cannot read this .parquet file"),
+        ("a.arrow", "not arrow", "Arrow cannot read this .arrow file"),
         ("a.xml", "<n/>", "'.xml' is unknown"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_with_its_place(
-    name: str, content: str, said: str, write_json: Write
-) -> None:
+def test_a_broken_file_is_refused_with_its_path_and_line(name: str, content: str, said: str, write_json: Write) -> None:
     path = write_json(name, content)
     with pytest.raises(UserError) as error:
         read(path)
@@ -193,31 +191,31 @@ def test_a_file_that_is_not_utf8_is_refused(name: str, tmp_path: Path) -> None:
         read(tmp_path / name)
 
 
-def test_a_torn_gzip_file_is_refused(tmp_path: Path) -> None:
+def test_a_truncated_gzip_file_is_refused(tmp_path: Path) -> None:
     whole = gzip.compress(b'{"n": 1}\n' * 1000)
     for content in (whole[: len(whole) // 2], whole[:-12] + b"\0" * 12):
         (tmp_path / "a.jsonl.gz").write_bytes(content)
-        with pytest.raises(UserError, match="not a gzip file that can be read"):
+        with pytest.raises(UserError, match="cannot decompress the file with gzip"):
             read(tmp_path / "a.jsonl.gz")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "stream.arrow"])
-def test_a_torn_table_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_truncated_table_is_refused(name: str, tmp_path: Path) -> None:
     WRITERS[name](tmp_path / name)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=rf"{name}: not a \.\w+ file that Arrow can read"):
+    with pytest.raises(UserError, match=rf"{name}: Arrow cannot read this \.\w+ file"):
         read(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_an_lfs_pointer_in_a_tables_place_is_refused(name: str, write_json: Write) -> None:
+def test_a_git_lfs_pointer_instead_of_a_table_is_refused(name: str, write_json: Write) -> None:
     path = write_json(name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(UserError, match="git-LFS pointer"):
         read(path)
 
 
-def test_names_tell_what_reads_a_file() -> None:
+def test_the_ending_of_the_name_selects_the_reader() -> None:
     assert reader_of(Path("a.v2.jsonl.gz")) is READERS[".jsonl.gz"]
     assert reader_of(Path("a.b.parquet")) is READERS[".parquet"]
     assert reader_of(Path("a.json.gz")) is None

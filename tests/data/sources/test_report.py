@@ -7,7 +7,7 @@ import numpy as np
 from sft_lightning.data.sources.report import DataReport, SourceReport
 
 
-def test_lengths_are_lengths_that_there_are() -> None:
+def test_percentiles_are_lengths_of_examples() -> None:
     report = SourceReport("train")
     report.set_lengths(np.arange(1, 101))
     assert (report.length_p50, report.length_p90, report.length_p99, report.longest) == (50, 90, 99, 100)

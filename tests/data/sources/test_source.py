@@ -47,7 +47,7 @@ def test_the_first_records_of_a_big_source_are_read_without_the_others(write_jso
     assert [record.fields for record in islice(records, 5)] == [{"n": 1}] * 5
 
 
-def test_a_record_knows_its_source_file_and_line(write_json: Write) -> None:
+def test_a_record_has_its_source_file_and_line(write_json: Write) -> None:
     path = write_json("a.jsonl", '{"n": 1}\n\n{"n": 2}')
     records = list(read_records("s", SourceConfig(path=str(path))))
     assert [record.location for record in records] == [f"{path}, line 1", f"{path}, line 3"]
@@ -56,12 +56,14 @@ def test_a_record_knows_its_source_file_and_line(write_json: Write) -> None:
 
 
 @pytest.mark.parametrize("row", ["[1]", '["a"]', "[[]]", "[null]"])
-def test_a_record_that_is_no_object_is_refused_with_its_place(row: str, write_json: Write) -> None:
-    with pytest.raises(UserError, match=r"a\.json, record 0: a record must be a JSON object, not"):
+def test_a_record_that_is_not_an_object_is_refused_with_its_location(row: str, write_json: Write) -> None:
+    with pytest.raises(UserError, match=r"a\.json, record 0: a record must be a JSON object \(got "):
         read(write_json("a.json", row))
 
 
-def test_a_home_folder_is_found(write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_may_begin_with_the_home_folder(
+    write_json: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_json("a.json", [{"n": 1}])
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read("~/a.json") == [{"n": 1}]
@@ -73,18 +75,18 @@ def test_a_missing_path_names_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["nowhere.json", "data/nowhere.parquet", "a b", "a/b/c"])
-def test_what_cannot_be_a_hub_id_is_a_missing_path(path: str) -> None:
+def test_a_path_that_cannot_be_a_hub_id_does_not_exist(path: str) -> None:
     with pytest.raises(UserError, match=r"data\.sources\.s\.path.*does not exist \(looked in "):
         read(path)
 
 
-def test_a_file_that_nothing_reads_names_the_key_and_what_is_read(write_json: Write) -> None:
+def test_an_unknown_file_type_is_refused_with_the_known_ones(write_json: Write) -> None:
     with pytest.raises(UserError, match=r"data\.sources\.s\.path: .*'\.xml' is unknown.*Known: .*\.jsonl"):
         read(write_json("a.xml", "<n/>"))
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.sources\.s\.path: the folder .* holds no \.json, "):
+    with pytest.raises(UserError, match=r"data\.sources\.s\.path: the folder .* contains no file of type \.json, "):
         read(tmp_path)
 
 
@@ -97,7 +99,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
         ({"max_examples": 0}, "max_examples"),
     ],
 )
-def test_a_source_checks_its_numbers(options: dict[str, Any], key: str) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], key: str) -> None:
     with pytest.raises(UserError, match=f"data.sources: {key} must be"):
         SourceConfig(path="x", **options)
 
@@ -105,24 +107,23 @@ def test_a_source_checks_its_numbers(options: dict[str, Any], key: str) -> None:
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def test_columns_give_keys_the_names_that_a_format_knows(write_json: Write) -> None:
+def test_columns_rename_keys_to_those_of_the_format(write_json: Write) -> None:
     path = write_json("a.json", [{"q": "Who?", "a": "I.", "id": 7}])
     assert read(path, columns={"instruction": "q", "output": "a"}) == [{"instruction": "Who?", "output": "I.", "id": 7}]
 
 
-def test_columns_can_swap_keys_and_stand_before_a_key_of_that_name(write_json: Write) -> None:
+def test_columns_can_swap_keys_and_replace_a_key_of_that_name(write_json: Write) -> None:
     path = write_json("a.json", [{"a": 1, "b": 2, "c": 3}])
     assert read(path, columns={"a": "b", "b": "a"}) == [{"a": 2, "b": 1, "c": 3}]
     assert read(path, columns={"a": "b"}) == [{"a": 2, "c": 3}]
 
 
-def test_a_column_that_a_record_has_not_is_named_with_those_that_it_has(write_json: Write) -> None:
+def test_a_missing_column_is_refused_with_the_keys_of_the_record(write_json: Write) -> None:
     path = write_json("a.json", [{"q": "Who?", "a": "I."}, {"question": "Who?", "a": "I."}])
     with pytest.raises(UserError) as error:
         read(path, columns={"instruction": "q"})
-    assert f"{path}, record 1: no key 'q'" in str(error.value)
-    assert "data.sources.s.columns gives for 'instruction'" in str(error.value)
-    assert "a, question" in str(error.value)
+    assert f"{path}, record 1: data.sources.s.columns reads 'instruction' from 'q'" in str(error.value)
+    assert "its keys are: a, question" in str(error.value)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -148,26 +149,26 @@ def test_a_split_of_a_folder_is_the_files_and_subfolders_of_that_name(
     assert [row["n"] for row in read(folder, split=split)] == found
 
 
-def test_a_split_that_a_folder_has_not_names_what_it_has(folder: Path) -> None:
+def test_a_missing_split_of_a_folder_is_refused_with_its_files(folder: Path) -> None:
     with pytest.raises(UserError) as error:
         read(folder, split="dev")
-    assert "data.sources.s.split: no file or subfolder of" in str(error.value)
-    assert "'dev'" in str(error.value)
+    assert "data.sources.s.split: " in str(error.value)
+    assert "contains no file or subfolder named 'dev'; it contains: " in str(error.value)
     assert str(Path("test/part.json")) in str(error.value)
 
 
 def test_a_file_has_no_splits(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.sources\.s\.split: 'train', but .* is one file"):
+    with pytest.raises(UserError, match=r"data\.sources\.s\.split: 'train', but .* is a single file"):
         read(folder / "train.jsonl", split="train")
 
 
 @pytest.mark.parametrize("options", [{"subset": "a"}, {"revision": "main"}])
-def test_a_path_here_has_neither_subset_nor_revision(options: dict[str, str], folder: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.sources\.s: subset and revision are for data sets on the Hub"):
+def test_a_local_path_has_neither_subset_nor_revision(options: dict[str, str], folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.sources\.s: subset and revision are only valid for Hub data sets"):
         read(folder, **options)
 
 
-def test_source_files_are_listed_in_the_order_of_reading(folder: Path) -> None:
+def test_source_files_are_listed_in_reading_order(folder: Path) -> None:
     names = [str(path.relative_to(folder)) for path in source_files("s", SourceConfig(path=str(folder)))]
     assert names == sorted(names)
     assert len(names) == 5
@@ -192,19 +193,19 @@ def test_a_saved_dataset_is_read_in_order(saved: Path) -> None:
     assert first.location == f"{saved / 'plain'}, record 0"
 
 
-def test_a_saved_dict_of_datasets_gives_train_or_the_split_asked_for(saved: Path) -> None:
+def test_a_saved_dict_of_datasets_gives_train_or_the_split_that_is_set(saved: Path) -> None:
     assert is_saved_dataset(saved / "dict")
     assert read(saved / "dict") == [{"n": 0}, {"n": 1}]
     assert read(saved / "dict", split="test", max_examples=1) == [{"n": 10}]
 
 
-def test_a_split_that_a_saved_dict_has_not_is_refused_with_those_that_it_has(saved: Path) -> None:
+def test_a_missing_split_of_a_saved_dict_is_refused_with_the_nearest(saved: Path) -> None:
     with pytest.raises(UserError, match=r"data\.sources\.s\.split: 'tset' is unknown\. Did you mean 'test'\?"):
         read(saved / "dict", split="tset")
 
 
-def test_a_saved_dataset_without_splits_has_none(saved: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.sources\.s\.split: 'train', but .* was saved without splits"):
+def test_a_split_of_a_saved_dataset_without_splits_is_refused(saved: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.sources\.s\.split: 'train', but .* has no splits"):
         read(saved / "plain", split="train")
 
 
@@ -214,13 +215,13 @@ def test_a_slice_of_a_saved_split_is_read(saved: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"subset": "a"}, {"revision": "main"}])
 def test_a_saved_dataset_has_neither_subset_nor_revision(options: dict[str, str], saved: Path) -> None:
-    with pytest.raises(UserError, match="subset and revision are for data sets on the Hub"):
+    with pytest.raises(UserError, match="subset and revision are only valid for Hub data sets"):
         read(saved / "plain", **options)
 
 
-def test_a_saved_dataset_that_is_broken_is_refused(tmp_path: Path) -> None:
+def test_a_broken_saved_dataset_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"data\.sources\.s\.path: .* cannot be loaded as a save_to_disk folder"):
+    with pytest.raises(UserError, match=r"data\.sources\.s\.path: cannot load .* as a save_to_disk folder"):
         read(tmp_path)
 
 
@@ -260,17 +261,16 @@ def test_a_hub_id_can_be_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read("a/b", streaming=True, max_examples=3) == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
-def test_a_hub_that_cannot_be_reached_says_where_was_looked() -> None:
+def test_the_error_of_an_unreachable_hub_says_where_the_path_was_looked_for() -> None:
     with pytest.raises(UserError) as error:
         read("surely-nobody/has-this-data")
-    assert "data.sources.s.path: 'surely-nobody/has-this-data' is no file or folder here (looked in " in str(
-        error.value
-    )
-    assert "the Hugging Face Hub did not give it" in str(error.value)
+    path = "data.sources.s.path: 'surely-nobody/has-this-data'"
+    assert f"{path} is not a local file or folder (looked in " in str(error.value)
+    assert "loading it from the Hugging Face Hub failed: " in str(error.value)
 
 
 @pytest.mark.parametrize("raised", [ValueError("Unknown split 'dev'.\nmore"), FileNotFoundError("no such data set")])
-def test_what_the_hub_refuses_is_said_in_one_line(raised: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub_are_told_in_one_line(raised: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **kwargs: Any) -> Any:
         raise raised
 
@@ -281,7 +281,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(raised: Exception, monkeypatch
     assert "more" not in str(error.value)
 
 
-def test_a_bare_list_of_turns_is_a_conversation(write_json: Callable[..., Path]) -> None:
+def test_a_bare_list_of_messages_is_a_conversation(write_json: Callable[..., Path]) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     [record] = read_records("s", SourceConfig(path=str(write_json("chats.json", [turns]))))
     assert record.fields == {"messages": turns}
