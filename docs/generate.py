@@ -18,8 +18,7 @@ import docstring_parser
 
 from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.spec import DataSpec
-from sft_lightning.training.preference.module import PreferenceSpec
-from sft_lightning.training.spec import TrainingSpec
+from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
 
 PAGE = Path(__file__).parent / "configuration.md"
 

@@ -1,75 +1,100 @@
-"""LightningCLI for this trainer: the keys, the links between them, and how a run is built from them."""
+"""LightningCLI for this trainer: the keys, the links between them, and the objects that are built from them.
+
+Help and errors must not wait for PEFT, bitsandbytes and the model code: keys are parsed into specs, and each property
+imports what it builds from them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from jsonargparse.typing import class_from_function
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 
-from sft_lightning.cli.arguments import names_another_optimizer, shows_help, value_of
-from sft_lightning.cli.defaults import (
-    DEFAULT_OPTIMIZER,
-    TRAINER_DEFAULTS,
-    default_run_folder,
-    with_default_callbacks,
-)
+from sft_lightning.cli.arguments import names_another_optimizer, names_classes, shows_help, value_of
 from sft_lightning.cli.parsing import CommandParser, clear_message
 from sft_lightning.compat.jsonargparse import is_about_a_value, known_keys
 from sft_lightning.compat.lightning.cli import CommandLine
-from sft_lightning.data.datamodule import SFTDataModule, data_from_keys
-from sft_lightning.data.pairs.kind import pair_data_from_keys
+from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.plan.epoch_plan import Topology
+from sft_lightning.data.spec import DataSpec
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.names import check_name
-from sft_lightning.strategies.registry import register_strategies
-from sft_lightning.training.checkpoint import AtomicCheckpointIO, check_run_folder
-from sft_lightning.training.module import CausalLMModule, model_from_keys
-from sft_lightning.training.preference.module import preference_model_from_keys
+from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
 
-register_strategies()
+if TYPE_CHECKING:
+    from sft_lightning.data.datamodule import SFTDataModule
+    from sft_lightning.training.module import CausalLMModule
+
+DEFAULT_OPTIMIZER: dict[str, Any] = {
+    "class_path": "torch.optim.AdamW",
+    "init_args": {"lr": 2e-4, "weight_decay": 0.0, "fused": True},
+}
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+}
+
+
+class ConfigParser(CommandParser, LightningArgumentParser):
+    """A parser of configurations whose errors are one message."""
 
 
 class SFTCommandLine(CommandLine):
-    """A configuration, and for a trainer's command the run that it describes.
+    """A configuration; for fit, validate, test and predict also the run that it describes.
 
     Args:
-        command: A method of the trainer to run, or the name of a command that only wants what the configuration builds.
+        command: A method of the trainer, which is run, or another command, which takes what it needs from the
+            properties.
         args: What follows the command on the command line.
-        add_options: Adds options of its own to the parser of such a command.
+        add_options: Adds the options of such a command to the parser.
+
+    Raises:
+        UserError: If a key is unknown, or a value is wrong.
     """
 
     def __init__(
         self, command: str, args: list[str], add_options: Callable[[ArgumentParser], None] | None = None
     ) -> None:
+        if not args:
+            raise UserError(
+                f"{command}: no configuration given; add --config FILE (examples are in configs/) or options such as "
+                f"--model.model_name_or_path; python -m sft_lightning {command} --help lists them"
+            )
         self._command = command
         self._add_options = add_options
-        self._own_optimizer = names_another_optimizer(args)
-        # Reading the sources for what they say of each key takes a quarter of a second, and only help shows it.
+        self._names_another_optimizer = names_another_optimizer(args)
+        self._specs = (PreferenceSpec, PairDataSpec) if value_of(args, "task") == "dpo" else (TrainingSpec, DataSpec)
+        if names_classes(args):
+            import sft_lightning.cli.trainer  # noqa: F401 (our callbacks and strategies may be named without a package)
+        # Reading the docstrings of keys takes a quarter of a second, and only help shows them.
         set_parsing_settings(docstring_parse_attribute_docstrings=shows_help(args))
-        is_preference = value_of(args, "task") == "dpo"  # decides which keys there are: known before parsing
         super().__init__(
             command,
             args,
-            model_class=class_from_function(preference_model_from_keys if is_preference else model_from_keys),
-            datamodule_class=class_from_function(pair_data_from_keys if is_preference else data_from_keys),
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            parser_class=CommandParser,
+            parser_class=ConfigParser,
             load_from_checkpoint_support=False,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=SaveConfigCallback if command == "fit" else None,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults=TRAINER_DEFAULTS,
         )
 
+    # --- the keys --------------------------------------------------------------------------------------------------
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `trainer`, `model` and `data`."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+        for key, spec in zip(("model", "data"), self._specs, strict=True):
+            parser.add_class_arguments(spec, key, fail_untyped=False, sub_configs=True)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add `task`, and link what the model and the data must agree on."""
+        """Add `task` and the command's own options, and link the keys that model and data share."""
         parser.add_argument(
             "--task",
             type=Literal["sft", "pretrain", "dpo"],
@@ -79,7 +104,7 @@ class SFTCommandLine(CommandLine):
         )
         if self._add_options is not None:
             self._add_options(parser)
-        parser.set_defaults({"model.optimizer": None if self._own_optimizer else DEFAULT_OPTIMIZER})
+        parser.set_defaults({"model.optimizer": None if self._names_another_optimizer else DEFAULT_OPTIMIZER})
         parser.link_arguments("task", "data.task")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         for key in ("trust_remote_code", "add_tokens", "add_special_tokens"):
@@ -90,37 +115,47 @@ class SFTCommandLine(CommandLine):
             compute_fn=_first_given,
         )
 
+    # --- what is built from them -----------------------------------------------------------------------------------
+
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; a value that a config class refuses is the user's, not ours."""
+        """Build the specs; for a trainer's method also the module, the data and the trainer."""
         try:
-            if self.runs_trainer:
-                super().instantiate_classes()
-            else:
-                self.config_init = self.parser.instantiate(self.config)
+            self.config_init = self.parser.instantiate(self.config)
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError) or not is_about_a_value(error):
                 raise
             raise UserError(clear_message(str(error), known_keys(self.parser) or ())) from error
+        if self.runs_trainer:
+            self.model, self.datamodule = self.module, self.data_module
+            self.trainer = self.instantiate_trainer()
 
     @property
+    def spec(self) -> TrainingSpec:
+        """The keys under `model`."""
+        spec: TrainingSpec = self.setting(self.config_init, "model")
+        return spec
+
+    @cached_property
     def module(self) -> CausalLMModule:
-        """The configured module; its weights are not loaded yet.
+        """The configured module; its weights are not loaded yet."""
+        from sft_lightning.training.module import CausalLMModule
+        from sft_lightning.training.preference.module import DPOModule
 
-        Raises:
-            UserError: If the configuration trains something else.
-        """
-        module = self.setting(self.config_init, "model")
-        if not isinstance(module, CausalLMModule):
-            raise UserError(f"task: {self._command} works with a CausalLMModule (got {type(module).__name__})")
-        return module
+        return DPOModule(self.spec) if isinstance(self.spec, PreferenceSpec) else CausalLMModule(self.spec)
 
-    @property
+    @cached_property
+    def data_module(self) -> SFTDataModule:
+        """The configured data."""
+        from sft_lightning.data.datamodule import SFTDataModule
+        from sft_lightning.data.pairs.kind import Pairs
+
+        spec: DataSpec = self.setting(self.config_init, "data")
+        return SFTDataModule(spec, Pairs) if isinstance(spec, PairDataSpec) else SFTDataModule(spec)
+
+    @cached_property
     def data(self) -> SFTDataModule:
-        """The data of a command that runs no trainer, planned for the devices that the configuration speaks of."""
-        data = self.setting(self.config_init, "data")
-        if not isinstance(data, SFTDataModule):
-            raise TypeError(f"expected an SFTDataModule, found a {type(data).__name__}")
-        trainer = self.setting(self.config_init, "trainer")
+        """The configured data, for commands without a trainer: planned for `trainer.devices` and `num_nodes`."""
+        trainer, data = self.config_init["trainer"], self.data_module
         data.topology = Topology(
             batch_size=data.spec.batch_size,
             accumulate=trainer["accumulate_grad_batches"],
@@ -129,43 +164,25 @@ class SFTCommandLine(CommandLine):
         return data
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer with our defaults where the user has set nothing."""
+        """Build the trainer, with our defaults where the user has set nothing."""
+        from sft_lightning.cli.trainer import complete_config, complete_trainer
+
         config = self.setting(self.config_init, "trainer")
-        root = Path(config["default_root_dir"] or default_run_folder(self.setting(self.config, "config")))
-        config["default_root_dir"] = str(root)
-        if config["logger"] in (None, True):
-            config["logger"] = TensorBoardLogger(root, name="", version="")
-        self.setting(self.config, "trainer")["default_root_dir"] = str(root)  # for config.yaml, which can be run again
-        if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
-            config["max_epochs"] = 1
-        leaves_results = self._command == "fit" and not config["fast_dev_run"]
-        if leaves_results and check_run_folder(root, self.setting(self.config, "ckpt_path")):
-            rank_zero_info(f"--ckpt_path last: {root} has no checkpoint yet; the run starts from the beginning")
-        check_name(config["strategy"])
-        config["callbacks"] = with_default_callbacks(
-            config["callbacks"],
-            progress_bar=config["enable_progress_bar"] is not False,
-            checkpoints=config["enable_checkpointing"] is not False,
+        complete_config(
+            config,
+            trains=self._command == "fit",
+            config_files=self.setting(self.config, "config"),
+            ckpt_path=self.setting(self.config, "ckpt_path"),
         )
-        if self._command != "fit":
-            self.save_config_callback = None
+        # For config.yaml, which continues the run.
+        self.setting(self.config, "trainer")["default_root_dir"] = config["default_root_dir"]
         trainer = super().instantiate_trainer(**kwargs)
-        _check_precision(config["precision"], trainer.precision)
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        complete_trainer(trainer, config["precision"])
         return trainer
 
 
-def _check_precision(asked: Any, found: Any) -> None:
-    """Check that the trainer computes as the user says; on the CPU, Lightning takes bfloat16 for float16."""
-    if str(asked) in ("16", "16-mixed") and found != "16-mixed":
-        raise UserError(
-            f"trainer.precision: {asked} scales the loss for float16, which needs a GPU, and there is none; set "
-            "bf16-mixed, or 32-true"
-        )
-
-
 def _num_devices(devices: Any) -> int:
-    """Return how many devices `trainer.devices` speaks of; 1 where only the machine could say (`auto`, -1)."""
+    """Return the number of devices that `trainer.devices` asks for; 1 if it depends on the machine (`auto`, -1)."""
     if isinstance(devices, str) and "," in devices:
         devices = [each for each in devices.split(",") if each.strip()]
     if isinstance(devices, list):

@@ -6,6 +6,7 @@ The parser depends on it: `task` decides which keys exist, and the default optim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def value_of(args: Sequence[str], key: str) -> Any:
         key: A dotted key, such as `model.optimizer`.
     """
     value: Any = None
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
         option, has_value, text = arg.partition("=")
         text = text if has_value else following
         if option == f"--{key}":
@@ -51,3 +52,13 @@ def names_another_optimizer(args: Sequence[str]) -> bool:
     named = [value_of(args, f"model.optimizer{suffix}") for suffix in ("", ".class_path")]
     classes = [value["class_path"] if isinstance(value, dict) and "class_path" in value else value for value in named]
     return any(isinstance(each, str) and not each.endswith("torch.optim.AdamW") for each in classes)
+
+
+def names_classes(args: Sequence[str]) -> bool:
+    """Whether callbacks are given, or a strategy by its class rather than by a short name such as `fsdp2`."""
+    options = ("--trainer.callbacks", "--trainer.strategy.")
+    return (
+        any(arg.startswith(options) for arg in args)
+        or value_of(args, "trainer.callbacks") is not None
+        or isinstance(value_of(args, "trainer.strategy"), dict)
+    )

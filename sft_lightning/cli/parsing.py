@@ -6,18 +6,31 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
+from sft_lightning.cli.arguments import shows_help
 from sft_lightning.compat.jsonargparse import known_keys, missing_package, rejected_key, short_reason, unknown_key
 from sft_lightning.errors import UserError, did_you_mean
 
 
-class CommandParser(LightningArgumentParser):
+class CommandParser(ArgumentParser):
     """A parser whose errors are one message with the nearest valid key."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the message as a UserError."""
         raise UserError(clear_message(message, known_keys(self) or ())) from ex
+
+
+def command_parser(command: str, description: str | None, args: Sequence[str]) -> CommandParser:
+    """Return the parser of a command without a configuration, still without options.
+
+    Args:
+        command: Its name.
+        description: What it does.
+        args: What follows it on the command line; if they ask for help, the docstrings of options are read.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=shows_help(args))
+    return CommandParser(prog=f"python -m sft_lightning {command}", description=description)
 
 
 _SAID_BEFORE = re.compile(r"(?P<key>[\w.]+): no such key\.(?P<near>( Did you mean '[^']+'\?)?)")

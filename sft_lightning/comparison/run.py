@@ -16,8 +16,8 @@ from sft_lightning.comparison.perplexity import reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
 from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, Response, Role, make_response
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
-from sft_lightning.models.generation.serving import LoadOptions, ServedModel, base_named_by_adapter, load_served_model
+from sft_lightning.models.generation.config import DecodingMode, GenerationConfig, LoadOptions
+from sft_lightning.models.generation.serving import ServedModel, base_named_by_adapter, load_served_model
 
 
 @dataclass(frozen=True)

@@ -286,8 +286,3 @@ class SFTDataModule(LightningDataModule):
 
     def _collate(self, rows: Sequence[Sequence[Document]], denominator: float) -> Batch:
         return self.kind.collate(rows, layout=self.layout, pad_token_id=self.pad_token_id, denominator=denominator)
-
-
-def data_from_keys(**keys: Any) -> SFTDataModule:
-    """The data of a run."""  # heads its keys in the help of the command line
-    return SFTDataModule(DataSpec(**keys))

@@ -1,4 +1,4 @@
-"""TrainingSpec: the model, and how it is trained; every key under `model` but those of `task: dpo`."""
+"""TrainingSpec and PreferenceSpec: the model, and how it is trained; every key under `model`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.models.spec import ModelSpec
 from sft_lightning.training.optim import LRScheduleConfig
+from sft_lightning.training.preference.losses import PreferenceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +58,15 @@ class TrainingSpec(ModelSpec):
                 "model.max_nonfinite_losses: must be at least 1, or null for no limit "
                 f"(got {self.max_nonfinite_losses})"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSpec(TrainingSpec):
+    """A model, and how it is trained with `task: dpo`.
+
+    Raises:
+        UserError: If keys contradict each other, or a value is out of range.
+    """
+
+    preference: PreferenceConfig = PreferenceConfig()  # noqa: RUF009 (frozen)
+    """What is learned from a pair."""

@@ -8,7 +8,8 @@ import torch
 
 from sft_lightning.comparison.perplexity import ReferenceLoss, mean_perplexity, reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
-from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served_model
+from sft_lightning.models.generation.config import LoadOptions
+from sft_lightning.models.generation.serving import ServedModel, load_served_model
 
 
 def prompt(reference: str) -> ComparisonPrompt:

@@ -10,7 +10,7 @@ from sft_lightning.comparison.prompts import ComparisonPrompt, builtin_prompts
 from sft_lightning.comparison.results import Comparison, summarize
 from sft_lightning.comparison.run import RunOptions, compare_models, compared_models
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.serving import LoadOptions
+from sft_lightning.models.generation.config import LoadOptions
 
 PROMPTS = [
     *builtin_prompts("en")[:2],

@@ -9,8 +9,8 @@ from jsonargparse import ArgumentParser
 
 from sft_lightning.errors import UserError
 from sft_lightning.training.module import model_from_keys
-from sft_lightning.training.preference.module import PreferenceSpec, preference_model_from_keys
-from sft_lightning.training.spec import TrainingSpec
+from sft_lightning.training.preference.module import preference_model_from_keys
+from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
 
 
 @pytest.mark.parametrize(

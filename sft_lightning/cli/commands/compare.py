@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from sft_lightning.cli.parsing import CommandParser
+from sft_lightning.cli.parsing import command_parser
 from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.comparison.modes import DecodingOptions, decoding_configs, parse_modes
 from sft_lightning.comparison.page import render_page
@@ -16,8 +16,7 @@ from sft_lightning.comparison.results import ComparedModel, Comparison
 from sft_lightning.comparison.run import RunOptions, compare_models, compared_models
 from sft_lightning.comparison.text_reports import json_lines, markdown_text, print_comparison
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
-from sft_lightning.models.generation.serving import LoadOptions
+from sft_lightning.models.generation.config import DecodingMode, GenerationConfig, LoadOptions
 from sft_lightning.terminal import make_console
 
 _REPEATED = {
@@ -83,7 +82,7 @@ class ReportFiles:
 def main(args: Sequence[str]) -> None:
     """Parse the options and run `compare`."""
     quiet_libraries()
-    parser = CommandParser(prog="python -m sft_lightning compare", description=__doc__)
+    parser = command_parser("compare", __doc__, args)
     for name, text in _REPEATED.items():
         parser.add_argument(f"--{name}", action="append", type=str, default=[], help=text)
     for group in _GROUPS:

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from sft_lightning.cli.app import SFTCommandLine
-from sft_lightning.cli.parsing import CommandParser
+from sft_lightning.cli.parsing import command_parser
 from sft_lightning.cli.quiet import quiet_libraries
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.errors import UserError
@@ -30,7 +30,7 @@ NUM_EXAMPLES = 8
 def main(args: Sequence[str]) -> None:
     """Parse the options and run `merge`."""
     quiet_libraries()
-    parser = CommandParser(prog="python -m sft_lightning merge", description=__doc__)
+    parser = command_parser("merge", __doc__, args)
     parser.add_argument(
         "--adapter", action="append", type=str, required=True, help="A PEFT adapter folder. Repeat it to merge several."
     )

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from jsonargparse import ArgumentParser
 
-from sft_lightning.cli.app import SFTCommandLine
-from sft_lightning.cli.quiet import quiet_libraries
-from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.plan.epoch_plan import Topology
+from sft_lightning.cli.configuration import parse_configuration
 from sft_lightning.errors import UserError
-from sft_lightning.estimation.inputs import PlanInputs, check_as_fit
-from sft_lightning.estimation.report import plan_lines
-from sft_lightning.strategies.refusals import RunFacts
-from sft_lightning.strategies.registry import sharding_of
+
+if TYPE_CHECKING:
+    from sft_lightning.data.datamodule import SFTDataModule
+    from sft_lightning.estimation.inputs import PlanInputs
 
 _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40}
 
@@ -26,6 +23,8 @@ def main(args: Sequence[str]) -> None:
     """Plan the data, simulate a step, and print what was found."""
     inputs = plan_inputs(args)
     _read(inputs.data)
+    from sft_lightning.estimation.report import plan_lines
+
     for text in plan_lines(inputs):
         print(text)
 
@@ -39,9 +38,13 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
     Raises:
         UserError: If `fit` would refuse the configuration before it reads a weight, or an option of `plan` is wrong.
     """
-    quiet_libraries()
-    line = SFTCommandLine("plan", list(args), _add_options)
-    data, config, module = line.data, line.config, line.module
+    line = parse_configuration("plan", __doc__, args, _add_options)
+    from sft_lightning.data.plan.epoch_plan import Topology
+    from sft_lightning.estimation.inputs import PlanInputs, check_as_fit
+    from sft_lightning.strategies.refusals import RunFacts
+    from sft_lightning.strategies.registry import sharding_of
+
+    data, config = line.data, line.config
     trainer = line.config_init["trainer"]
     given = config["num_gpus"]
     if given is not None and given < 1:
@@ -55,14 +58,14 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
     check_as_fit(
         strategy,
         RunFacts(
-            model=module.spec,
+            model=line.spec,
             precision=precision,
             num_processes=data.topology.world_size,
             on_gpu=trainer["accelerator"] != "cpu" or given is not None,
         ),
     )
     return PlanInputs(
-        module=module,
+        module=line.module,
         data=data,
         sharding=sharding_of(strategy),
         precision=precision,
@@ -107,7 +110,7 @@ def parse_memory(text: str) -> float:
     """
     found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()} | {"": 2**30}
-    if found is None or found[2].lower() not in units or not np.isfinite(_number(found[1])):
+    if found is None or found[2].lower() not in units or not math.isfinite(_number(found[1])):
         raise UserError(f"--gpu_memory: {text!r} is no amount of memory; write 48GiB or 80GB")
     size = _number(found[1]) * units[found[2].lower()]
     if size <= 0:

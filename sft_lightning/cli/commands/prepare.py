@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from sft_lightning.cli.app import SFTCommandLine
-from sft_lightning.cli.quiet import quiet_libraries
-from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.cli.configuration import parse_configuration
 from sft_lightning.errors import UserError
 from sft_lightning.terminal import make_console
-from sft_lightning.views.report_table import report_tables
+
+if TYPE_CHECKING:
+    from sft_lightning.data.datamodule import SFTDataModule
 
 
 def main(args: Sequence[str]) -> None:
     """Build the token stores of a configuration, and report on its data."""
-    quiet_libraries()
-    line = SFTCommandLine("prepare", list(args), add_options)
+    line = parse_configuration("prepare", __doc__, args, add_options)
     prepare(line.data, rebuild=line.config["rebuild"], report=line.config["report"])
 
 
@@ -40,6 +40,8 @@ def prepare(data: SFTDataModule, *, rebuild: bool = False, report: str | None = 
     Raises:
         UserError: If there is no source, or a source cannot be used.
     """
+    from sft_lightning.views.report_table import report_tables
+
     stores = data.prepare(rebuild=rebuild)
     console = make_console()
     for part in report_tables(data.report):

@@ -5,23 +5,26 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from sft_lightning.cli.app import SFTCommandLine
-from sft_lightning.cli.quiet import quiet_libraries
+from sft_lightning.cli.configuration import parse_configuration
 from sft_lightning.errors import UserError
-from sft_lightning.selftest.run_checks import run_checks
+
+if TYPE_CHECKING:
+    from sft_lightning.cli.app import SFTCommandLine
 
 
 def main(args: Sequence[str]) -> None:
     """Run the checks and print one line for each; exit with status 1 if one fails."""
-    quiet_libraries()
 
     def configure(overrides: Sequence[str]) -> SFTCommandLine:
-        return SFTCommandLine("selftest", [*args, *overrides], _add_options)
+        return parse_configuration("selftest", __doc__, [*args, *overrides], _add_options)
 
     line = configure([])
+    from sft_lightning.selftest.run_checks import run_checks
+
     num_records, row_length = line.config["num_records"], line.config["row_length"]
     for option, value in {"num_records": num_records, "row_length": row_length}.items():
         if value < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -121,8 +120,3 @@ def _content(part: SplitExamples) -> str:
     digest = xxhash.xxh3_128(part.content.encode())
     digest.update(np.ascontiguousarray(part.kept).data)
     return digest.hexdigest()
-
-
-def pair_data_from_keys(**keys: Any) -> SFTDataModule:
-    """The data of a preference run: `task: dpo`."""  # heads its keys in the help of the command line
-    return SFTDataModule(PairDataSpec(**keys), Pairs)

@@ -1,4 +1,4 @@
-"""How answers are generated: the decoding mode and its parameters."""
+"""How answers are generated, and how the checkpoints of `chat` and `compare` are loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Literal
 
 from sft_lightning.errors import UserError
 
+ServedDType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
 DecodingMode = Literal["greedy", "sampling", "beam", "beam_sampling", "diverse_beam", "contrastive"]
 
 
@@ -94,3 +96,20 @@ class GenerationConfig:
     def max_answers(self) -> int | None:
         """Return the most answers that a prompt can have in this mode; `None` for any number."""
         return {"greedy": 1, "contrastive": 1, "sampling": None}.get(self.mode, self.num_beams)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How checkpoints are loaded."""
+
+    quantization: int | None = None
+    """Load the base in 4 or 8 bits per weight; default: as it is stored."""
+
+    dtype: ServedDType = "auto"
+    """Type of the weights; `auto`: as they are stored."""
+
+    device: Device = "auto"
+    """`auto`: the GPUs, with a model that is too large for one spread over several, or the CPU if there is none."""
+
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""

@@ -19,13 +19,11 @@ from sft_lightning.models.adapters.quantized import keep_input_dtype
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.base.vocabulary import resize_embeddings
-from sft_lightning.models.generation.config import GenerationConfig
+from sft_lightning.models.generation.config import GenerationConfig, LoadOptions
 from sft_lightning.models.generation.generate import decode_answer, generate_ids
 from sft_lightning.models.inspection import base_model
 from sft_lightning.tokenizer import answer_ending
 
-ServedDType = Literal["auto", "float32", "bfloat16", "float16"]
-Device = Literal["auto", "cpu", "cuda"]
 Messages = Sequence[Mapping[str, str]]
 """Messages as chat templates read them: `role` and `content`."""
 
@@ -45,23 +43,6 @@ class Answer:
 
     stop_reason: Literal["stop", "length"]
     """`stop`: the model ended it with a stop token; `length`: `max_new_tokens` did."""
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How checkpoints are loaded."""
-
-    quantization: int | None = None
-    """Load the base in 4 or 8 bits per weight; default: as it is stored."""
-
-    dtype: ServedDType = "auto"
-    """Type of the weights; `auto`: as they are stored."""
-
-    device: Device = "auto"
-    """`auto`: the GPUs, with a model that is too large for one spread over several, or the CPU if there is none."""
-
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
 
 
 class ServedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from sft_lightning.training.forward import decoder_inputs, logits_at, router_los
 from sft_lightning.training.losses import find_targets, log_probs_of, projected_log_probs
 from sft_lightning.training.metrics import SourceMeans
 from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.preference.losses import PairScores, PreferenceConfig, score_pairs
+from sft_lightning.training.preference.losses import PairScores, score_pairs
 from sft_lightning.training.preference.metrics import NAMES, PairMeans, pair_sums
 from sft_lightning.training.preference.reference import (
     ReferenceChoice,
@@ -35,7 +35,7 @@ from sft_lightning.training.preference.reference import (
     table_key,
 )
 from sft_lightning.training.preference.sharing import measure_sharing, shared_fraction
-from sft_lightning.training.spec import TrainingSpec
+from sft_lightning.training.spec import PreferenceSpec
 
 
 class Answers(NamedTuple):
@@ -46,18 +46,6 @@ class Answers(NamedTuple):
 
     routers: torch.Tensor | None
     """The routers' loss of a mixture of experts, its coefficient included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceSpec(TrainingSpec):
-    """A model, and how it is trained with `task: dpo`.
-
-    Raises:
-        UserError: If keys contradict each other, or a value is out of range.
-    """
-
-    preference: PreferenceConfig = PreferenceConfig()  # noqa: RUF009 (frozen)
-    """What is learned from a pair."""
 
 
 class DPOModule(CausalLMModule):

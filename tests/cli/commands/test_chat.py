@@ -15,9 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sft_lightning.__main__ import main
-from sft_lightning.cli.commands.chat import checkpoint_defaults
+from sft_lightning.cli.dialogue import checkpoint_defaults
 from sft_lightning.data.templates.binding import bind_template
-from sft_lightning.models.generation.serving import LoadOptions, load_served_model
+from sft_lightning.models.generation.config import LoadOptions
+from sft_lightning.models.generation.serving import load_served_model
 
 
 @pytest.fixture(scope="module")

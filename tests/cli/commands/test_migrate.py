@@ -9,7 +9,7 @@ from sft_lightning.__main__ import main
 from sft_lightning.cli.commands.migrate import SYSTEMS
 from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS
-from sft_lightning.training.preference.module import PreferenceSpec
+from sft_lightning.training.spec import PreferenceSpec
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "migrating.md"
 

@@ -7,9 +7,9 @@ import pytest
 
 from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
-from sft_lightning.models.generation.config import GenerationConfig
+from sft_lightning.models.generation.config import GenerationConfig, LoadOptions
 from sft_lightning.models.generation.conversation import AnswerStreamer, Conversation
-from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served_model
+from sft_lightning.models.generation.serving import ServedModel, load_served_model
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.training.optim import LRScheduleConfig
 from sft_lightning.training.preference.losses import PreferenceConfig
-from sft_lightning.training.preference.module import DPOModule, PreferenceSpec
+from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.spec import PreferenceSpec
 
 PAIRS = [
     {"prompt": f"{i} and {i}?", "chosen": f"{i} and {i} is {2 * i}" + "." * (i % 5), "rejected": "No" + "!" * (i % 3)}

@@ -5,7 +5,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from callbacks import RunProgress, SampleGeneration, Throughput
-from sft_lightning.cli.defaults import default_run_folder, with_default_callbacks
+from sft_lightning.cli.trainer import default_run_folder, with_default_callbacks
 
 
 @pytest.mark.parametrize("given", [None, SampleGeneration(prompts=[]), [SampleGeneration(prompts=[])]])

@@ -1,0 +1,102 @@
+"""The trainer of a run: its folder, callbacks, strategy and checkpoints where the configuration leaves them open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+import callbacks as observers
+from callbacks.checkpoints import default_checkpoints
+from sft_lightning.errors import UserError
+from sft_lightning.strategies.names import check_name
+from sft_lightning.strategies.preemption import Preemption
+from sft_lightning.strategies.registry import register_strategies
+from sft_lightning.training.checkpoint import AtomicCheckpointIO, check_run_folder
+
+register_strategies()
+
+
+def complete_config(config: Any, *, trains: bool, config_files: Sequence[Any] | None, ckpt_path: str | None) -> None:
+    """Fill in what `trainer` leaves open, in place.
+
+    Args:
+        config: The parsed values under `trainer`.
+        trains: Whether the command is `fit`, which must not overwrite an earlier run.
+        config_files: The config files; the first one names the default run folder.
+        ckpt_path: The checkpoint to continue from, `last`, or `None`.
+
+    Raises:
+        UserError: If the run folder holds another run, or the strategy cannot be used.
+    """
+    root = Path(config["default_root_dir"] or default_run_folder(config_files))
+    config["default_root_dir"] = str(root)
+    if config["logger"] in (None, True):
+        config["logger"] = TensorBoardLogger(root, name="", version="")
+    if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
+        config["max_epochs"] = 1
+    if trains and not config["fast_dev_run"] and check_run_folder(root, ckpt_path):
+        rank_zero_info(f"--ckpt_path last: {root} has no checkpoint yet; the run starts from the beginning")
+    check_name(config["strategy"])
+    config["callbacks"] = with_default_callbacks(
+        config["callbacks"],
+        progress_bar=config["enable_progress_bar"] is not False,
+        checkpoints=config["enable_checkpointing"] is not False,
+    )
+
+
+def complete_trainer(trainer: Trainer, precision: Any) -> None:
+    """Give a new trainer our checkpoint files, and check that it computes in the precision that was asked for.
+
+    Args:
+        trainer: The trainer.
+        precision: `trainer.precision` as configured.
+
+    Raises:
+        UserError: If Lightning replaced float16 by bfloat16, as it does on a CPU.
+    """
+    if str(precision) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+        raise UserError(
+            f"trainer.precision: {precision} scales the loss for float16, which requires a GPU; use bf16-mixed or "
+            "32-true on this machine"
+        )
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def default_run_folder(config_files: Sequence[Any] | None) -> str:
+    """Return `runs/` and the name of the first config file, or `runs/sft` without one."""
+    return f"runs/{Path(str(config_files[0])).stem if config_files else 'sft'}"
+
+
+def with_default_callbacks(given: Any, *, progress_bar: bool, checkpoints: bool) -> list[Callback]:
+    """Return the user's callbacks, and a default one of every kind that the user did not give.
+
+    Args:
+        given: `trainer.callbacks`: a list, one callback or `None`.
+        progress_bar: Whether to show progress.
+        checkpoints: Whether to save checkpoints.
+    """
+    found: list[Callback] = list(given) if isinstance(given, Iterable) else [given] if given else []
+    defaults: list[Callback] = [
+        observers.HyperParameters(),
+        observers.DataSummary(),
+        observers.FirstStep(),
+        observers.SampleGeneration(),
+        observers.AdapterExport(),
+        observers.ModelExport(),
+        observers.Throughput(),
+        observers.PredictionWriter(),
+        Preemption(),
+    ]
+    if progress_bar:
+        defaults.append(observers.RunProgress())
+    for default in defaults:
+        kind = ProgressBar if isinstance(default, ProgressBar) else type(default)
+        if not any(isinstance(callback, kind) for callback in found):
+            found.append(default)
+    return [*found, *default_checkpoints(found)] if checkpoints else found
