@@ -13,6 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+Longs = npt.NDArray[np.int64]
+"""An array of counts or indices."""
+
 IGNORE_INDEX = -100
 """Label of a token without a loss, as in `torch.nn.functional.cross_entropy`."""
 

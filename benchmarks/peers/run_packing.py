@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from job import Answer, Job, run, seconds_of, versions
 
-from sft_lightning.data.plan.packing import Longs, Rows, best_fit
+from sft_lightning.data.plan.packing import Rows, best_fit
+from sft_lightning.types import Longs
 
 
 def measure(job: Job) -> Answer:

@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_lightning.data.tokens.store import TokenStore
-from sft_lightning.types import SharedPrompt, TokenizedExample
-
-Longs = npt.NDArray[np.int64]
+from sft_lightning.types import Longs, SharedPrompt, TokenizedExample
 
 
 @dataclass(frozen=True)

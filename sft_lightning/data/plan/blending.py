@@ -1,4 +1,4 @@
-"""Weights → how much of which source an epoch has, which examples, and in what order the sources take turns."""
+"""Weights → how many passes over each source an epoch has, which examples, and how the sources take turns."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_lightning.errors import UserError
+from sft_lightning.types import Longs
 
-Longs = npt.NDArray[np.int64]
 Amounts = npt.NDArray[np.float64]
+"""What each of E examples counts, in the unit of the blend, (E,)."""
 
 BlendUnit = Literal["epochs", "examples", "tokens", "supervised_tokens"]
+"""What the weights of the sources count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,26 +28,27 @@ class BlendConfig:
     """
 
     by: BlendUnit = "epochs"
-    """What `weight` counts. epochs: passes over the source per epoch. examples, tokens, supervised_tokens: the source's
-    share of that, relative to the other weights; the epoch ends when the first source was seen `max_epochs` times."""
+    """What `weight` counts. epochs: passes over the source in an epoch. examples, tokens, supervised_tokens: the
+    source's share of these, relative to the other weights; the epoch ends when one source was seen `max_epochs`
+    times."""
 
     temperature: float = 1.0
-    """Shares are raised to 1 / temperature: above 1, small sources are seen more often (mT5, Xue et al., 2021)."""
+    """Shares are raised to 1 / temperature. Above 1, small sources are seen more often (mT5, Xue et al., 2021)."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
             raise UserError(f"data.blend.temperature: must be above 0 (got {self.temperature})")
 
 
-def passes(
+def passes_per_epoch(
     amounts: Sequence[float], weights: Sequence[float], max_epochs: Sequence[float], blend: BlendConfig
 ) -> list[float]:
     """Return how many times each source is seen in an epoch.
 
     Args:
-        amounts: What each source holds, in the blend's unit; all above 0.
+        amounts: Amount of each source in the unit of the blend; all above 0.
         weights: Weight of each source.
-        max_epochs: Most passes over each source, where weights are shares.
+        max_epochs: Limit on the passes over each source, if weights are shares.
         blend: What the weights mean.
     """
     sizes, given = np.array(amounts, np.float64), np.array(weights, np.float64)
@@ -59,22 +62,21 @@ def passes(
     return result
 
 
-def choose(amounts: Sequence[Amounts], passes: Sequence[float], *, seed: int, epoch: int) -> list[Longs]:
+def choose_examples(amounts: Sequence[Amounts], passes: Sequence[float], *, seed: int, epoch: int) -> list[Longs]:
     """Choose the examples of one epoch.
 
-    Each source is an endless sequence of shuffles of its examples. An epoch takes from it, on from where the epoch
-    before ended, until it has its amount: so 0.5 passes show the other half in the next epoch, and nothing is seen
-    twice before everything was seen once. The amount taken is never off by more than one example, over any number of
-    epochs.
+    Each source is an endless sequence of shuffles of its examples. An epoch continues where the last one ended, and
+    takes examples until it has its amount. So with 0.5 passes the next epoch has the other half, and no example is seen
+    twice before every example was seen once. Over any number of epochs, the amount taken is off by at most one example.
 
     Args:
-        amounts: What each example of each source counts, in the blend's unit.
+        amounts: What each example of each source counts, in the unit of the blend.
         passes: How many times each source is seen in an epoch.
         seed: Seed of the run.
         epoch: Epoch, from 0.
 
     Returns:
-        Examples of each source, counted from 0 in the source, in ascending order with repeats.
+        The examples of each source, numbered from 0 within the source, in ascending order, with repeats.
     """
     return [
         np.sort(_window(each, epoch * times, (epoch + 1) * times, (seed, source)))
@@ -83,7 +85,7 @@ def choose(amounts: Sequence[Amounts], passes: Sequence[float], *, seed: int, ep
 
 
 def _window(amounts: Amounts, start: float, stop: float, seed: tuple[int, int]) -> Longs:
-    """Return the examples between two points of the endless sequence, both in passes."""
+    """Return the examples between two points of the endless sequence of shuffles, both in passes."""
     chosen = []
     for number in range(int(start), int(np.ceil(stop))):
         if start <= number and stop >= number + 1:
@@ -98,14 +100,14 @@ def _window(amounts: Amounts, start: float, stop: float, seed: tuple[int, int]) 
 
 
 def take_turns(amounts: npt.NDArray[np.float64], owners: Longs) -> Longs:
-    """Order rows so that at every prefix each source has its share, give or take one row.
+    """Order rows so that every prefix has each source's share, to within one row.
 
-    Worst-case fair weighted fair queueing (Bennett and Zhang, 1996) with every source served until the end: of the
-    sources that are not ahead of their share, the one whose next row is due first.
+    This is worst-case fair weighted fair queueing (Bennett and Zhang, 1996), with every source served until the end:
+    the next row comes from the source whose row is due first, among those that are not ahead of their share.
 
     Args:
-        amounts: What each row has of each source, (R, sources).
-        owners: The source that each row counts for when its turn is chosen, (R,); rows of a source keep their order.
+        amounts: Amount of each source in each row, (R, sources).
+        owners: The source whose turn each row takes, (R,); the rows of a source keep their order.
 
     Returns:
         Row indices, (R,).
@@ -133,15 +135,15 @@ def take_turns(amounts: npt.NDArray[np.float64], owners: Longs) -> Longs:
 
 
 def _due(queue: Sequence[int], own: Sequence[float], had: float, share: float) -> float:
-    """Return how much all sources together have delivered when a source's next row ought to be complete."""
+    """Return the amount of all sources together at which a source's next row should be complete."""
     return (had + own[queue[-1]]) / share if queue and share else float("inf")
 
 
 def largest_deviation(amounts: npt.NDArray[np.float64]) -> float:
-    """Return how far, at the worst prefix, a source's share is from its share of all rows, in rows.
+    """Return how far a source is from its share at the worst prefix of the rows, in rows.
 
     Args:
-        amounts: What each row has of each source, in order, (R, sources).
+        amounts: Amount of each source in each row, in order, (R, sources).
     """
     if not amounts.any():
         return 0.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sft_lightning.data.plan.blending import BlendConfig, BlendUnit, choose, passes
+from sft_lightning.data.plan.blending import BlendConfig, BlendUnit, choose_examples, passes_per_epoch
 from sft_lightning.data.plan.epoch_plan import EpochExamples
 from sft_lightning.data.plan.split_examples import JoinedExamples, SplitExamples
 from sft_lightning.data.sources.source import SourceConfig
@@ -35,8 +35,8 @@ class EpochBlend:
         self._blend = blend
         self._seed = seed
         self._amounts = [part.amounts(blend.by) for part in parts]
-        used = [i for i, amounts in enumerate(self._amounts) if len(amounts)]  # a source may have lost all it had
-        found = passes(
+        used = [i for i, amounts in enumerate(self._amounts) if len(amounts)]  # others have lost every example
+        found = passes_per_epoch(
             [float(self._amounts[i].sum()) for i in used],
             [sources[i].weight for i in used],
             [sources[i].max_epochs for i in used],
@@ -46,7 +46,7 @@ class EpochBlend:
         """How many times each source is seen in an epoch."""
         for i, times in zip(used, found, strict=True):
             self.passes[i] = times
-            if not len(choose([self._amounts[i]], [times], seed=seed, epoch=0)[0]):
+            if not len(choose_examples([self._amounts[i]], [times], seed=seed, epoch=0)[0]):
                 raise UserError(
                     f"data.sources.{parts[i].name}.weight: {sources[i].weight} of {len(self._amounts[i])} examples "
                     "is less than one example; raise the weight, or remove the source"
@@ -64,7 +64,7 @@ class EpochBlend:
 
     def epoch_examples(self, epoch: int) -> EpochExamples:
         """Return the examples of an epoch, source by source."""
-        chosen = choose(self._amounts, self.passes, seed=self._seed, epoch=epoch)
+        chosen = choose_examples(self._amounts, self.passes, seed=self._seed, epoch=epoch)
         parts, firsts = self.examples.parts, self.examples.firsts
         numbers = [part.indices[mine] + first for part, mine, first in zip(parts, chosen, firsts, strict=False)]
         return self.all_examples.take(np.concatenate(numbers))

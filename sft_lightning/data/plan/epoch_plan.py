@@ -1,8 +1,8 @@
-"""The epoch plan: which examples share a row, which rows an optimizer step, and what each step's loss is divided by.
+"""The epoch plan: which examples share a row, which rows make an optimizer step, and the denominator of its loss.
 
-Pure arithmetic on lengths and weights, the same on every rank and in every process that asks. Because it is known
-before training, resuming, changing the number of GPUs, predicting steps and weighing every supervised token alike need
-no communication and no state but a position.
+The plan is pure arithmetic on lengths and weights, the same on every rank and in every process. It is known before
+training, so that resuming, changing the number of GPUs, predicting the number of steps, and giving every supervised
+token the same weight need no communication, and no state but a position.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy.typing as npt
 
 from sft_lightning.data.plan.blending import largest_deviation, take_turns
 from sft_lightning.data.plan.packing import Rows, best_fit, concat, join_rows, one_per_row
-
-Longs = npt.NDArray[np.int64]
+from sft_lightning.types import Longs
 
 Packing = Literal["best_fit", "concat", "none"]
+"""How examples share rows; see `DataSpec.packing`."""
 
 PackingSetting = Literal["auto", "best_fit", "concat", "none"]
 """`data.packing` as written; `auto` becomes `best_fit` or `none` once the model is loaded."""
@@ -38,7 +38,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """How an optimizer step's rows are dealt out."""
+    """How the rows of an optimizer step are dealt to devices and micro-batches."""
 
     batch_size: int = 1
     """Rows per micro-batch and device."""
@@ -47,10 +47,10 @@ class Topology:
     """Micro-batches per optimizer step."""
 
     world_size: int = 1
-    """Devices."""
+    """Processes, one for each device."""
 
     rank: int = 0
-    """This device, from 0."""
+    """Number of this process, from 0."""
 
     @property
     def rows_per_step(self) -> int:
@@ -59,13 +59,13 @@ class Topology:
 
     @property
     def rows_per_micro_batch(self) -> int:
-        """Rows that all devices together take in one micro-batch."""
+        """Rows that all processes together take in one micro-batch."""
         return self.batch_size * self.world_size
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One epoch's rows, in the order in which they are trained."""
+    """The rows of one epoch, in the order of training."""
 
     rows: Rows
     """The documents of each row."""
@@ -74,7 +74,7 @@ class EpochPlan:
     """Supervised weight of each row, (R,)."""
 
     rows_per_step: int
-    """Rows of an optimizer step; the last step of the epoch may have fewer."""
+    """The global batch: rows of an optimizer step. The last step of the epoch may have fewer."""
 
     @property
     def documents(self) -> Longs:
@@ -83,6 +83,7 @@ class EpochPlan:
 
     @property
     def num_rows(self) -> int:
+        """Rows of the epoch."""
         return len(self.rows)
 
     @property
@@ -103,13 +104,23 @@ class EpochPlan:
         return -(-self.num_rows // topology.rows_per_micro_batch)
 
     def micro_batches_done(self, rows: int, topology: Topology) -> int:
-        """Return how many micro-batches of whole optimizer steps lie in the epoch's first `rows` rows."""
+        """Return how many micro-batches the complete optimizer steps among the first rows of the epoch have.
+
+        Args:
+            rows: Rows that all processes together have taken.
+            topology: How rows are dealt out.
+        """
         if rows >= self.num_rows:
             return self.num_micro_batches(topology)
         return rows // topology.rows_per_step * topology.accumulate
 
     def micro_batch(self, index: int, topology: Topology) -> list[int]:
-        """Return the rows of one rank's micro-batch; fewer than `batch_size`, or none, only at the end of the epoch."""
+        """Return the rows of one rank's micro-batch; fewer than `batch_size`, or none, only at the end of the epoch.
+
+        Args:
+            index: Number of the micro-batch in the epoch, from 0.
+            topology: How rows are dealt out, and the rank.
+        """
         first = index * topology.rows_per_micro_batch + topology.rank * topology.batch_size
         return list(range(min(first, self.num_rows), min(first + topology.batch_size, self.num_rows)))
 
@@ -146,15 +157,15 @@ def plan_epoch(
     """Plan one epoch.
 
     Args:
-        chosen: Examples to see.
-        weigh: Documents, (D, 3) → their supervised weights, (D,).
+        chosen: The examples of the epoch.
+        weigh: Documents, (D, 3) → supervised weight of each, (D,).
         packing: How examples share rows.
         max_length: Tokens per row.
         rows_per_step: The global batch.
-        shuffle: (seed, epoch) that decide the order; `None` keeps the order of `chosen` as far as packing allows.
+        shuffle: (seed, epoch), which decide the order. `None`: the order of `chosen`, as far as packing allows.
 
     Returns:
-        The plan; every entry of `chosen` is in exactly one row, with `concat` perhaps in several parts.
+        The plan. Every entry of `chosen` is in exactly one row; `concat` may cut it into parts in several rows.
     """
     if shuffle is not None:
         chosen = chosen.take(np.random.default_rng((*shuffle, 0)).permutation(len(chosen.examples)))
@@ -168,15 +179,15 @@ def plan_epoch(
 
 
 def _best_fit(chosen: EpochExamples, max_length: int, full: float = 0.95) -> Rows:
-    """Pack each source by itself, and what is left in rows that did not fill together.
+    """Pack each source on its own, then pack the examples of rows that did not get full together.
 
-    Rows of one source can take turns to within a row, rows of all sources mixed could not. With 50 sources that makes
-    three rows in a thousand more than packing all of them together.
+    Rows of one source can keep each source's share to within one row; rows of mixed sources could not. With 50 sources
+    this makes three rows in a thousand more than packing all sources together.
 
     Args:
-        chosen: Examples to pack.
+        chosen: The examples to pack.
         max_length: Tokens per row.
-        full: Share of `max_length` from which a row of one source is left as it is.
+        full: Share of `max_length` from which a row of one source counts as full.
     """
     if not chosen.sources.any():
         return best_fit(chosen.lengths, max_length)
@@ -193,7 +204,7 @@ def _best_fit(chosen: EpochExamples, max_length: int, full: float = 0.95) -> Row
 
 
 def _concat(chosen: EpochExamples, max_length: int) -> Rows:
-    """Write the examples one after the other, the sources taking turns."""
+    """Write the examples one after the other, with the sources taking turns."""
     if chosen.sources.any():
         turns = take_turns(_one_hot(chosen.amounts, chosen.sources), chosen.sources)
         return concat(chosen.lengths[turns], max_length).renumbered(turns)
@@ -208,11 +219,11 @@ _PACKERS: Mapping[Packing, Callable[[EpochExamples, int], Rows]] = {
 
 
 def _order(rows: Rows, chosen: EpochExamples, packing: Packing, rows_per_step: int, shuffle: tuple[int, int]) -> Rows:
-    """Bring rows into the order of training: shuffled, the sources taking turns, rows of like length together."""
+    """Order rows for training: shuffled, the sources taking turns, rows of similar length in one optimizer step."""
     generator = np.random.default_rng((*shuffle, 1))
     several = bool(chosen.sources.any())
     if packing == "concat" and several:
-        return rows  # its examples have taken turns already
+        return rows  # the sources have taken turns in `_concat`
     rows = rows.take(generator.permutation(len(rows)))
     if several:
         amounts = source_amounts(rows, chosen)
@@ -223,7 +234,12 @@ def _order(rows: Rows, chosen: EpochExamples, packing: Packing, rows_per_step: i
 
 
 def source_amounts(rows: Rows, chosen: EpochExamples) -> npt.NDArray[np.float64]:
-    """Return what each row has of each source, (R, sources); a part of an example counts by its tokens."""
+    """Return the amount of each source in each row, (R, sources).
+
+    Args:
+        rows: The rows; their documents are indices into `chosen`. A part of an example counts by its tokens.
+        chosen: The examples, with their sources and amounts.
+    """
     index, start, stop = rows.documents.T
     parts = chosen.amounts[index] * (stop - start) / chosen.lengths[index]
     shape = (len(rows), int(chosen.sources.max(initial=0)) + 1)
@@ -234,23 +250,26 @@ def source_amounts(rows: Rows, chosen: EpochExamples) -> npt.NDArray[np.float64]
 
 
 def _one_hot(amounts: npt.NDArray[np.float64], sources: Longs) -> npt.NDArray[np.float64]:
-    """Return the amounts in a column for each source, (len(amounts), sources)."""
+    """Return the amounts with one column for each source, (len(amounts), sources)."""
     table = np.zeros((len(amounts), int(sources.max(initial=0)) + 1))
     table[np.arange(len(amounts)), sources] = amounts
     return table
 
 
 _STEPS_SORTED_TOGETHER = 16
+"""Optimizer steps whose rows are sorted by length together."""
 
 
 def by_length(lengths: Longs, rows_per_step: int, generator: np.random.Generator) -> Longs:
-    """Order rows so that those of an optimizer step are of like length, longest first, and little is padding.
+    """Order rows so that the rows of an optimizer step have similar lengths, which leaves little padding.
+
+    Rows are sorted by length, longest first, within windows of 16 optimizer steps; then the steps of a window are
+    shuffled.
 
     Args:
         lengths: Tokens of each row, (R,).
-        rows_per_step: The global batch; rows are sorted within a window of 16 of them, and the steps of a window
-            shuffled.
-        generator: Decides the order of the steps.
+        rows_per_step: The global batch.
+        generator: Shuffles the steps.
 
     Returns:
         Row indices, (R,).

@@ -1,6 +1,6 @@
-"""Lengths → rows: which part of which example stands in which row, and no row is longer than `max_length`.
+"""Lengths of examples → rows of at most `max_length` tokens: which part of which example is in which row.
 
-Only `concat` splits an example.
+Only `concat` cuts examples.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Longs = npt.NDArray[np.int64]
+from sft_lightning.types import Longs
 
 
 class Rows(NamedTuple):
-    """Packed rows."""
+    """R packed rows of D documents together."""
 
     documents: Longs
-    """Example, first token and end of each document, row after row, (D, 3)."""
+    """(example, first token, end) of each document, row after row, (D, 3)."""
 
     starts: Longs
-    """Where each row's documents start in `documents`, and the end of the last, (R + 1,)."""
+    """Index of each row's first document, and D, (R + 1,)."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -36,13 +36,13 @@ class Rows(NamedTuple):
         return self.sums(self.documents[:, 2] - self.documents[:, 1])
 
     def sums(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Add up values of the documents, (D, …), over each row, (R, …)."""
+        """Return the sums of values of the documents, (D, …), over each row, (R, …)."""
         return np.add.reduceat(values, self.starts[:-1]) if len(self) else values[:0]
 
     def take(self, order: Longs) -> Rows:
         """Return the rows at the indices `order`, in that order."""
         counts = self.counts[order]
-        starts = bounds(counts)
+        starts = group_starts(counts)
         picked = np.arange(starts[-1]) + np.repeat(self.starts[:-1][order] - starts[:-1], counts)
         return Rows(self.documents[picked], starts)
 
@@ -54,32 +54,32 @@ class Rows(NamedTuple):
 
 
 def join_rows(parts: list[Rows]) -> Rows:
-    """Return the rows of several, one after the other."""
+    """Return the rows of all parts, one part after the other."""
     return Rows(
         np.concatenate([np.zeros((0, 3), np.int64), *(part.documents for part in parts)]),
-        bounds(np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])),
+        group_starts(np.concatenate([np.zeros(0, np.int64), *(part.counts for part in parts)])),
     )
 
 
-def bounds(counts: Longs) -> Longs:
-    """Return where each group starts, and the end of the last, given how many each has."""
+def group_starts(counts: Longs) -> Longs:
+    """Return the index at which each of G groups starts, and the end of the last, (G + 1,), given their sizes, (G,)."""
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def best_fit(lengths: Longs, max_length: int) -> Rows:
-    """Pack examples into as few rows as best-fit decreasing finds.
+    """Pack examples into rows by best-fit decreasing.
 
-    Each example, longest first, goes into the fullest row that still has room. Examples of one length are placed
-    together: the fullest fitting row takes as many of them as it holds, then the next. Free room is a bit mask in one
-    Python integer, so the fullest fitting row is the lowest set bit at or above the length. Best-fit decreasing needs
-    at most 11/9 · optimum + 4 rows (Johnson et al., 1974).
+    Each example, longest first, goes into the fullest row that still has room for it. Examples of the same length are
+    placed together: the fullest row with room takes as many of them as fit, then the next. The bits of one Python
+    integer say which amounts of free room there are, so the fullest row with room is the lowest set bit at or above the
+    length. Best-fit decreasing needs at most 11/9 · optimum + 4 rows (Johnson et al., 1974).
 
     Args:
         lengths: Tokens of each example, each in 1..max_length, (N,).
         max_length: Tokens per row.
 
     Returns:
-        Rows of whole examples; each example occurs exactly once.
+        Rows of whole examples; each example is in exactly one.
 
     Raises:
         ValueError: If a length is outside 1..max_length.
@@ -116,11 +116,11 @@ def best_fit(lengths: Longs, max_length: int) -> Rows:
     by_row = np.argsort(row_of, kind="stable")
     examples = order[by_row]
     documents = np.stack([examples, np.zeros_like(examples), lengths[examples]], axis=1)
-    return Rows(documents, bounds(np.bincount(row_of, minlength=num_rows)))
+    return Rows(documents, group_starts(np.bincount(row_of, minlength=num_rows)))
 
 
 def _put_back(rows_with_room: list[list[int]], rows: list[int], room: int) -> int:
-    """File rows under the room that they have left, and return the bit of that room; full rows are done with."""
+    """List rows under the room that they have left, and return the bit of that room; full rows are not listed."""
     if not rows or not room:
         return 0
     rows_with_room[room] += rows
@@ -128,7 +128,7 @@ def _put_back(rows_with_room: list[list[int]], rows: list[int], room: int) -> in
 
 
 def one_per_row(lengths: Longs) -> Rows:
-    """Give each example a row of its own, in order.
+    """Give each example its own row, in order.
 
     Args:
         lengths: Tokens of each example, (N,).
@@ -138,7 +138,7 @@ def one_per_row(lengths: Longs) -> Rows:
 
 
 def concat(lengths: Longs, max_length: int) -> Rows:
-    """Write all examples one after the other and cut every `max_length` tokens; only the last row may be shorter.
+    """Write all examples one after the other and cut after every `max_length` tokens; only the last row may be shorter.
 
     Args:
         lengths: Tokens of each example, each at least 1, (N,).
@@ -155,4 +155,4 @@ def concat(lengths: Longs, max_length: int) -> Rows:
     examples = np.searchsorted(ends, stops)
     before = ends - lengths
     documents = np.stack([examples, firsts - before[examples], stops - before[examples]], axis=1).astype(np.int64)
-    return Rows(documents.reshape(-1, 3), bounds(np.bincount(firsts // max_length)))
+    return Rows(documents.reshape(-1, 3), group_starts(np.bincount(firsts // max_length)))

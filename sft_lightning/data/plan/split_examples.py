@@ -19,9 +19,8 @@ from sft_lightning.data.tokens.flat_examples import FlatExamples
 from sft_lightning.data.tokens.record_log import REWRITTEN
 from sft_lightning.data.tokens.store import TokenStore
 from sft_lightning.data.tokens.store_cache import Prepared
-from sft_lightning.data.tokens.tokenization import Longs
 from sft_lightning.errors import UserError
-from sft_lightning.types import TokenizedExample
+from sft_lightning.types import Longs, TokenizedExample
 
 Overlong = Literal["error", "drop", "truncate"]
 

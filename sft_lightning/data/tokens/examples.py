@@ -21,9 +21,9 @@ from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.data.tokens.example_checks import check_examples
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.record_log import REWRITTEN, RecordLog
-from sft_lightning.data.tokens.tokenization import Longs, TokenizedBatch, Tokens, join, weigh
+from sft_lightning.data.tokens.tokenization import TokenizedBatch, Tokens, join, weigh
 from sft_lightning.errors import UserError
-from sft_lightning.types import LossOn, Message, Record, Segment
+from sft_lightning.types import Longs, LossOn, Message, Record, Segment
 
 MalformedPolicy = Literal["error", "drop"]
 

@@ -23,8 +23,9 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.data.tokens.tokenization import Longs, Tokens, byte_length, concatenate, replace_texts, split
+from sft_lightning.data.tokens.tokenization import Tokens, byte_length, concatenate, replace_texts, split
 from sft_lightning.errors import UserError
+from sft_lightning.types import Longs
 
 _ANCHORS = ("\n", "a", ".", "0")
 """Characters to stand before a text that continues another, so that the tokenizer adds no prefix space to it."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sft_lightning.data.tokens.tokenization import Longs, TokenizedBatch
-from sft_lightning.types import TokenizedExample
+from sft_lightning.data.tokens.tokenization import TokenizedBatch
+from sft_lightning.types import Longs, TokenizedExample
 
 
 @dataclass(frozen=True)

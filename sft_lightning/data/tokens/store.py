@@ -18,7 +18,8 @@ import numpy.typing as npt
 import xxhash
 
 from sft_lightning.data.tokens.flat_examples import FlatExamples, starts_of, summarize
-from sft_lightning.data.tokens.tokenization import Longs, TokenizedBatch
+from sft_lightning.data.tokens.tokenization import TokenizedBatch
+from sft_lightning.types import Longs
 
 MANIFEST = "manifest.json"
 

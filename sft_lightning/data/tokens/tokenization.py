@@ -17,9 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sft_lightning.types import Segment, TokenizedExample
-
-Longs = npt.NDArray[np.int64]
+from sft_lightning.types import Longs, Segment, TokenizedExample
 
 
 class Tokens(NamedTuple):

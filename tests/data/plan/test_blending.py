@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_lightning.data.plan.blending import BlendConfig, choose, largest_deviation, passes, take_turns
+from sft_lightning.data.plan.blending import (
+    BlendConfig,
+    choose_examples,
+    largest_deviation,
+    passes_per_epoch,
+    take_turns,
+)
 from sft_lightning.errors import UserError
 
 SHARES = ("examples", "tokens", "supervised_tokens")
@@ -16,20 +22,20 @@ SIZES = [100.0, 40.0, 7.0]
 
 
 def passes_of(weights: list[float], max_epochs: list[float] | None = None, **blend: Any) -> list[float]:
-    return passes(SIZES, weights, max_epochs or [1.0] * 3, BlendConfig(**blend))
+    return passes_per_epoch(SIZES, weights, max_epochs or [1.0] * 3, BlendConfig(**blend))
 
 
 def amounts_of(times: list[float]) -> list[float]:
     return [each * size for each, size in zip(times, SIZES, strict=True)]
 
 
-def test_by_epochs_a_weight_is_passes_and_max_epochs_says_nothing() -> None:
+def test_by_epochs_the_weights_are_the_passes_and_max_epochs_is_ignored() -> None:
     assert passes_of([1.0, 2.0, 0.5], [0.1, 0.1, 0.1]) == [1.0, 2.0, 0.5]
 
 
 @pytest.mark.parametrize("by", SHARES)
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [5.0, 3.0, 2.0], [0.1, 0.2, 40.0]])
-def test_as_a_share_a_weight_is_relative_to_the_others_and_the_first_exhausted_source_ends_the_epoch(
+def test_shares_are_relative_weights_and_the_first_exhausted_source_ends_the_epoch(
     by: str, weights: list[float]
 ) -> None:
     times = passes_of(weights, by=by)
@@ -39,7 +45,7 @@ def test_as_a_share_a_weight_is_relative_to_the_others_and_the_first_exhausted_s
 
 
 @pytest.mark.parametrize("by", SHARES)
-def test_max_epochs_caps_the_passes_over_its_source(by: str) -> None:
+def test_max_epochs_limits_the_passes_over_its_source(by: str) -> None:
     times = passes_of([1.0, 1.0, 1.0], [1.0, 1.0, 4.0], by=by)
     assert times == pytest.approx([28 / 100, 28 / 40, 4.0])
     assert passes_of([1.0, 1.0, 1.0], [1.0, 0.5, 4.0], by=by) == pytest.approx([20 / 100, 0.5, 20 / 7])
@@ -51,7 +57,7 @@ def test_temperature_one_changes_nothing(by: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["epochs", *SHARES])
-def test_a_high_temperature_gives_every_source_the_same(by: str) -> None:
+def test_a_high_temperature_gives_every_source_the_same_share(by: str) -> None:
     amounts = amounts_of(passes_of([3.0, 1.0, 2.0], by=by, temperature=1e9))
     assert amounts == pytest.approx([amounts[0]] * 3)
 
@@ -62,7 +68,7 @@ def test_shares_are_raised_to_one_over_the_temperature(by: str) -> None:
     assert np.array(amounts) / amounts[2] == pytest.approx([4, 2, 1])
 
 
-def test_a_temperature_over_epochs_keeps_the_amount_of_the_whole() -> None:
+def test_by_epochs_a_temperature_keeps_the_total_amount() -> None:
     assert sum(amounts_of(passes_of([1.0, 1.0, 1.0], temperature=3.0))) == pytest.approx(sum(SIZES))
 
 
@@ -73,7 +79,7 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> No
 
 
 def chosen(counts: list[int], times: list[float], *, seed: int = 0, epoch: int = 0) -> list[list[int]]:
-    return [each.tolist() for each in choose([np.ones(n) for n in counts], times, seed=seed, epoch=epoch)]
+    return [each.tolist() for each in choose_examples([np.ones(n) for n in counts], times, seed=seed, epoch=epoch)]
 
 
 def test_one_pass_sees_every_example_once() -> None:
@@ -90,12 +96,12 @@ def test_half_a_pass_shows_the_other_half_in_the_next_epoch() -> None:
     assert sorted(first + second) == list(range(10))
 
 
-def test_the_choice_depends_on_the_seed_alone() -> None:
+def test_the_chosen_examples_depend_on_the_seed_alone() -> None:
     assert chosen([99], [0.3], seed=1, epoch=2) == chosen([99], [0.3], seed=1, epoch=2)
     assert chosen([99], [0.3], seed=1, epoch=2) != chosen([99], [0.3], seed=2, epoch=2)
 
 
-def test_sources_of_one_size_are_drawn_apart() -> None:
+def test_sources_of_the_same_size_get_different_draws() -> None:
     first, second = chosen([99, 99], [0.3, 0.3])
     assert first != second
 
@@ -107,7 +113,7 @@ def test_nothing_is_seen_twice_before_everything_was_seen_once(amounts: list[int
     sizes = np.array(amounts, np.float64)
     seen: Counter[int] = Counter()
     for epoch in range(epochs):
-        seen.update(choose([sizes], [times], seed=0, epoch=epoch)[0].tolist())
+        seen.update(choose_examples([sizes], [times], seed=0, epoch=epoch)[0].tolist())
         counts = [seen[i] for i in range(len(amounts))]
         assert max(counts) - min(counts) <= 1
         delivered = float(np.dot(counts, sizes))
@@ -130,7 +136,7 @@ ROWS = st.lists(st.tuples(st.integers(1, 100), st.integers(0, 4)), min_size=1, m
 
 
 @given(rows=ROWS)
-def test_at_every_prefix_each_source_has_its_share_give_or_take_a_row(rows: list[tuple[int, int]]) -> None:
+def test_every_prefix_has_the_share_of_each_source_to_within_a_row(rows: list[tuple[int, int]]) -> None:
     owners = np.array([owner for _, owner in rows])
     amounts = single([float(amount) for amount, _ in rows], owners.tolist())
     order = take_turns(amounts, owners)
@@ -146,7 +152,7 @@ def test_at_every_prefix_each_source_has_its_share_give_or_take_a_row(rows: list
     assert largest_deviation(amounts[order]) <= 1 + 1e-6
 
 
-def test_rows_of_several_sources_count_for_all_of_them() -> None:
+def test_a_row_of_several_sources_counts_for_each_of_them() -> None:
     amounts = np.array([[5.0, 5.0], [5.0, 5.0], [10.0, 0.0], [0.0, 10.0]])
     order = take_turns(amounts, np.array([0, 0, 0, 1]))
     assert sorted(order.tolist()) == [0, 1, 2, 3]

@@ -89,7 +89,7 @@ def test_the_weights_of_all_steps_add_up_to_the_weight_of_the_data(
     assert sum(made.step_weight(step) for step in range(made.num_steps)) == pytest.approx(WEIGHTS.sum())
 
 
-def test_a_steps_weight_is_that_of_its_rows_documents() -> None:
+def test_the_weight_of_a_step_is_the_sum_over_the_documents_of_its_rows() -> None:
     made = plan(rows_per_step=3)
     documents = np.concatenate([made.row(row) for row in range(3, 6)])
     assert made.step_weight(1) == pytest.approx(weigh(documents).sum())
@@ -97,9 +97,7 @@ def test_a_steps_weight_is_that_of_its_rows_documents() -> None:
 
 @SOURCES
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
-def test_the_same_seed_and_epoch_give_the_same_plan_and_another_epoch_another(
-    packing: Packing, sources: np.ndarray | None
-) -> None:
+def test_the_plan_depends_on_seed_and_epoch_alone(packing: Packing, sources: np.ndarray | None) -> None:
     def documents(*shuffle: int) -> list[list[int]]:
         made = plan(packing=packing, sources=sources, shuffle=(shuffle[0], shuffle[1])).documents
         return made.tolist()  # type: ignore[no-any-return]
@@ -124,7 +122,9 @@ SPLITS = [s for s in itertools.product((1, 2, 4, 8), repeat=3) if s[0] * s[1] * 
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate", "world_size"), SPLITS)
-def test_a_steps_rows_are_the_same_however_it_is_split(batch_size: int, accumulate: int, world_size: int) -> None:
+def test_a_step_has_the_same_rows_for_any_split_of_the_global_batch(
+    batch_size: int, accumulate: int, world_size: int
+) -> None:
     made = plan(rows_per_step=8)
     ranks = [
         Topology(batch_size=batch_size, accumulate=accumulate, world_size=world_size, rank=rank)
@@ -162,7 +162,7 @@ EXAMPLE = st.tuples(st.integers(1, 64), st.integers(0, 3), st.integers(1, 64))
 
 @settings(deadline=None)
 @given(examples=st.lists(EXAMPLE, min_size=1, max_size=120), unit=st.sampled_from(["tokens", "examples", "supervised"]))
-def test_at_every_prefix_each_source_is_within_a_packed_row_of_its_share(
+def test_every_prefix_has_the_share_of_each_source_to_within_a_packed_row(
     examples: list[tuple[int, int, int]], unit: str
 ) -> None:
     lengths, sources, supervised = np.array(examples, np.int64).T
@@ -184,7 +184,7 @@ def test_at_every_prefix_each_source_is_within_a_packed_row_of_its_share(
 
 @settings(deadline=None)
 @given(examples=st.lists(st.tuples(st.integers(1, 16), st.integers(0, 3)), min_size=1, max_size=120))
-def test_concat_keeps_shares_within_a_row_where_examples_are_no_longer_than_one(
+def test_concat_keeps_shares_to_within_a_row_if_no_example_is_longer_than_a_row(
     examples: list[tuple[int, int]],
 ) -> None:
     lengths, sources = np.array(examples, np.int64).T
@@ -195,7 +195,7 @@ def test_concat_keeps_shares_within_a_row_where_examples_are_no_longer_than_one(
     assert off.max() <= 64
 
 
-def test_packing_each_source_by_itself_still_fills_rows() -> None:
+def test_packing_each_source_on_its_own_still_fills_rows() -> None:
     generator = np.random.default_rng(0)
     lengths = generator.lognormal(4.6, 0.7, 20_000).astype(np.int64).clip(20, 2048)
     made = plan_epoch(
@@ -212,7 +212,7 @@ def padding(lengths: np.ndarray, rows_per_step: int) -> int:
 
 
 @pytest.mark.parametrize("num_sources", [1, 3])
-def test_without_packing_the_rows_of_a_step_are_of_like_length(num_sources: int) -> None:
+def test_without_packing_the_rows_of_a_step_have_similar_lengths(num_sources: int) -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 1003)
     made = plan_epoch(
         examples_of(lengths, np.arange(1003) % num_sources), ones,
@@ -222,7 +222,7 @@ def test_without_packing_the_rows_of_a_step_are_of_like_length(num_sources: int)
     assert padding(made.rows.lengths, 8) < padding(lengths, 8) / 8
 
 
-def test_steps_of_like_length_come_in_no_order_and_the_partial_one_last() -> None:
+def test_steps_of_similar_lengths_are_shuffled_and_the_partial_step_is_last() -> None:
     lengths = np.random.default_rng(0).integers(1, 500, 131)
     order = by_length(lengths, 8, np.random.default_rng(0))
     assert sorted(order.tolist()) == list(range(131))
@@ -236,7 +236,7 @@ def test_without_rows_there_is_nothing_to_order() -> None:
     assert len(by_length(np.zeros(0, np.int64), 8, np.random.default_rng(0))) == 0
 
 
-def test_rows_done_are_whole_steps_in_any_split() -> None:
+def test_a_position_counts_complete_steps_for_any_split_of_the_global_batch() -> None:
     made = plan(rows_per_step=4, packing="none")
     topology = Topology(batch_size=2, accumulate=2)
     assert [made.micro_batches_done(rows, topology) for rows in (0, 3, 4, 9, 56, 57)] == [0, 0, 2, 4, 28, 29]

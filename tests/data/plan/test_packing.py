@@ -31,7 +31,7 @@ def as_lists(rows: Rows) -> list[list[list[int]]]:
         ((9, 8, 1, 1, 1), [10, 10]),
     ],
 )
-def test_rows_are_filled_best_fit_first(given_lengths: tuple[int, ...], expected: list[int]) -> None:
+def test_an_example_goes_into_the_fullest_row_with_room(given_lengths: tuple[int, ...], expected: list[int]) -> None:
     assert sorted(best_fit(lengths(*given_lengths), 10).lengths.tolist()) == expected
 
 
@@ -48,7 +48,7 @@ def best_fit_decreasing(values: list[int], max_length: int) -> list[int]:
 
 
 @given(values=st.lists(st.integers(1, 64), max_size=200), room=st.integers(0, 36))
-def test_rows_are_those_of_best_fit_decreasing_one_by_one(values: list[int], room: int) -> None:
+def test_rows_are_those_of_best_fit_decreasing_one_example_at_a_time(values: list[int], room: int) -> None:
     rows = best_fit(lengths(*values), 64 + room)
     assert sorted(rows.lengths.tolist()) == sorted(best_fit_decreasing(values, 64 + room))
 
@@ -62,12 +62,12 @@ def test_every_example_is_in_exactly_one_row_and_no_row_is_empty_or_too_long(val
 
 
 @given(st.lists(st.integers(1, 32), max_size=120))
-def test_no_two_rows_could_be_one(values: list[int]) -> None:
+def test_no_two_rows_would_fit_into_one(values: list[int]) -> None:
     totals = sorted(best_fit(lengths(*values), 32).lengths.tolist())
     assert all(first + second > 32 for first, second in itertools.pairwise(totals))
 
 
-def test_alpaca_like_lengths_fill_rows_of_2048_to_995_per_mille() -> None:
+def test_alpaca_like_lengths_fill_99_5_percent_of_rows_of_2048_tokens() -> None:
     drawn = np.random.default_rng(0).lognormal(4.6, 0.7, 20_000).astype(np.int64).clip(20, 2048)
     assert drawn.sum() / (len(best_fit(drawn, 2048)) * 2048) >= 0.995
 
@@ -108,12 +108,12 @@ def test_rows_can_be_taken_in_any_order_and_more_than_once() -> None:
     assert as_lists(ROWS.take(lengths())) == []
 
 
-def test_rows_can_speak_of_other_examples() -> None:
+def test_the_examples_of_rows_can_be_renumbered() -> None:
     assert as_lists(ROWS.renumbered(lengths(7, 8, 9)))[0] == [[7, 0, 3], [8, 0, 1]]
     assert ROWS.documents[0].tolist() == [0, 0, 3]
 
 
-def test_values_of_documents_are_added_up_over_their_rows() -> None:
+def test_values_of_documents_are_summed_over_rows() -> None:
     assert ROWS.sums(np.array([1.0, 2.0, 4.0, 8.0, 16.0])).tolist() == [3, 4, 24]
     assert ROWS.counts.tolist() == [2, 1, 2]
     assert ROWS.lengths.tolist() == [4, 4, 3]

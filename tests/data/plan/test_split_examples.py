@@ -85,7 +85,7 @@ def test_an_overlong_example_is_an_error_that_names_the_record_and_the_length_ne
     assert "Set data.max_length to at least 17, or data.overlong to drop or truncate" in str(error.value)
 
 
-def test_an_overlong_example_of_another_split_is_no_error() -> None:
+def test_an_overlong_example_outside_the_split_is_no_error() -> None:
     assert selected(prepared([3, 12]), [True, False]).report.examples == 1
 
 
@@ -112,7 +112,7 @@ def test_an_example_cut_before_its_answer_is_dropped_and_counted() -> None:
 
 
 @pytest.mark.parametrize("cuts_examples", [True, False])
-def test_an_example_without_supervised_tokens_is_dropped_whatever_the_packing(cuts_examples: bool) -> None:
+def test_an_example_without_supervised_tokens_is_dropped_with_any_packing(cuts_examples: bool) -> None:
     part = selected(prepared([4, 5, 1], prompts=[4, 1, 0]), cuts_examples=cuts_examples)
     assert part.kept.tolist() == [0, 5, 0]
     assert part.report.dropped == {"no_supervised_tokens": 2}
@@ -131,13 +131,13 @@ def test_min_and_max_length_are_both_inclusive() -> None:
     assert part.report.dropped == {"too_short": 1, "overlong": 1}
 
 
-def test_with_concat_nothing_is_too_long() -> None:
+def test_if_packing_cuts_examples_none_is_too_long() -> None:
     part = selected(prepared([40, 3]), cuts_examples=True)
     assert part.kept.tolist() == [40, 3]
     assert (part.report.dropped, part.report.truncated) == ({}, 0)
 
 
-def test_percentiles_are_lengths_that_there_are() -> None:
+def test_percentiles_are_lengths_of_examples() -> None:
     report = selected(prepared(list(range(2, 102))), max_length=200).report
     assert (report.length_p50, report.length_p90, report.length_p99, report.longest) == (51, 91, 100, 101)
 
@@ -151,7 +151,7 @@ MARKED = {
 }
 
 
-def test_what_became_of_records_is_counted_by_reason() -> None:
+def test_drops_and_repairs_of_records_are_counted_by_reason() -> None:
     report = selected(prepared([3, 4, 5, 6], **MARKED)).report
     assert (report.records, report.examples) == (5, 4)
     assert report.dropped == {"no_answer": 2}
@@ -160,7 +160,7 @@ def test_what_became_of_records_is_counted_by_reason() -> None:
     assert (report.rewritten_records, report.rewritten_examples) == (1, 2)
 
 
-def test_what_became_of_records_is_counted_by_split() -> None:
+def test_drops_and_repairs_of_records_are_counted_by_split() -> None:
     source = prepared([3, 4, 5, 6], **MARKED)
     first = selected(source, [True, True, False, False, False]).report
     assert (first.records, first.dropped, first.repairs) == (2, {"no_answer": 1}, {})
@@ -172,7 +172,7 @@ def test_what_became_of_records_is_counted_by_split() -> None:
     assert (second.rewritten_records, second.rewritten_examples) == (0, 0)
 
 
-def test_at_most_five_places_of_a_reason_are_kept() -> None:
+def test_at_most_five_places_are_kept_for_each_reason() -> None:
     places = [(i, f"f.json, record {i}") for i in range(9)]
     source = prepared(
         [], records=[], marks=[1] * 9, codes=("no_answer",), dropped=("no_answer",), dropped_at={"no_answer": places}
@@ -187,14 +187,14 @@ def test_a_source_without_examples_has_none() -> None:
     assert len(part.indices) == len(part.amounts("tokens")) == part.report.tokens == part.report.longest == 0
 
 
-def test_amounts_are_in_the_blends_unit() -> None:
+def test_amounts_are_in_the_unit_of_the_blend() -> None:
     part = selected(prepared([4, 14, 6], prompts=[1, 5, 2]), [True, True, False], overlong="truncate")
     assert part.amounts("epochs").tolist() == part.amounts("examples").tolist() == [1, 1]
     assert part.amounts("tokens").tolist() == [4, 10]
     assert part.amounts("supervised_tokens").tolist() == [3, 5]
 
 
-def test_the_content_is_that_of_the_tokens_and_weights() -> None:
+def test_the_content_has_the_checksums_of_tokens_and_weights() -> None:
     assert selected(prepared([3])).content == "input_ids loss_weights lengths"
 
 

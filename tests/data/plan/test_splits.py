@@ -39,8 +39,8 @@ def test_a_small_fraction_still_holds_out_one_record() -> None:
     assert hold_out(ALL, 0.001, seed=(0, 0))[1].sum() == 1
 
 
-def test_a_fraction_that_leaves_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(UserError, match=r"data\.val_fraction: 0\.1 of 1 records leaves none to train on"):
+def test_a_fraction_that_leaves_no_training_record_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.val_fraction: 0\.1 of 1 records leaves no record to train on"):
         hold_out(ALL[:1], 0.1, seed=(0, 0))
 
 
@@ -58,11 +58,11 @@ def stages(num_records: int, data_split: str, *, seed: int = 0, compat: Compat |
 @pytest.mark.parametrize(
     ("num_records", "sizes"), [(10, [2, 4, 4]), (11, [3, 4, 4]), (7, [1, 3, 3]), (3, [1, 1, 1]), (1, [1, 0, 0])]
 )
-def test_deepspeed_chats_sizes_are_kept_to_the_record(num_records: int, sizes: list[int]) -> None:
+def test_stages_have_exactly_the_sizes_of_deepspeed_chat(num_records: int, sizes: list[int]) -> None:
     assert [len(part) for part in stages(num_records, "2,4,4", seed=1234, compat="deepspeed_chat")] == sizes
 
 
-def test_deepspeed_chats_members_are_kept_to_the_record() -> None:
+def test_stages_have_exactly_the_records_of_deepspeed_chat() -> None:
     assert stage_records(10, "2,4,4", 0, seed=1234, compat="deepspeed_chat") == [7, 2]
 
 
@@ -79,7 +79,7 @@ def by_deepspeed_chat(num_records: int, proportions: list[float], seed: int) -> 
 
 
 @given(num_records=st.integers(1, 300), seed=st.integers(0, 9), split=st.sampled_from(["2,4,4", "6,2,2", "10,0,0"]))
-def test_for_any_number_of_records_the_stages_are_deepspeed_chats(num_records: int, seed: int, split: str) -> None:
+def test_stages_are_those_of_deepspeed_chat_for_any_number_of_records(num_records: int, seed: int, split: str) -> None:
     expected = by_deepspeed_chat(num_records, [float(part) for part in split.split(",")], seed)
     assert stages(num_records, split, seed=seed, compat="deepspeed_chat") == expected
 
@@ -98,7 +98,7 @@ SPLIT = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
     seed=st.integers(0, 9),
     compat=st.sampled_from([None, "deepspeed_chat"]),
 )
-def test_the_stages_are_disjoint_and_together_everything(
+def test_every_record_is_in_exactly_one_stage(
     num_records: int, proportions: list[int], seed: int, compat: Compat | None
 ) -> None:
     parts = stages(num_records, ",".join(map(str, proportions)), seed=seed, compat=compat)
@@ -112,7 +112,7 @@ def test_no_stage_is_off_by_more_than_one_record(num_records: int, proportions: 
         assert abs(len(part) - num_records * proportion / sum(proportions)) <= 1 + 1e-9
 
 
-def test_everything_in_the_first_stage_is_everything() -> None:
+def test_a_first_stage_with_all_proportions_has_all_records() -> None:
     assert sorted(stage_records(9, "10,0,0", 0, seed=3)) == list(range(9))
 
 
@@ -122,14 +122,16 @@ def test_another_seed_draws_other_records() -> None:
 
 
 @pytest.mark.parametrize("compat", [None, "deepspeed_chat"])
-def test_a_stage_that_gets_nothing_is_refused_with_the_key(compat: Compat | None) -> None:
-    with pytest.raises(UserError, match=r"data\.data_split: '9,1' gives part 1 none of 3 records"):
+def test_a_stage_without_records_is_refused_with_the_key(compat: Compat | None) -> None:
+    with pytest.raises(UserError, match=r"data\.data_split: '9,1' gives stage 1 no record of 3"):
         stage_records(3, "9,1", 1, seed=0, compat=compat)
 
 
 @pytest.mark.parametrize("part", [-1, 3])
-def test_a_part_that_there_is_not_names_those_that_there_are(part: int) -> None:
-    with pytest.raises(UserError, match=rf"data\.data_split_part: {part}, but data_split '2,4,4' has the parts 0 to 2"):
+def test_a_stage_that_does_not_exist_is_refused_with_those_that_do(part: int) -> None:
+    with pytest.raises(
+        UserError, match=rf"data\.data_split_part: must be 0 to 2 with data_split '2,4,4' \(got {part}\)"
+    ):
         stage_records(10, "2,4,4", part, seed=0)
 
 
@@ -138,6 +140,6 @@ def test_proportions_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a,b", "2,,4", "2;4", "-1,2", "0,0", "nan,1", "inf,1"])
-def test_what_is_no_list_of_proportions_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(UserError, match=r"data\.data_split: .* such as '2,4,4'"):
+def test_a_text_without_proportions_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UserError, match=r"data\.data_split: .*; write '2,4,4' for three stages"):
         parse_data_split(text)
