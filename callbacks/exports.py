@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from callbacks.run_outputs import datamodule_of, run_folder, run_manifest
 from sft_lightning.models.export.write import AdapterReport, export_adapter, export_model
@@ -32,8 +33,11 @@ class AdapterExport(Callback):
             checkpoint_io.after_remove.append(lambda path: shutil.rmtree(_beside(path), ignore_errors=True))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not isinstance(pl_module, CausalLMModule) or not isinstance(pl_module.language_model, PeftModel):
+            return
         folder = run_folder(trainer) / "adapter"
-        report = self._export(trainer, pl_module, folder)
+        with pl_module.full_weights():
+            report = self._export(trainer, pl_module, folder)
         if report is not None:
             rank_zero_info(f"adapter: {folder} ({_proven(report)})")
 
@@ -59,14 +63,17 @@ class AdapterExport(Callback):
 class ModelExport(Callback):
     """Writes `model/`: what `AutoModelForCausalLM.from_pretrained` loads, tokenizer included. Idle with an adapter."""
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CausalLMModule) or isinstance(pl_module.language_model, PeftModel):
             return
+        model = pl_module.language_model
+        with pl_module.full_weights():
+            self._export(trainer, pl_module, model)
+
+    @rank_zero_only
+    def _export(self, trainer: Trainer, module: CausalLMModule, model: PreTrainedModel) -> None:
         folder = run_folder(trainer) / "model"
-        export_model(
-            pl_module.language_model, datamodule_of(trainer).tokenizer, folder, run_manifest(trainer, pl_module)
-        )
+        export_model(model, datamodule_of(trainer).tokenizer, folder, run_manifest(trainer, module))
         rank_zero_info(f"model: {folder} (opened again: its values are those of the trained model)")
 
 

@@ -15,7 +15,7 @@ from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.generate import generate
-from sft_lightning.strategies.sharded_strategy import is_sharded
+from sft_lightning.strategies.services import services_of
 from sft_lightning.terminal import make_console
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.types import Message
@@ -67,13 +67,13 @@ class SampleGeneration(Callback):
             self._sample(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not when training ends: then whole weights stand in for shards, for exports, and no forward pass may run.
+        # Not when training ends: checkpoints and exports are written first.
         if trainer.global_step != self._sampled_at:
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> None:
         self._sampled_at = trainer.global_step
-        if not (trainer.is_global_zero or is_sharded(trainer.strategy)):
+        if not (trainer.is_global_zero or services_of(trainer.strategy).shards_weights):
             return  # of a sharded model every process generates the same, together
         if not isinstance(module, CausalLMModule):
             raise TypeError(f"SampleGeneration works with a CausalLMModule, not {type(module).__name__}")

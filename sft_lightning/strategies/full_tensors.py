@@ -54,18 +54,18 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def whole_parameters(module: nn.Module, whole: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def full_parameters(module: nn.Module, full: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Put whole parameters in the place of shards, for whoever saves the model; afterwards the shards are back.
 
     No forward pass may run inside.
 
     Args:
         module: The module that `gather_parameters` was called on.
-        whole: Its result, or a part of it; empty changes nothing.
+        full: Its result, or a part of it; empty changes nothing.
     """
     reshard(module)
     sharded = dict(module.named_parameters())
-    stand_ins = {id(sharded[name]): _parameter(tensor, sharded[name]) for name, tensor in whole.items()}
+    stand_ins = {id(sharded[name]): _parameter(tensor, sharded[name]) for name, tensor in full.items()}
     places = [
         (owner, name, parameter)
         for owner in module.modules()

@@ -109,28 +109,36 @@ def _cpu_has_float16() -> bool:
 
 
 def check_optimizer(optimizer: Optimizer, sharding: ShardingSpec) -> None:
-    """Check that an optimizer can step on shards.
+    """Check that an optimizer can step on shards, and on the CPU if it is offloaded.
 
     Args:
-        optimizer: The optimizer of the run, or one of its class.
-        sharding: What the strategy shards.
+        optimizer: The optimizer of the run.
+        sharding: What the strategy shards and offloads.
 
     Raises:
-        UserError: If it is one of bitsandbytes' optimizers that cannot.
+        UserError: If it cannot.
     """
-    if sharding.kind == "ddp" or not isinstance(optimizer, Optimizer8bit):  # the base class of all of them
-        return
+    if isinstance(optimizer, Optimizer8bit):  # the base class of all optimizers of bitsandbytes
+        _check_bitsandbytes(optimizer, sharding)
     name = type(optimizer).__name__
+    if sharding.kind == "zero" and sharding.offloads_optimizer and name not in ("Adam", "AdamW"):
+        raise UserError(
+            f"model.optimizer: {name} cannot be offloaded to the CPU by DeepSpeed; use torch.optim.AdamW, or turn "
+            f"offloading off (trainer.strategy: {deepspeed_name(sharding.stage)})"
+        )
+
+
+def _check_bitsandbytes(optimizer: Optimizer, sharding: ShardingSpec) -> None:
+    combination = f"{type(optimizer).__name__} cannot be combined with trainer.strategy {sharding.name}"
     if sharding.kind == "fsdp2":
         raise UserError(
-            f"model.optimizer: bitsandbytes' {name} cannot be combined with trainer.strategy {sharding.name}, because "
-            "its kernels take plain tensors, not shards; use torch.optim.AdamW "
-            f"({FSDP2_OFFLOAD} keeps its state on the CPU), or trainer.strategy: {DDP}"
+            f"model.optimizer: bitsandbytes' {combination}, because its kernels take plain tensors, not shards; use "
+            f"torch.optim.AdamW ({FSDP2_OFFLOAD} keeps its state on the CPU), or trainer.strategy: {DDP}"
         )
     options: Any = vars(optimizer)["args"]
-    if options.optim_bits == 8:
+    if sharding.kind == "zero" and options.optim_bits == 8:
         raise UserError(
-            f"model.optimizer: bitsandbytes' {name} cannot be combined with trainer.strategy {sharding.name}, because "
-            "shards would cut through the blocks in which its state is quantized; use torch.optim.AdamW "
-            f"({deepspeed_name(2, offload=True)} keeps its state on the CPU), or trainer.strategy: {DDP}"
+            f"model.optimizer: bitsandbytes' {combination}, because shards would cut through the blocks in which its "
+            f"state is quantized; use torch.optim.AdamW ({deepspeed_name(2, offload=True)} keeps its state on the "
+            f"CPU), or trainer.strategy: {DDP}"
         )

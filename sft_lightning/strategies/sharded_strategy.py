@@ -5,31 +5,29 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 from filelock import FileLock
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
+from torch.optim import Optimizer
 
-from sft_lightning.strategies.full_tensors import gather_parameters, whole_parameters
-from sft_lightning.strategies.refusals import RunFacts, check_run
+from sft_lightning.strategies.full_tensors import full_parameters, gather_parameters
+from sft_lightning.strategies.refusals import RunFacts, check_optimizer, check_run
+from sft_lightning.strategies.services import ModuleServices
 from sft_lightning.strategies.sharding import ShardingSpec
 
 TIMEOUT = timedelta(hours=2)
 """How long a process that has its shard waits in a collective for those whose turn to load comes last."""
 
 
-class ShardedStrategy(Strategy):
+class ShardedStrategy(ModuleServices, Strategy):
     """What sharded strategies have in common; stands before Lightning's strategy in the list of bases."""
-
-    _whole_at_end: AbstractContextManager[None] | None = None
 
     @property
     def sharding(self) -> ShardingSpec:
@@ -81,9 +79,9 @@ class ShardedStrategy(Strategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write one file on rank 0; whoever exports the model on that occasion finds whole weights in it."""
-        whole = checkpoint.get("state_dict", {}) if self.shards_weights else {}
-        with whole_parameters(self._module, whole):
+        """Write one file on rank 0, whose module holds the full weights meanwhile, for an export beside the file."""
+        gathered = checkpoint.get("state_dict", {}) if self.shards_weights else {}
+        with full_parameters(self._module, gathered):
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -91,44 +89,25 @@ class ShardedStrategy(Strategy):
         """Read the file; every process its own."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
-    def export_whole_at_end(self, trainer: Trainer) -> None:
-        """Let callbacks that export when training ends find whole weights on rank 0, and checkpoints the shards."""
-        others: list[Callback] = vars(trainer)["callbacks"]
-        if trainer.state.fn != TrainerFn.FITTING or any(isinstance(other, _WholeAtEnd) for other in others):
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer, if it can step on shards.
+
+        Raises:
+            UserError: If it cannot.
+        """
+        check_optimizer(optimizer, self.sharding)
+        return optimizer
+
+    @contextmanager
+    def full_weights(self) -> Iterator[None]:
+        """Gather the weights to rank 0's CPU: of an adapted model those that train, otherwise all."""
+        if not self.shards_weights:
+            yield
             return
-        checkpoints = [index for index, other in enumerate(others) if isinstance(other, Checkpoint)]
-        others.insert(min(checkpoints, default=len(others)), _ShardsForCheckpoints())
-        others.insert(0, _WholeAtEnd())
-
-    def make_whole(self) -> None:
-        """Put whole weights on rank 0 for the exports: what trains of an adapted model, else all; all ranks call it."""
-        adapted = isinstance(self._module.language_model, PeftModel)
-        whole = gather_parameters(self._module, keep=self.is_global_zero, trainable_only=adapted)
-        self._whole_at_end = whole_parameters(self._module, whole)
-        self._whole_at_end.__enter__()
-
-    def make_sharded(self) -> None:
-        """Put the shards back."""
-        if self._whole_at_end is not None:
-            self._whole_at_end.__exit__(None, None, None)
-            self._whole_at_end = None
-
-
-class _WholeAtEnd(Callback):
-    """Stands before all other callbacks: those that export when training ends find whole weights on rank 0."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy: Any = trainer.strategy
-        strategy.make_whole()
-
-
-class _ShardsForCheckpoints(Callback):
-    """Stands before the checkpoints, which are the trainer's last callbacks: one of the end is gathered by all ranks
-    from their shards, as any other."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy: Any = trainer.strategy
-        strategy.make_sharded()
+        has_adapter = isinstance(self._module.language_model, PeftModel)
+        gathered = gather_parameters(self._module, keep=self.is_global_zero, trainable_only=has_adapter)
+        with full_parameters(self._module, gathered):
+            yield
 
 
 @contextmanager
@@ -151,8 +130,3 @@ def one_process_at_a_time(*, wanted: bool) -> Iterator[None]:
 def _lock_file() -> Path:
     """Return a file of this host, this user and this run, whose processes meet at one port."""
     return Path(tempfile.gettempdir()) / f"sft_lightning_{os.getuid()}_{os.environ.get('MASTER_PORT', 0)}.lock"
-
-
-def is_sharded(strategy: Strategy) -> bool:
-    """Whether no process holds the whole model: all processes must then run every forward pass together."""
-    return isinstance(strategy, ShardedStrategy) and strategy.shards_weights

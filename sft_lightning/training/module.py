@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from sft_lightning.models.head.whole import Head, find_head
 from sft_lightning.models.inspection import base_model, computing_device, is_sharded
 from sft_lightning.models.isolation import choose_packing, verify_isolation
 from sft_lightning.models.neftune import EmbeddingNoise
+from sft_lightning.strategies.services import ModuleServices, services_of
 from sft_lightning.training.checkpoint import (
     check_trainable_state,
     gather_random_states,
@@ -102,7 +104,7 @@ class CausalLMModule(LightningModule):
             spec,
             self._data.tokenizer,
             log=rank_zero_info,
-            on_cpu=getattr(self.trainer.strategy, "shards_weights", False),
+            on_cpu=self._services.shards_weights,
         )
         if self.trainer.precision.endswith("-true"):
             store_4bit_as_bytes(self.model)  # the trainer casts everything else
@@ -133,6 +135,14 @@ class CausalLMModule(LightningModule):
     def base_model(self) -> PreTrainedModel:
         """The transformers model inside, without an adapter around it."""
         return base_model(self.language_model)
+
+    @property
+    def _services(self) -> ModuleServices:
+        return services_of(self.trainer.strategy)
+
+    def full_weights(self) -> AbstractContextManager[None]:
+        """Hold the full weights on rank 0 while the context is open; all processes must enter it together."""
+        return self._services.full_weights()
 
     @property
     def _data(self) -> SFTDataModule:
@@ -235,7 +245,7 @@ class CausalLMModule(LightningModule):
         self.log("train/lr", torch.tensor(self._lr))
         self.nonfinite_losses.note(self._step_loss, self.trainer.global_step)
         self._step_loss = None
-        norm = getattr(self.trainer.strategy, "grad_norm", None)  # DeepSpeed's, which clips by itself
+        norm = self._services.grad_norm
         if norm is not None:
             self.log("train/grad_norm", norm)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -269,7 +279,7 @@ class CausalLMModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, and log the norm before clipping: one computation for both, no device sync."""
-        if self.trainer.strategy.handles_gradient_accumulation:
+        if self._services.manages_gradients:
             return  # DeepSpeed has the gradients, and clips them itself
         self.log("train/grad_norm", clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm))
 
@@ -283,8 +293,8 @@ class CausalLMModule(LightningModule):
             base_lr=adapter.base_lr,
             lora_plus_ratio=adapter.lora_plus_ratio,
         )
-        optimizer = build_optimizer(self.spec.optimizer, groups)
-        if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed has masters and a scale of its own
+        optimizer = self._services.prepare_optimizer(build_optimizer(self.spec.optimizer, groups))
+        if not self._services.manages_gradients:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             check_float16(optimizer, scales_loss=scaler is not None)
         num_steps = self._data.num_optimizer_steps

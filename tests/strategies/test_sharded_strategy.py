@@ -1,65 +1,107 @@
-"""Whole weights at the end of training: there for what exports, gone again for what saves checkpoints."""
+"""What sharded strategies share: full weights for exports, and loading one process after the other."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from sft_lightning.strategies.sharded_strategy import ShardedStrategy
+from sft_lightning.errors import UserError
+from sft_lightning.strategies.sharded_strategy import ShardedStrategy, one_process_at_a_time
+from sft_lightning.strategies.sharding import ShardingSpec, fsdp2_sharding, zero_sharding
 
 
 class Sharded(ShardedStrategy, SingleDeviceStrategy):
-    """Has one process, and so whole weights; what stands in for them is still another parameter."""
+    """Has one process, and so full weights; what stands in for them is still another parameter."""
+
+    def __init__(self, sharding: ShardingSpec) -> None:
+        super().__init__(torch.device("cpu"))
+        self._sharding = sharding
+
+    @property
+    def sharding(self) -> ShardingSpec:
+        return self._sharding
 
 
-class Model(LightningModule):
-    def __init__(self) -> None:
+class Module(LightningModule):
+    def __init__(self, language_model: nn.Module) -> None:
         super().__init__()
-        self.language_model = torch.nn.Linear(2, 2, bias=False)
+        self.language_model = language_model
 
 
-class Noting(Callback):
-    def __init__(self) -> None:
-        self.found: torch.Tensor | None = None
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.found = cast("Model", pl_module).language_model.weight
+def strategy_with(language_model: nn.Module, sharding: ShardingSpec) -> Sharded:
+    strategy = Sharded(sharding)
+    strategy._lightning_module = Module(language_model)
+    return strategy
 
 
-class NotingCheckpoint(Noting, Checkpoint):
-    """Saves at the end, as `ModelCheckpoint(save_last=True)` does in a run shorter than its interval."""
+def test_full_weights_stand_in_for_shards_while_the_context_is_open() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    shard = model.weight
+    with strategy_with(model, fsdp2_sharding()).full_weights():
+        assert model.weight is not shard
+        assert torch.equal(model.weight, shard)
+    assert model.weight is shard
 
 
-def end_of_training(callbacks: list[Callback], times: int = 1) -> tuple[Model, torch.Tensor]:
-    """Call what the trainer calls when training ends; the model, and the weight that it was trained with."""
-    strategy, model = Sharded(torch.device("cpu")), Model()
-    options: Any = {"logger": False, "enable_model_summary": False, "enable_progress_bar": False}
-    trainer = Trainer(strategy=strategy, accelerator="cpu", callbacks=callbacks, **options)
-    strategy._lightning_module, trainer.state.fn = model, TrainerFn.FITTING
-    weight = model.language_model.weight
-    for _ in range(times):
-        strategy.export_whole_at_end(trainer)
-    for callback in cast("Any", trainer).callbacks:
-        callback.on_train_end(trainer, model)
-    return model, weight
+def test_shards_are_back_after_a_failed_export() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    shard = model.weight
+    with pytest.raises(OSError, match="disk full"), strategy_with(model, fsdp2_sharding()).full_weights():
+        raise OSError("disk full")
+    assert model.weight is shard
 
 
-def test_exports_find_whole_weights_and_a_checkpoint_of_the_end_the_shards() -> None:
-    export, checkpoint = Noting(), NotingCheckpoint()
-    model, shard = end_of_training([checkpoint, export])
-    assert export.found is not shard
-    assert torch.equal(cast("torch.Tensor", export.found), shard)
-    assert checkpoint.found is shard
-    assert model.language_model.weight is shard
+def test_of_an_adapted_model_only_the_adapter_is_gathered() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"], r=1))  # type: ignore[arg-type]
+    layer: Any = model.base_model.model[0]  # type: ignore[index]
+    base, adapter = layer.base_layer.weight, layer.lora_A["default"].weight
+    with strategy_with(model, fsdp2_sharding()).full_weights():
+        assert layer.base_layer.weight is base
+        assert layer.lora_A["default"].weight is not adapter
+    assert layer.lora_A["default"].weight is adapter
 
 
-def test_without_a_checkpoint_the_shards_are_back_all_the_same() -> None:
-    export = Noting()
-    model, shard = end_of_training([export], times=2)
-    assert export.found is not shard
-    assert model.language_model.weight is shard
+def test_weights_that_are_not_sharded_stay_in_place() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    weight = model.weight
+    with strategy_with(model, zero_sharding(2)).full_weights():
+        assert model.weight is weight
+
+
+def test_an_optimizer_that_cannot_step_on_shards_is_refused() -> None:
+    strategy = strategy_with(nn.Linear(2, 2), zero_sharding(2, offload_optimizer=True))
+    adam = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    assert strategy.prepare_optimizer(adam) is adam
+    with pytest.raises(UserError, match=r"model\.optimizer: SGD cannot be offloaded to the CPU"):
+        strategy.prepare_optimizer(torch.optim.SGD([nn.Parameter(torch.ones(2))]))
+
+
+def load_in_turn(spans: Any) -> None:
+    """Pretend to load; put when it began and ended, in seconds."""
+    with one_process_at_a_time(wanted=True):
+        begin = time.monotonic()
+        time.sleep(0.1)
+        spans.put((begin, time.monotonic()))
+
+
+def test_processes_of_one_run_load_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    context = get_context("fork")
+    spans = context.SimpleQueue()
+    processes = [context.Process(target=load_in_turn, args=(spans,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    first, second = sorted(spans.get() for _ in processes)
+    assert first[1] <= second[0]

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
@@ -25,7 +24,6 @@ from sft_lightning.strategies.full_tensors import (
     shard_like,
     shard_optimizer_state,
 )
-from sft_lightning.strategies.refusals import check_optimizer
 from sft_lightning.strategies.sharded_strategy import TIMEOUT, ShardedStrategy, one_process_at_a_time
 from sft_lightning.strategies.sharding import ShardingSpec, fsdp2_sharding
 
@@ -88,17 +86,6 @@ class FSDP2(ShardedStrategy, MeshStrategy):
             model = self._language_model
             self.precision_plugin.convert_module(model)  # a type is changed before it is sharded
             shard_model(base_model(model), self._sharding_mesh, self.root_device, offload=self.offload)
-
-    def setup(self, trainer: Trainer) -> None:
-        """Make the optimizer over the shards."""
-        super().setup(trainer)
-        self.export_whole_at_end(trainer)
-
-    def setup_optimizers(self, trainer: Trainer) -> None:
-        """Make the optimizer, if it can step on shards."""
-        super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            check_optimizer(optimizer, self.sharding)
 
     def model_to_device(self) -> None:
         """Move what sharding has not moved; with `offload`, only what is not a parameter."""

@@ -12,8 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from sft_lightning.errors import UserError
-
 
 class ZeroPrecision(DeepSpeedPrecision):
     """Lightning's, which would make float32 of a bfloat16 base under `precision: 32-true`, round the weights of the
@@ -32,24 +30,15 @@ class ZeroPrecision(DeepSpeedPrecision):
         super().backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
-class OnHost:
-    """Makes DeepSpeed's Adam for the host in the place of a torch Adam with the same groups and values.
+def cpu_adam(optimizer: Optimizer) -> Optimizer:
+    """Return DeepSpeed's CPU Adam with the groups and hyper-parameters of a torch Adam, for an offloaded optimizer.
 
     Args:
-        make: `model.optimizer`.
+        optimizer: `torch.optim.Adam` or `AdamW`, which `refusals.check_optimizer` has checked.
     """
-
-    def __init__(self, make: Any) -> None:
-        self._make = make
-
-    def __call__(self, groups: Any) -> Optimizer:
-        made: Optimizer = self._make(groups)
-        name = type(made).__name__
-        if name not in ("Adam", "AdamW"):
-            raise UserError(f"model.optimizer: {name} has no version for the host; take AdamW, or do not offload it")
-        host_adam: Any = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
-
-        keys: Mapping[str, Any] = {key: made.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        rank_zero_info(f"optimizer: DeepSpeedCPUAdam takes {name}'s steps on the host, with its values")
-        on_host: Optimizer = host_adam(made.param_groups, adamw_mode=name == "AdamW", **keys)
-        return on_host
+    make: Any = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+    name = type(optimizer).__name__
+    rank_zero_info(f"optimizer: DeepSpeedCPUAdam takes the steps of {name} on the CPU, with the same hyper-parameters")
+    keys: Mapping[str, Any] = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
+    on_cpu: Optimizer = make(optimizer.param_groups, adamw_mode=name == "AdamW", **keys)
+    return on_cpu

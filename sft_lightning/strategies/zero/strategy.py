@@ -7,11 +7,10 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
@@ -22,17 +21,15 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.strategies.fsdp2.groups import keep_quantization_states
 from sft_lightning.strategies.full_tensors import gather_optimizer_state
-from sft_lightning.strategies.refusals import RunFacts, check_optimizer
+from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.sharded_strategy import TIMEOUT, ShardedStrategy, one_process_at_a_time
 from sft_lightning.strategies.sharding import ShardingSpec
 from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense
 from sft_lightning.strategies.zero.config import FromYaml, asked_config, resolve
-from sft_lightning.strategies.zero.engine import OnHost, ZeroPrecision
+from sft_lightning.strategies.zero.engine import ZeroPrecision, cpu_adam
 from sft_lightning.strategies.zero.options import (
-    OFFLOAD_OPTIMIZER,
     OffloadDevice,
     ZeroOptions,
-    offload_of,
     sharding_of_config,
 )
 from sft_lightning.strategies.zero.partition import (
@@ -116,6 +113,11 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
         check_one_type(self._asked, run, source=self._source)
 
     @property
+    def manages_gradients(self) -> bool:
+        """Whether DeepSpeed keeps float32 master weights, scales the loss, and clips gradients: it does."""
+        return True
+
+    @property
     def grad_norm(self) -> float | torch.Tensor | None:
         """Norm of the gradients of the last optimizer step, before clipping, over all processes."""
         norm: float | torch.Tensor | None = self.deepspeed_engine.get_global_grad_norm()
@@ -150,26 +152,25 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
             name_external_weights(module)
             keep_quantization_states(module, self.root_device)
 
-    def setup(self, trainer: Trainer) -> None:
-        """Make DeepSpeed's engine."""
-        super().setup(trainer)
-        if self.shards_weights:
-            self.export_whole_at_end(trainer)
-
     def fill_config(self) -> None:
         """Let the YAML fill the configuration, or refuse it; what is of the optimizer is checked once that is made."""
         config = {key: value for key, value in self._asked.items() if key not in _OF_OPTIMIZER}
         self.config = resolve(config, self._from_yaml(None), source=self._source)
-        if offload_of(self.config, OFFLOAD_OPTIMIZER):
-            module: Any = self.lightning_module
-            module.spec = replace(module.spec, optimizer=OnHost(module.spec.optimizer))
+
+    def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Return the optimizer, or DeepSpeed's CPU Adam in its place if it is offloaded.
+
+        Raises:
+            UserError: If it cannot step on shards or be offloaded, or differs from the one in the JSON.
+        """
+        resolve(self._asked, self._from_yaml(optimizer), source=self._source)
+        optimizer = super().prepare_optimizer(optimizer)
+        return cpu_adam(optimizer) if self.sharding.offloads_optimizer else optimizer
 
     def make_optimizer(self) -> tuple[Optimizer, Any]:
         """Make the optimizer while ZeRO-3's partitions are gathered where a forward pass needs them."""
         with gathered_in_forward(self._module):  # the module asks its model what can be packed
             optimizer, schedule = super().make_optimizer()
-        resolve(self._asked, self._from_yaml(optimizer), source=self._source)
-        check_optimizer(optimizer, self.sharding)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]  # ZeRO puts its partitions there
         return optimizer, schedule
 

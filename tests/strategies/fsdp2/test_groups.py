@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.fsdp2.groups import check_one_trainable_type, decoder_layers, shard_groups
-from sft_lightning.strategies.full_tensors import shard_like, whole_parameters
+from sft_lightning.strategies.full_tensors import full_parameters, shard_like
 
 
 def llama(**changes: object) -> PreTrainedModel:
@@ -47,11 +47,11 @@ def test_weights_of_two_types_that_train_in_one_layer_are_refused_by_name() -> N
     check_one_trainable_type(layer)
 
 
-def test_whole_parameters_stand_in_everywhere_and_go_again() -> None:
+def test_full_parameters_stand_in_everywhere_and_go_again() -> None:
     model = llama(tie_word_embeddings=True)
     before = model.lm_head.weight
     stand_in = torch.ones_like(before)
-    with whole_parameters(model, {"model.embed_tokens.weight": stand_in}):
+    with full_parameters(model, {"model.embed_tokens.weight": stand_in}):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         assert torch.equal(model.state_dict()["lm_head.weight"], stand_in)
     assert model.lm_head.weight is model.model.embed_tokens.weight is before
