@@ -147,6 +147,17 @@ def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -
 
 
 @uses(
+    attributes=("_forward_hooks", "_forward_pre_hooks"),
+    feature="fused LoRA layers",
+    since="1.0",
+    replacement="the layers' own forward pass",
+)
+def runs_more_than_forward(module: torch.nn.Module) -> bool:
+    """Whether calling a module runs hooks too, or another `forward` than its class's."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+@uses(
     "torch.nn.attention.varlen:varlen_attn",
     feature="model.attn_implementation: auto on a GPU",
     since="2.10",

@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from sft_lightning.compat.bitsandbytes import dequantized_weight
 from sft_lightning.errors import UserError
 from sft_lightning.merging.plan import MergePlan
 from sft_lightning.merging.report import MergeBase
@@ -55,16 +56,7 @@ class QuantizedBase:
     def dequantize(self, name: str) -> torch.Tensor:
         """Return a quantized weight as float32 values, in the shape that the base stores."""
         layer: Any = self._layers[name.removesuffix(".weight")]
-        if type(layer).__name__ == "Linear4bit":
-            from bitsandbytes.functional import dequantize_4bit
-
-            weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        else:
-            from bitsandbytes.functional import int8_vectorwise_dequant
-
-            # The first forward pass moves the scales from the weight to the layer's state.
-            scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
-            weight = int8_vectorwise_dequant(layer.weight.data, scales)
+        weight = dequantized_weight(layer)
         transposed = getattr(layer, "source_cls", None) is Conv1D  # GPT-2 stores (in, out), bitsandbytes (out, in)
         return (weight.T if transposed else weight).float()
 

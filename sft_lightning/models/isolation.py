@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.bitsandbytes import without_int8_outliers
 from sft_lightning.compat.transformers import attention_of
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.quantization import without_int8_outliers
 from sft_lightning.models.base.rope import RopeScalingConfig, check_packing
 from sft_lightning.models.inspection import base_model, evaluating, max_positions
 

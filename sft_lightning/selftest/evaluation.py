@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sft_lightning.compat.bitsandbytes import without_int8_outliers
 from sft_lightning.data.batches.collate import collate
 from sft_lightning.data.batches.loader import documents_of
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.store import PairExample
-from sft_lightning.models.base.quantization import without_int8_outliers
 from sft_lightning.models.inspection import evaluating
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets

@@ -6,9 +6,9 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch.optim import Optimizer
 
+from sft_lightning.compat.bitsandbytes import state_bits
 from sft_lightning.errors import UserError
 from sft_lightning.models.spec import ModelSpec
 from sft_lightning.strategies.names import DDP, FSDP2_OFFLOAD, deepspeed_name
@@ -118,8 +118,9 @@ def check_optimizer(optimizer: Optimizer, sharding: ShardingSpec) -> None:
     Raises:
         UserError: If it cannot.
     """
-    if isinstance(optimizer, Optimizer8bit):  # the base class of all optimizers of bitsandbytes
-        _check_bitsandbytes(optimizer, sharding)
+    bits = state_bits(optimizer)
+    if bits is not None:
+        _check_bitsandbytes(optimizer, sharding, bits)
     name = type(optimizer).__name__
     if sharding.kind == "zero" and sharding.offloads_optimizer and name not in ("Adam", "AdamW"):
         raise UserError(
@@ -128,15 +129,14 @@ def check_optimizer(optimizer: Optimizer, sharding: ShardingSpec) -> None:
         )
 
 
-def _check_bitsandbytes(optimizer: Optimizer, sharding: ShardingSpec) -> None:
+def _check_bitsandbytes(optimizer: Optimizer, sharding: ShardingSpec, bits: int) -> None:
     combination = f"{type(optimizer).__name__} cannot be combined with trainer.strategy {sharding.name}"
     if sharding.kind == "fsdp2":
         raise UserError(
             f"model.optimizer: bitsandbytes' {combination}, because its kernels take plain tensors, not shards; use "
             f"torch.optim.AdamW ({FSDP2_OFFLOAD} keeps its state on the CPU), or trainer.strategy: {DDP}"
         )
-    options: Any = vars(optimizer)["args"]
-    if sharding.kind == "zero" and options.optim_bits == 8:
+    if sharding.kind == "zero" and bits == 8:
         raise UserError(
             f"model.optimizer: bitsandbytes' {combination}, because shards would cut through the blocks in which its "
             f"state is quantized; use torch.optim.AdamW ({deepspeed_name(2, offload=True)} keeps its state on the "

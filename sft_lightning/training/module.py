@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from sft_lightning.compat.bitsandbytes import store_4bit_as_bytes
 from sft_lightning.compat.lightning.loops import align_progress, is_accumulating, reopen_epoch, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.batches.row_order import row_order_error
@@ -26,7 +27,6 @@ from sft_lightning.models.adapters.trainable import trainable_base_names
 from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.attention.document_mask import use_document_mask
 from sft_lightning.models.base.loading import copies_weights
-from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.models.base.rope import check_packing
 from sft_lightning.models.checkpointing import (
     decide_checkpointing,

@@ -94,6 +94,18 @@ def test_a_replaced_forward_runs_between_the_modules_hooks_and_ends_with_the_con
         assert torch.equal(layer(x), 2 * x)
 
 
+def test_a_module_with_a_hook_or_another_forward_runs_more_than_its_forward() -> None:
+    layer = nn.Linear(2, 2)
+    assert not compat.runs_more_than_forward(layer)
+    with compat.forward_replaced_by(layer, lambda x: x):
+        assert compat.runs_more_than_forward(layer)
+    handle = layer.register_forward_pre_hook(lambda *_: None)
+    assert compat.runs_more_than_forward(layer)
+    handle.remove()
+    layer.register_forward_hook(lambda *_: None)
+    assert compat.runs_more_than_forward(layer)
+
+
 @pytest.mark.parametrize("shares_heads", [True, False])
 def test_key_heads_are_shared_by_the_kernel_or_repeated_before_it(
     shares_heads: bool, monkeypatch: pytest.MonkeyPatch

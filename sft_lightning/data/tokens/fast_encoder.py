@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from sft_lightning.compat.data_libraries import remember_words
 from sft_lightning.data.tokens.tokenization import Tokens, byte_length, concatenate, replace_texts, split
 from sft_lightning.errors import UserError
 from sft_lightning.types import Longs
@@ -143,9 +144,7 @@ def without_normalizer(backend: Tokenizer) -> Tokenizer:
         copy.normalizer = None
         copy.no_truncation()
         copy.no_padding()
-    resize = getattr(copy.model, "_resize_cache", None)  # no other name is there for it; a model of words has no cache
-    if resize is not None:
-        resize(_WORDS_CACHED)
+    remember_words(copy, _WORDS_CACHED)
     return copy
 
 

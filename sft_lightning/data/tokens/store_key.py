@@ -17,6 +17,7 @@ import tokenizers
 import transformers
 import xxhash
 
+from sft_lightning.compat.data_libraries import content_fingerprint
 from sft_lightning.data.formats.deepspeed_chat import dataset_format
 from sft_lightning.data.formats.user_format import is_dotted_path
 from sft_lightning.data.formats.user_modules import source_hashes
@@ -153,7 +154,7 @@ def _content(name: str, config: SourceConfig) -> list[str]:
         return [f"{''.join(file.suffixes)} {hash_file(file)}" for file in source_files(name, config)]
     if path.exists():
         return [str(config.split), *(hash_file(file) for file in sorted(path.rglob("*")) if file.is_file())]
-    return [str(load_dataset(name, config)._fingerprint)]
+    return [content_fingerprint(load_dataset(name, config))]
 
 
 def _is_files(path: Path) -> bool:

@@ -23,6 +23,9 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch.autograd.function import once_differentiable
 
+from sft_lightning.compat.deepspeed import is_partitioned
+from sft_lightning.compat.torch import runs_more_than_forward
+
 
 class _LoraUpdate(torch.autograd.Function):
     """`y + (dropout(x) Aᵀ) Bᵀ · scaling`; y is the base's output or, given the base's weight, is computed here too."""
@@ -186,8 +189,7 @@ def _takes_fused_path(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _needs_its_call(module: torch.nn.Module) -> bool:
     """Whether a module's weight may be used only through its call: hooks run there, and ZeRO-3 gathers the weight."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in vars(module) or hasattr(module.weight, "ds_id")
+    return runs_more_than_forward(module) or is_partitioned(cast(torch.Tensor, module.weight))
 
 
 class _Fused:

@@ -7,13 +7,13 @@ embedding is a group too; what is left (final norm, head, tied embedding) is gat
 from __future__ import annotations
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sft_lightning.compat.bitsandbytes import keep_quantization_states
 from sft_lightning.errors import UserError
 
 
@@ -83,16 +83,3 @@ def check_one_trainable_type(module: nn.Module) -> None:
             f"trainer.strategy: fsdp2 reduces the gradients of a layer together, and weights of several types train "
             f"in one: {types}; set model.dtype: float32 (with trainer.precision: bf16-mixed), or use ddp"
         )
-
-
-def keep_quantization_states(model: nn.Module, device: torch.device) -> None:
-    """Let every 4-bit layer hold what its weight is decoded with, on the device that it computes on.
-
-    bitsandbytes keeps it on the parameter, which sharding replaces by a plain one; where the parameter has none, the
-    layer's own is used (bitsandbytes/nn/modules.py, `fix_4bit_weight_quant_state_from_module`).
-    """
-    for module in model.modules():
-        state = getattr(module.weight, "quant_state", None) if isinstance(module, Linear4bit) else None
-        if state is not None:
-            state.to(device)
-            module.quant_state = state

@@ -14,12 +14,11 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
+from sft_lightning.compat.bitsandbytes import keep_quantization_states, store_4bit_as_bytes
 from sft_lightning.compat.deepspeed import flat_partitions
 from sft_lightning.compat.lightning.loops import inner_optimizer
 from sft_lightning.compat.lightning.strategies import HookedDeepSpeedStrategy
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.quantization import store_4bit_as_bytes
-from sft_lightning.strategies.fsdp2.groups import keep_quantization_states
 from sft_lightning.strategies.full_tensors import gather_optimizer_state
 from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.sharded_strategy import TIMEOUT, ShardedStrategy, one_process_at_a_time

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 
+from sft_lightning.compat.bitsandbytes import without_int8_outliers
 from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.compat.transformers import attention_of
 from sft_lightning.data.datamodule import SFTDataModule
@@ -16,7 +17,6 @@ from sft_lightning.data.pairs.collate import PairBatch
 from sft_lightning.data.pairs.kind import PairPart, Pairs, pair_parts, reference_folder
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.base.quantization import without_int8_outliers
 from sft_lightning.models.export.fingerprint import weight_fingerprint
 from sft_lightning.models.head.whole import Head
 from sft_lightning.models.inspection import evaluating

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from sft_lightning.compat.bitsandbytes import store_4bit_as_bytes
 from sft_lightning.errors import UserError
-from sft_lightning.models.base.quantization import store_4bit_as_bytes
 from sft_lightning.strategies.zero import state as zero_state
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
 
