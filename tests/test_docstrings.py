@@ -74,7 +74,6 @@ UNFINISHED: tuple[str, ...] = (
     "data/templates",
     "data/tokens",
     "estimation",
-    "migration",
     "strategies",
     "training",
     "views",

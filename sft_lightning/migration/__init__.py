@@ -1,1 +1,1 @@
-"""Command lines and argument files of other fine-tuning systems → our YAML."""
+"""Translate command lines and argument files of other fine-tuning systems into this trainer's YAML."""

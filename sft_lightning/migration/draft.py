@@ -1,4 +1,4 @@
-"""The YAML in the making: keys, remarks on them, and what could not be carried over."""
+"""The translated YAML: its keys, comments on them, and the options that could not be migrated."""
 
 from __future__ import annotations
 
@@ -9,34 +9,45 @@ import yaml
 
 
 class Draft:
-    """Keys in the order in which they were set."""
+    """Collects keys in the order in which they are set, and writes them as YAML."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
-        """By dotted key."""
+        """Values by dotted key."""
 
-        self.remarks: dict[str, str] = {}
-        """What stands behind a key."""
+        self.comments: dict[str, str] = {}
+        """Comments by dotted key; each follows its key on the same line."""
 
-        self.left: list[tuple[str, str]] = []
-        """What was not carried over, and why."""
+        self.omitted: list[tuple[str, str]] = []
+        """Options that were not migrated, each with the reason."""
 
-    def set(self, key: str, value: Any, remark: str = "") -> None:
-        """Set a dotted key, with a remark behind it."""
+    def set(self, key: str, value: Any, comment: str = "") -> None:
+        """Set a key.
+
+        Args:
+            key: Dotted key.
+            value: Value that YAML can hold.
+            comment: Comment behind the key; none if empty.
+        """
         self.values[key] = value
-        if remark:
-            self.remarks[key] = remark
+        if comment:
+            self.comments[key] = comment
 
     def drop(self, prefix: str) -> None:
-        """Take back every key that begins so."""
+        """Remove every key that begins with a prefix."""
         self.values = {key: value for key, value in self.values.items() if not key.startswith(prefix)}
 
-    def leave(self, option: str, why: str) -> None:
-        """Say why an option is not carried over."""
-        self.left.append((option, why))
+    def omit(self, option: str, reason: str) -> None:
+        """Note that an option is not migrated.
+
+        Args:
+            option: The option as the user wrote it.
+            reason: Why not, or what to do instead.
+        """
+        self.omitted.append((option, reason))
 
     def text(self, heading: str) -> str:
-        """Return the YAML, the heading above it as a comment."""
+        """Return the YAML, after the heading as a comment."""
         tree: dict[str, Any] = {}
         for key, value in self.values.items():
             *above, last = key.split(".")
@@ -48,40 +59,47 @@ class Draft:
         lines = [f"# {line}" for line in heading.splitlines()]
         for key in order:
             lines += self._lines(key, tree[key], "", 0)
-        if self.left:
-            lines += ["", "# Not carried over:", *(f"#   {option}: {why}" for option, why in self.left)]
+        if self.omitted:
+            lines += ["", "# Not migrated:", *(f"#   {option}: {reason}" for option, reason in self.omitted)]
         return "\n".join(lines) + "\n"
 
     def _lines(self, name: str, value: Any, above: str, depth: int) -> list[str]:
         key = f"{above}.{name}" if above else name
         indent = "  " * depth
-        remark = f"  # {self.remarks[key]}" if key in self.remarks else ""
+        comment = f"  # {self.comments[key]}" if key in self.comments else ""
         if isinstance(value, dict) and key not in self.values:
             ordered = sorted(value.items(), key=lambda item: item[0] != "class_path")
             inner = [line for each, below in ordered for line in self._lines(each, below, key, depth + 1)]
-            return [f"{indent}{name}:{remark}", *inner]
-        return [f"{indent}{name}: {_inline(value)}{remark}"]
+            return [f"{indent}{name}:{comment}", *inner]
+        return [f"{indent}{name}: {_inline(value)}{comment}"]
 
 
 def _inline(value: Any) -> str:
-    """Return a value on one line."""
+    """Return a value as YAML on one line."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def sources(draft: Draft, key: str, path: str | None, format_name: str | None) -> None:
-    """Set a source, named like its file."""
+def set_source(draft: Draft, key: str, path: str | None, format_name: str | None) -> None:
+    """Set a source that is named after its file.
+
+    Args:
+        draft: The YAML.
+        key: `data.sources` or `data.val_sources`.
+        path: Path of the data; `None` sets nothing.
+        format_name: `format` of the source; `None` leaves it to be found from the data.
+    """
     if path is not None:
-        chosen = {} if format_name is None else {"format": format_name}
-        draft.set(key, {source_name(path): {"path": path, **chosen}})
+        source = {"path": path} if format_name is None else {"path": path, "format": format_name}
+        draft.set(key, {source_name(path): source})
 
 
 def source_name(path: str) -> str:
-    """Return a source's name for a path."""
+    """Return the name of a source for the path of its data."""
     name = "".join(each if each.isalnum() else "_" for each in Path(path).name.partition(".")[0]).strip("_")
     return name or "train"
 
 
-def unpacked(draft: Draft) -> None:
-    """Give each example a row, as systems do that know no packing: an optimizer step keeps its number of examples."""
-    draft.set("data.packing", "none", "as there; best_fit is faster, with more examples per optimizer step")
+def keep_examples_unpacked(draft: Draft) -> None:
+    """Give each example its own row, as systems without packing do, so that a step keeps its number of examples."""
+    draft.set("data.packing", "none", "as in the original; best_fit is faster, with more examples per optimizer step")

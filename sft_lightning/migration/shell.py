@@ -1,7 +1,8 @@
-"""A shell script → the words of the training command in it. Nothing is executed.
+"""Find the training command in a shell script and split it into words. Nothing is executed.
 
-Understood: comments, lines that go on after a backslash, `NAME=value`, `$NAME`, `${NAME}`, `${NAME:-default}`, and the
-`if [ "$NAME" == "" ]` by which scripts give their arguments defaults. Everything else is text.
+The parser supports comments, continued lines, `NAME=value`, `$NAME`, `${NAME}`, `${NAME:-default}`, and the
+`if [ "$NAME" == "" ]` with which scripts set defaults of their arguments. Everything else is taken literally. `shlex`
+would not do: it forgets which words were in single quotes, where a shell does not expand variables.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ _WORD = re.compile(rf"(?:{_PIECE.pattern})+")
 
 
 def training_words(script: str, where: str) -> list[str]:
-    """Return the words of the last command of a script that runs a Python file with options, variables put in.
+    """Return the words of the last command in a script that runs a Python file with options.
 
-    A variable that the script does not set stays as it is: `$NAME`.
+    Variables are expanded; one that the script does not set stays `$NAME`.
 
     Args:
-        script: The script's text.
-        where: Its path, for messages.
+        script: Text of the script.
+        where: Path of the script, for messages.
 
     Raises:
-        UserError: If there is no such command, or its quotes are not closed.
+        UserError: If there is no such command, or if a quote is not closed.
     """
     variables: dict[str, str] = {}
     words: list[str] = []
@@ -48,20 +49,20 @@ def training_words(script: str, where: str) -> list[str]:
         elif re.search(r"\.py(\s|$)", line):
             words = command_words(line, where, variables) or words
     if not words:
-        raise UserError(f"{where}: found no command that runs a Python file with options; give the command itself")
+        raise UserError(f"{where}: no command runs a Python file with options; give the command itself")
     return words
 
 
 def command_words(command: str, where: str, variables: Mapping[str, str] | None = None) -> list[str]:
-    """Return the words of one command up to a redirection; empty if it runs no Python file with options.
+    """Return the words of a command up to a redirection; none if it does not run a Python file with options.
 
     Args:
-        command: One line.
-        where: Where it stands, for messages.
-        variables: What `$NAME` stands for.
+        command: The command, on one line.
+        where: Source of the command, for messages.
+        variables: Values of the variables that are set.
 
     Raises:
-        UserError: If its quotes are not closed.
+        UserError: If a quote is not closed.
     """
     if _WORD.sub("", command).strip():
         raise UserError(f"{where}: a quote is not closed in: {command[:80]}")
@@ -76,7 +77,7 @@ def _words(command: str, variables: Mapping[str, str]) -> Iterator[str]:
         if _ENDS.match(word) or word.startswith("#"):
             return
         value = "".join(_piece(piece, variables) for piece in _PIECE.findall(word))
-        # As in a shell: what a bare variable holds is several words; but not a <place to fill in>.
+        # As in a shell, an unquoted variable is split into words; a <placeholder> is not.
         if _VARIABLE.fullmatch(word) and not value.startswith("<"):
             yield from value.split()
         else:
@@ -92,7 +93,10 @@ def _piece(piece: str, variables: Mapping[str, str]) -> str:
 
 
 def split_launcher(words: list[str]) -> tuple[list[str], str, list[str]]:
-    """Return what stands before the Python file, the file, and its arguments; without a file, all are arguments."""
+    """Split a command into the words of the launcher, the Python file, and its arguments.
+
+    Without a Python file, all words are arguments.
+    """
     for i, word in enumerate(words):
         if _PROGRAM.search(word):
             return words[:i], word, words[i + 1 :]
@@ -117,7 +121,7 @@ def _expanded(text: str, variables: Mapping[str, str]) -> str:
         if name in variables:
             return variables[name] or (default or "")
         if name.isdigit():
-            return default or ""  # an argument that only a call of the script gives
+            return default or ""  # an argument of the script, which only its caller knows
         return match[0] if default is None else default
 
     return _VARIABLE.sub(value, text)

@@ -1,4 +1,4 @@
-"""Commands as the five systems document them, by what their scripts set."""
+"""Fixtures that migrate the commands of a system and parse the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Migrate = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def migrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Migrate:
-    """Migrate a script, options (as JSON) or words, and return the YAML, parsed; `text` has all of it."""
+    """Migrate a script, a JSON file of options or words, and return the parsed YAML, with its text as `text`."""
 
     def run(system: str, given: str | dict[str, Any] | list[str]) -> dict[str, Any]:
         if isinstance(given, list):
@@ -37,7 +37,7 @@ def migrate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Migrate:
 
 @pytest.fixture
 def accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, Any]]:
-    """Let our own parser read what was migrated last, and return the whole configuration."""
+    """Let our own parser read the YAML that was migrated last, and return the whole configuration."""
 
     def run() -> dict[str, Any]:
         capsys.readouterr()

@@ -10,17 +10,17 @@ def words(script: str) -> list[str]:
     return training_words(script, "train.sh")
 
 
-def test_variables_are_put_in_and_lines_joined() -> None:
+def test_variables_are_expanded_and_continued_lines_joined() -> None:
     script = 'A=one\nB="${A} two"\nexport C=${D:-three}\npython t.py --a $A \\\n  --b "$B" --c ${C} # a note\n'
     assert words(script) == ["python", "t.py", "--a", "one", "--b", "one two", "--c", "three"]
 
 
-def test_a_bare_variable_is_several_words_and_a_quoted_one_is_one() -> None:
+def test_an_unquoted_variable_is_split_and_a_quoted_one_is_not() -> None:
     script = "M='q_proj v_proj'\npython t.py --m $M --n \"$M\" --o '$M'\n"
     assert words(script)[3:] == ["q_proj", "v_proj", "--n", "q_proj v_proj", "--o", "$M"]
 
 
-def test_the_default_of_an_empty_argument_holds_and_a_set_one_stays() -> None:
+def test_an_empty_argument_gets_its_default_and_a_set_one_keeps_its_value() -> None:
     script = """\
 A=$1
 B=set
@@ -35,23 +35,23 @@ python t.py --a $A --b $B
     assert words(script)[2:] == ["--a", "default", "--b", "set"]
 
 
-def test_a_redirection_ends_the_command_and_nothing_else_is_taken_for_it() -> None:
+def test_only_a_redirection_ends_the_command() -> None:
     assert words("mkdir -p x\npython t.py --a 1 &> log --b 2\necho done.py") == ["python", "t.py", "--a", "1"]
     assert words("M=<your model>\npython t.py --a $M --b 2")[2:] == ["--a", "<your model>", "--b", "2"]
 
 
-def test_a_variable_that_is_not_set_stays() -> None:
+def test_an_unset_variable_is_kept_as_written() -> None:
     assert words("python t.py --seed $RANDOM --a ${NEVER}")[2:] == ["--seed", "$RANDOM", "--a", "${NEVER}"]
 
 
-def test_what_cannot_be_read_is_refused() -> None:
-    with pytest.raises(UserError, match=r"train\.sh: found no command"):
+def test_a_script_without_a_command_and_an_open_quote_are_user_errors() -> None:
+    with pytest.raises(UserError, match=r"train\.sh: no command runs"):
         words("echo hello\n")
     with pytest.raises(UserError, match="a quote is not closed"):
         command_words('python t.py --a "open', "the command")
 
 
-def test_a_launcher_is_told_from_the_program() -> None:
+def test_the_launcher_is_split_from_the_program() -> None:
     assert split_launcher(["torchrun", "--nnodes", "2", "a/run.py", "--x"]) == (
         ["torchrun", "--nnodes", "2"],
         "a/run.py",

@@ -1,11 +1,11 @@
-"""Translate the command line, script or JSON of another fine-tuning system into YAML."""
+"""Translate a command line, shell script or JSON file of another fine-tuning system into YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from sft_lightning.errors import UserError, one_of
-from sft_lightning.migration.arguments import read_given
+from sft_lightning.migration.arguments import read_options
 from sft_lightning.migration.options import translate
 from sft_lightning.migration.systems import SYSTEMS
 from sft_lightning.migration.table import document
@@ -15,14 +15,14 @@ usage: python -m sft_lightning migrate SYSTEM SCRIPT.sh | ARGS.json | COMMAND ..
        python -m sft_lightning migrate --table
 
 {__doc__}
-Nothing is executed. What could not be carried over follows the YAML as comments, each with the reason.
+Nothing is executed. Options that cannot be migrated follow the YAML as comments, each with the reason.
 
   SYSTEM   {", ".join(SYSTEMS)}
-  --table  print the options of all systems and our keys, as Markdown"""
+  --table  print the options of all systems and our keys for them as Markdown"""
 
 
 def main(args: Sequence[str]) -> None:
-    """Print the YAML of what follows the system's name; everything after it is that system's."""
+    """Print the YAML for the options of a system; all words after its name belong to the system."""
     if not args or args[0] in ("-h", "--help"):
         print(_USAGE)
     elif args[0] == "--table":
@@ -34,21 +34,21 @@ def main(args: Sequence[str]) -> None:
 
 
 def migrate(system: str, args: Sequence[str]) -> str:
-    """Return the YAML.
+    """Return the YAML for the options of a system.
 
     Args:
         system: A key of `SYSTEMS`.
-        args: A file, or a command.
+        args: A file, or the words of a command.
 
     Raises:
-        UserError: If nothing can be read, or a value is not what the option takes.
+        UserError: If there are no options to read, or if a value is not what its option takes.
     """
     chosen = SYSTEMS[system]
-    given = read_given([*args])
+    given = read_options([*args])
     if not given.options:
-        raise UserError(f"migrate {system}: found no option in it; give the script or the command that trains")
+        raise UserError(f"migrate {system}: found no options; give the script or the command that trains")
     draft = translate(chosen, given)
     program = f", {given.program}" if given.program else ""
     return draft.text(
-        f"Migrated from {chosen.title}{program}. Look at it with: python -m sft_lightning preview --config <this file>"
+        f"Migrated from {chosen.title}{program}. Check it with: python -m sft_lightning preview --config <this file>"
     )

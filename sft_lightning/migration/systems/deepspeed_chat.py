@@ -1,12 +1,12 @@
-"""DeepSpeed-Chat, step 1: `training/step1_supervised_finetuning/main.py`."""
+"""Options of DeepSpeed-Chat, step 1: `training/step1_supervised_finetuning/main.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sft_lightning.migration.distributed import devices, stage_name
-from sft_lightning.migration.draft import Draft, source_name, unpacked
-from sft_lightning.migration.options import Options, System, joint, left, plain
+from sft_lightning.migration.draft import Draft, keep_examples_unpacked, source_name
+from sft_lightning.migration.options import Options, System, combined, copied, omitted
 from sft_lightning.migration.training_arguments import precision, schedule
 
 _WHOLE_DECODER = ("decoder.layers.", "layers.", "model.layers.", "transformer.h.", "h.", "gpt_neox.layers.")
@@ -29,17 +29,19 @@ _INIT = "model.optimizer.init_args"
 def _finish(options: Options, draft: Draft) -> None:
     lora = bool(options.number("lora_dim"))
     _sources(options, draft)
-    draft.set("data.compat", "deepspeed_chat", "the same records in each part of data_split")
-    draft.set("data.loss_on", "all", "the prompt of these data sets has no loss here, though; there it has")
+    draft.set("data.compat", "deepspeed_chat", "puts the same records into each part of data_split")
     draft.set(
-        "data.template", "human_assistant", "for sources with turns; DeepSpeed-Chat's own data sets have no template"
+        "data.loss_on", "all", "except the prompts of DeepSpeed-Chat's own data sets, which have a loss only there"
     )
-    draft.set("data.overlong", "truncate", "as there; counted and reported here")
-    unpacked(draft)
+    draft.set(
+        "data.template", "human_assistant", "for sources with messages; DeepSpeed-Chat's own data sets have no template"
+    )
+    draft.set("data.overlong", "truncate", "as in the original; counted and reported")
+    keep_examples_unpacked(draft)
     draft.set("model.optimizer.class_path", "torch.optim.AdamW")
     draft.set(f"{_INIT}.betas", [0.9, 0.95], "as in DeepSpeed-Chat's code")
     rate = options.number("lora_learning_rate") if lora else options.number("learning_rate")
-    draft.set(f"{_INIT}.lr", rate, "--lora_learning_rate, which adapters learn at" if lora else "")
+    draft.set(f"{_INIT}.lr", rate, "from --lora_learning_rate, which the adapter uses" if lora else "")
     schedule(options, draft, "cosine")
     if lora:
         _adapter(options, draft)
@@ -63,7 +65,7 @@ def _sources(options: Options, draft: Draft) -> None:
     for path in [*plain_paths, *whole]:
         extra = {"sft_only": True} if path in whole else {}
         if path == "local/jsonfile":
-            draft.leave("local/jsonfile", "it stands for data/train.json of DeepSpeed-Chat's folder; correct the path")
+            draft.omit("local/jsonfile", "stands for data/train.json in DeepSpeed-Chat's folder; correct the path")
             chosen["jsonfile"] = {"path": "data/train.json", "format": "deepspeed_chat/jsonfile", **extra}
         else:
             chosen[source_name(path.rpartition("/")[2])] = {"path": path, **extra}
@@ -77,19 +79,24 @@ def _sources(options: Options, draft: Draft) -> None:
         draft.set("data.val_sources", held_out)
     for source in chosen.values():
         if source["path"] not in _EVALUATED:
-            draft.leave(f"evaluation on {source['path']}", "of a split made there; name a file in data.val_sources")
+            draft.omit(
+                f"evaluation on {source['path']}",
+                "DeepSpeed-Chat makes that split itself; give a file in data.val_sources",
+            )
 
 
 def _adapter(options: Options, draft: Draft) -> None:
-    draft.set("model.adapter.alpha", 1, "DeepSpeed-Chat scales by 1 / r")
-    draft.set("model.adapter.dropout", 0.0, "it has none")
+    draft.set("model.adapter.alpha", 1, "DeepSpeed-Chat scales the adapter by 1 / r")
+    draft.set("model.adapter.dropout", 0.0, "DeepSpeed-Chat has none")
     scope = options.text("lora_module_name") or ""
-    draft.set("model.adapter.target_modules", "all-linear", f"all linear layers but the head; {scope!r} there")
+    draft.set(
+        "model.adapter.target_modules", "all-linear", f"all linear layers but the head; {scope!r} in the original"
+    )
     if scope not in _WHOLE_DECODER:
-        draft.leave(options.shown("lora_module_name"), "write a regular expression into model.adapter.target_modules")
+        draft.omit(options.as_written("lora_module_name"), "set model.adapter.target_modules to a regular expression")
     if not options.flag("only_optimize_lora"):
-        draft.set("model.adapter.only_adapter", False, "without --only_optimize_lora everything else trains too")
-        draft.set("model.adapter.base_lr", options.number("learning_rate"), "--learning_rate")
+        draft.set("model.adapter.only_adapter", False, "without --only_optimize_lora all other weights train too")
+        draft.set("model.adapter.base_lr", options.number("learning_rate"), "from --learning_rate")
 
 
 SYSTEM = System(
@@ -97,41 +104,43 @@ SYSTEM = System(
     title="DeepSpeed-Chat",
     source="`training/step1_supervised_finetuning/main.py`",
     options=(
-        joint("data_path", "data.sources", "the format is found from the data set's name", default="Dahoas/rm-static"),
-        plain("data_split", "data.data_split", default="2,4,4", note="`data_split_part: 0` is step 1"),
-        joint("sft_only_data_path", "data.sources.<name>.sft_only"),
-        plain("data_output_path", "data.store_dir"),
-        plain("model_name_or_path", "model.model_name_or_path"),
-        plain("per_device_train_batch_size", "data.batch_size", "number", default="16"),
-        left("per_device_eval_batch_size", "validation takes data.batch_size"),
-        plain("max_seq_len", "data.max_length", "number", default="512"),
-        joint("learning_rate", "model.optimizer.init_args.lr", "with LoRA: model.adapter.base_lr", default="1e-3"),
-        joint("lora_learning_rate", "model.optimizer.init_args.lr", "with LoRA", default="5e-4"),
-        plain("weight_decay", "model.optimizer.init_args.weight_decay", "number", default="0.0"),
-        plain("num_train_epochs", "trainer.max_epochs", "number", default="1"),
-        plain("gradient_accumulation_steps", "trainer.accumulate_grad_batches", "number"),
-        joint("lr_scheduler_type", "model.lr_scheduler.name", "constant_with_warmup: constant", default="cosine"),
-        plain("num_warmup_steps", "model.lr_scheduler.warmup_steps", "number"),
-        plain("output_dir", "trainer.default_root_dir"),
-        plain("seed", "seed_everything", "number", default="1234"),
-        left("local_rank", "the launcher sets it"),
-        plain("gradient_checkpointing", "model.gradient_checkpointing", "flag"),
-        plain("dropout", "model.dropout", "number"),
-        left("disable_dropout", "model.dropout: 0.0", key="model.dropout"),
-        joint("offload", "trainer.strategy", "deepspeed_stage_2_offload, deepspeed_stage_3_offload"),
-        joint("dtype", "trainer.precision, model.dtype", default="fp16"),
-        joint("zero_stage", "trainer.strategy", "0: none", default="0"),
-        plain("lora_dim", "model.adapter.r", "number", note="with `alpha: 1`, `dropout: 0`"),
-        joint("lora_module_name", "model.adapter.target_modules", "all-linear", default="decoder.layers."),
-        joint("only_optimize_lora", "model.adapter.only_adapter", "without it: false"),
-        left("compute_fp32_loss", "the loss is always computed in float32"),
-        left("enable_tensorboard", "TensorBoard is on"),
-        left("tensorboard_path", "events are in trainer.default_root_dir"),
-        joint("add_eot_token", "model.add_special_tokens"),
-        joint("eot_token", "model.add_special_tokens", default="<|endoftext|>"),
-        left("print_loss", "the loss is logged every trainer.log_every_n_steps"),
-        joint("deepspeed", "trainer.strategy", "zero_stage says which"),
-        left("deepspeed_config", "DeepSpeed-Chat itself never reads it", key="trainer.strategy"),
+        combined(
+            "data_path", "data.sources", "the format is found from the name of the data set", default="Dahoas/rm-static"
+        ),
+        copied("data_split", "data.data_split", default="2,4,4", note="`data_split_part: 0` is step 1"),
+        combined("sft_only_data_path", "data.sources.<name>.sft_only"),
+        copied("data_output_path", "data.store_dir"),
+        copied("model_name_or_path", "model.model_name_or_path"),
+        copied("per_device_train_batch_size", "data.batch_size", "number", default="16"),
+        omitted("per_device_eval_batch_size", "validation uses data.batch_size"),
+        copied("max_seq_len", "data.max_length", "number", default="512"),
+        combined("learning_rate", "model.optimizer.init_args.lr", "with LoRA: model.adapter.base_lr", default="1e-3"),
+        combined("lora_learning_rate", "model.optimizer.init_args.lr", "with LoRA", default="5e-4"),
+        copied("weight_decay", "model.optimizer.init_args.weight_decay", "number", default="0.0"),
+        copied("num_train_epochs", "trainer.max_epochs", "number", default="1"),
+        copied("gradient_accumulation_steps", "trainer.accumulate_grad_batches", "number"),
+        combined("lr_scheduler_type", "model.lr_scheduler.name", "constant_with_warmup: constant", default="cosine"),
+        copied("num_warmup_steps", "model.lr_scheduler.warmup_steps", "number"),
+        copied("output_dir", "trainer.default_root_dir"),
+        copied("seed", "seed_everything", "number", default="1234"),
+        omitted("local_rank", "the launcher sets it"),
+        copied("gradient_checkpointing", "model.gradient_checkpointing", "flag"),
+        copied("dropout", "model.dropout", "number"),
+        omitted("disable_dropout", "set model.dropout: 0.0", key="model.dropout"),
+        combined("offload", "trainer.strategy", "deepspeed_stage_2_offload, deepspeed_stage_3_offload"),
+        combined("dtype", "trainer.precision, model.dtype", default="fp16"),
+        combined("zero_stage", "trainer.strategy", "0: none", default="0"),
+        copied("lora_dim", "model.adapter.r", "number", note="with `alpha: 1`, `dropout: 0`"),
+        combined("lora_module_name", "model.adapter.target_modules", "all-linear", default="decoder.layers."),
+        combined("only_optimize_lora", "model.adapter.only_adapter", "without it: false"),
+        omitted("compute_fp32_loss", "the loss is always computed in float32"),
+        omitted("enable_tensorboard", "TensorBoard is on by default"),
+        omitted("tensorboard_path", "events are in trainer.default_root_dir"),
+        combined("add_eot_token", "model.add_special_tokens"),
+        combined("eot_token", "model.add_special_tokens", default="<|endoftext|>"),
+        omitted("print_loss", "the loss is logged every trainer.log_every_n_steps"),
+        combined("deepspeed", "trainer.strategy", "the stage comes from zero_stage"),
+        omitted("deepspeed_config", "DeepSpeed-Chat ignores it; set trainer.strategy", key="trainer.strategy"),
     ),
     finish=_finish,
 )

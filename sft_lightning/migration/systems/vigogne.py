@@ -1,9 +1,9 @@
-"""Vigogne: `vigogne/train/train_sft.py`, and its later form `vigogne/cli/train_sft.py`."""
+"""Options of Vigogne: `vigogne/train/train_sft.py`, and `vigogne/cli/train_sft.py` of version 2.2."""
 
 from __future__ import annotations
 
-from sft_lightning.migration.draft import Draft, sources, unpacked
-from sft_lightning.migration.options import Options, System, joint, left, plain
+from sft_lightning.migration.draft import Draft, keep_examples_unpacked, set_source
+from sft_lightning.migration.options import Options, System, combined, copied, omitted
 from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS, finish_training_arguments
 
 _TEMPLATES = {
@@ -18,8 +18,8 @@ _TEMPLATES = {
 
 def _finish(options: Options, draft: Draft) -> None:
     _template(options, draft)
-    sources(draft, "data.sources", options.text("train_file"), None)
-    sources(draft, "data.val_sources", options.text("eval_file"), None)
+    set_source(draft, "data.sources", options.text("train_file"), None)
+    set_source(draft, "data.val_sources", options.text("eval_file"), None)
     _lengths(options, draft)
     for name, key in (("max_train_samples", "data.sources"), ("max_eval_samples", "data.val_sources")):
         count = options.number(name)
@@ -33,11 +33,11 @@ def _finish(options: Options, draft: Draft) -> None:
     else:
         _targets(options, draft)
     if options.text("model_type") == "seq2seq":
-        draft.leave(options.shown("model_type"), "causal language models only")
+        draft.omit(options.as_written("model_type"), "only causal language models are supported")
     finish_training_arguments(options, draft, quantized=quantized, full=full)
     half = (options.text("compute_dtype") or options.text("torch_dtype") or "float16").removeprefix("torch.")
     if not full and half in ("float16", "bfloat16", "float32"):
-        draft.set("model.dtype", half, "--compute_dtype" if options.has("compute_dtype") else "")
+        draft.set("model.dtype", half, "from --compute_dtype" if options.has("compute_dtype") else "")
 
 
 def _template(options: Options, draft: Draft) -> None:
@@ -45,25 +45,29 @@ def _template(options: Options, draft: Draft) -> None:
     if style in _TEMPLATES:
         draft.set("data.template", _TEMPLATES[style])
     else:
-        draft.leave(f"style {style}", "see `preview --list_templates`; set data.template")
+        draft.omit(f"style {style}", "not a known style; set data.template (see `preview --list_templates`)")
 
 
 def _lengths(options: Options, draft: Draft) -> None:
     longest, shortest, block = (options.number(name) for name in ("model_max_length", "model_min_length", "block_size"))
     if shortest is not None:
-        draft.set("data.min_length", int(shortest) + 1, f"Vigogne keeps what is strictly longer than {shortest}")
-    draft.set("data.overlong", "drop", "as there; counted and reported here")
+        draft.set(
+            "data.min_length", int(shortest) + 1, f"Vigogne keeps examples strictly longer than {shortest} tokens"
+        )
+    draft.set("data.overlong", "drop", "as in the original; counted and reported")
     if options.flag("pack_into_block"):
-        draft.set("data.packing", "best_fit", "packed examples saw each other there; here they do not")
+        draft.set("data.packing", "best_fit", "Vigogne lets packed examples attend to each other; here they cannot")
         draft.set("data.max_length", block)
         if longest is not None:
-            draft.leave(options.shown("model_max_length"), f"rows of {block} tokens take examples of up to {block}")
+            draft.omit(options.as_written("model_max_length"), f"with packing, --block_size {block} is the limit")
         return
-    unpacked(draft)
+    keep_examples_unpacked(draft)
     if longest is not None:
-        draft.set("data.max_length", int(longest) - 1, f"Vigogne keeps what is strictly shorter than {longest}")
+        draft.set("data.max_length", int(longest) - 1, f"Vigogne keeps examples strictly shorter than {longest} tokens")
     else:
-        draft.leave("no --model_max_length", "it had no limit; raise data.max_length (2048) if examples are dropped")
+        draft.omit(
+            "no --model_max_length", "Vigogne has no limit then; raise data.max_length (2048) if examples are dropped"
+        )
 
 
 def _quantization(options: Options, draft: Draft) -> bool:
@@ -96,51 +100,57 @@ SYSTEM = System(
     title="Vigogne",
     source="`vigogne/train/train_sft.py`, and version 2.2's `vigogne/cli/train_sft.py`",
     options=(
-        plain("model_name_or_path", "model.model_name_or_path"),
-        left("model_revision", "name a folder with that revision"),
-        joint("model_type", "", "decoder-only; seq2seq models are not trained here"),
-        left("use_flash_attention_2", "chosen by itself", key="model.attn_implementation"),
-        joint("compute_dtype", "model.dtype"),
-        joint("torch_dtype", "model.dtype"),
-        joint("load_in_8bit", "model.quantization.bits"),
-        joint("load_in_4bit", "model.quantization.bits"),
-        joint("use_nested_quant", "model.quantization.double_quant"),
-        joint("bnb_4bit_use_double_quant", "model.quantization.double_quant"),
-        joint("bnb_4bit_quant_type", "model.quantization.quant_type", default="nf4"),
-        plain("trust_remote_code", "model.trust_remote_code", "flag"),
-        joint("adapter", "model.adapter", "lora, qlora; None: full fine-tuning"),
-        plain("lora_r", "model.adapter.r", "number", default="8"),
-        plain("lora_alpha", "model.adapter.alpha", "number", default="16"),
-        plain("lora_dropout", "model.adapter.dropout", "number", default="0.05"),
-        joint("target_modules", "model.adapter.target_modules", default="q_proj v_proj"),
-        joint("lora_target_modules", "model.adapter.target_modules"),
-        joint("lora_target_all_linear_layers", "model.adapter.target_modules", "all-linear"),
-        left("lora_fan_in_fan_out", "found from the layers"),
-        plain("lora_modules_to_save", "model.adapter.modules_to_save", "words"),
-        left("do_merge_lora", "`merge --adapter … --output_dir …`"),
-        left("max_shard_size", "`merge` writes the folder"),
-        joint("train_file", "data.sources", "the format is found from the keys"),
-        joint("eval_file", "data.val_sources"),
-        plain("eval_split_ratio", "data.val_fraction", "number"),
-        joint("model_min_length", "data.min_length", "plus 1: strictly longer there"),
-        joint("model_max_length", "data.max_length", "minus 1: strictly shorter there; `overlong: drop`"),
-        joint("max_train_samples", "data.sources.<name>.max_examples", "of records, before those too long are dropped"),
-        joint("max_eval_samples", "data.val_sources.<name>.max_examples"),
-        left("overwrite_cache", "the store is addressed by content; `prepare --rebuild` makes it anew"),
-        left("preprocessing_num_workers", "chosen by itself"),
-        left("preprocessing_only", "the `prepare` command"),
-        joint("mode", "data.template", "instruct: vigogne/instruct_en; chat: vigogne/chat_v2"),
-        joint("processor_style", "data.template", "alpaca: vigogne/instruct_fr; vigogne_chat_v2, vigogne_chat_v3"),
-        joint("pack_into_block", "data.packing", "best_fit; without it: none"),
-        joint("block_size", "data.max_length", "with pack_into_block", default="1024"),
-        plain("tokenizer_name_or_path", "model.tokenizer_name_or_path"),
-        left("tokenizer_revision", "name a folder with that revision"),
-        left("tokenizer_use_fast", "tokenizers are always fast: exact masks need their offsets"),
-        left("tokenizer_legacy", "as the tokenizer's own configuration says"),
-        left("tokenizer_padding_side", "attention never sees padding"),
-        left("add_tokens", "copy the list into model.add_tokens", key="model.add_tokens"),
-        left("add_special_tokens", "copy its values into model.add_special_tokens", key="model.add_special_tokens"),
-        left("config_path", "config.yaml in the run's folder"),
+        copied("model_name_or_path", "model.model_name_or_path"),
+        omitted("model_revision", "use a folder with that revision"),
+        combined("model_type", "", "decoder-only; seq2seq models are not supported"),
+        omitted("use_flash_attention_2", "chosen automatically", key="model.attn_implementation"),
+        combined("compute_dtype", "model.dtype"),
+        combined("torch_dtype", "model.dtype"),
+        combined("load_in_8bit", "model.quantization.bits"),
+        combined("load_in_4bit", "model.quantization.bits"),
+        combined("use_nested_quant", "model.quantization.double_quant"),
+        combined("bnb_4bit_use_double_quant", "model.quantization.double_quant"),
+        combined("bnb_4bit_quant_type", "model.quantization.quant_type", default="nf4"),
+        copied("trust_remote_code", "model.trust_remote_code", "flag"),
+        combined("adapter", "model.adapter", "lora, qlora; None: full fine-tuning"),
+        copied("lora_r", "model.adapter.r", "number", default="8"),
+        copied("lora_alpha", "model.adapter.alpha", "number", default="16"),
+        copied("lora_dropout", "model.adapter.dropout", "number", default="0.05"),
+        combined("target_modules", "model.adapter.target_modules", default="q_proj v_proj"),
+        combined("lora_target_modules", "model.adapter.target_modules"),
+        combined("lora_target_all_linear_layers", "model.adapter.target_modules", "all-linear"),
+        omitted("lora_fan_in_fan_out", "found automatically"),
+        copied("lora_modules_to_save", "model.adapter.modules_to_save", "words"),
+        omitted("do_merge_lora", "use `merge --adapter … --output_dir …`"),
+        omitted("max_shard_size", "use `merge --max_shard_size`"),
+        combined("train_file", "data.sources", "the format is found from the keys of the records"),
+        combined("eval_file", "data.val_sources"),
+        copied("eval_split_ratio", "data.val_fraction", "number"),
+        combined("model_min_length", "data.min_length", "plus 1, because Vigogne's limit is strict"),
+        combined(
+            "model_max_length", "data.max_length", "minus 1, because Vigogne's limit is strict; with `overlong: drop`"
+        ),
+        combined(
+            "max_train_samples",
+            "data.sources.<name>.max_examples",
+            "counted before examples that are too long are dropped",
+        ),
+        combined("max_eval_samples", "data.val_sources.<name>.max_examples"),
+        omitted("overwrite_cache", "token stores are found by their content; use `prepare --rebuild`"),
+        omitted("preprocessing_num_workers", "chosen automatically"),
+        omitted("preprocessing_only", "use the `prepare` command"),
+        combined("mode", "data.template", "instruct: vigogne/instruct_en; chat: vigogne/chat_v2"),
+        combined("processor_style", "data.template", "alpaca: vigogne/instruct_fr; vigogne_chat_v2, vigogne_chat_v3"),
+        combined("pack_into_block", "data.packing", "best_fit; default: none"),
+        combined("block_size", "data.max_length", "only with pack_into_block", default="1024"),
+        copied("tokenizer_name_or_path", "model.tokenizer_name_or_path"),
+        omitted("tokenizer_revision", "use a folder with that revision"),
+        omitted("tokenizer_use_fast", "tokenizers are always fast, because exact masks need their offsets"),
+        omitted("tokenizer_legacy", "taken from the tokenizer's configuration"),
+        omitted("tokenizer_padding_side", "attention ignores padding"),
+        omitted("add_tokens", "copy the list to model.add_tokens", key="model.add_tokens"),
+        omitted("add_special_tokens", "copy the values to model.add_special_tokens", key="model.add_special_tokens"),
+        omitted("config_path", "config.yaml is written to the run folder"),
         *TRAINING_ARGUMENTS,
     ),
     finish=_finish,

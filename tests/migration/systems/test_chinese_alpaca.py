@@ -41,7 +41,7 @@ torchrun --nnodes 1 --nproc_per_node 1 run_clm_sft_with_peft.py \\
     --torch_dtype float16 --validation_file ${{validation_file}} {peft} \\
     --gradient_checkpointing --ddp_find_unused_parameters False
 """
-"""What `scripts/training/run_sft.sh` sets."""
+"""The options that `scripts/training/run_sft.sh` sets."""
 
 
 def test_run_sft_becomes_a_configuration(migrate: Migrate, accepted: Accepted) -> None:
@@ -60,11 +60,11 @@ def test_run_sft_becomes_a_configuration(migrate: Migrate, accepted: Accepted) -
     assert trainer["strategy"] == "deepspeed_stage_2"
     assert (trainer["devices"], trainer["num_nodes"]) == (1, 1)
     assert "seed_everything" not in found
-    assert "#   --seed $RANDOM: the script does not say" in found["text"]
-    assert "#   --validation_split_percentage 0.001: the script itself ignores it" in found["text"]
+    assert "#   --seed $RANDOM: the script does not set this variable" in found["text"]
+    assert "#   --validation_split_percentage 0.001: the script ignores it" in found["text"]
 
 
-def test_continuing_an_adapter_takes_its_own_configuration(migrate: Migrate, accepted: Accepted) -> None:
+def test_a_continued_adapter_keeps_its_own_configuration(migrate: Migrate, accepted: Accepted) -> None:
     migrate("chinese_alpaca", RUN_SFT.format(base="path/to/llama-2", peft="--peft_path ${peft_model}"))
     config = accepted()
     assert config["model"]["adapter"]["path"] == "path/to/peft/model/dir"
@@ -72,7 +72,7 @@ def test_continuing_an_adapter_takes_its_own_configuration(migrate: Migrate, acc
     assert config["data"]["template"] == "chinese_alpaca/2"
 
 
-def test_the_second_version_quantizes(migrate: Migrate, accepted: Accepted) -> None:
+def test_quantization_of_version_2_is_migrated(migrate: Migrate, accepted: Accepted) -> None:
     migrate("chinese_alpaca", ["run.py", "--load_in_kbits", "4", "--double_quant", "False", "--bf16", "True"])
     quantization = accepted()["model"]["quantization"]
     assert (quantization["bits"], quantization["quant_type"], quantization["double_quant"]) == (4, "nf4", False)

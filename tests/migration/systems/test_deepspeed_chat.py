@@ -95,7 +95,7 @@ def test_the_scripts_of_step_1_become_configurations(migrate: Migrate, accepted:
     assert (model["dtype"], trainer["precision"]) == ("float16" if only_adapter else "float32", "16-mixed")
 
 
-def test_what_stands_alone_is_carried_over_too(migrate: Migrate, accepted: Accepted) -> None:
+def test_options_outside_the_scripts_are_migrated(migrate: Migrate, accepted: Accepted) -> None:
     migrate(
         "deepspeed_chat",
         "deepspeed main.py --model_name_or_path m --data_path local/jsonfile --sft_only_data_path wangrui6/Zhihu-KOL "
@@ -114,6 +114,6 @@ def test_what_stands_alone_is_carried_over_too(migrate: Migrate, accepted: Accep
     assert config["data"]["store_dir"] == "cache"
 
 
-def test_a_scope_of_lora_that_is_not_the_whole_decoder_is_said(migrate: Migrate) -> None:
+def test_a_lora_scope_smaller_than_the_decoder_is_not_migrated(migrate: Migrate) -> None:
     found = migrate("deepspeed_chat", ["main.py", "--lora_dim", "8", "--lora_module_name", "fc1"])
-    assert "#   --lora_module_name fc1: write a regular expression" in found["text"]
+    assert "#   --lora_module_name fc1: set model.adapter.target_modules to a regular expression" in found["text"]

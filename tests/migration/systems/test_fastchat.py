@@ -99,14 +99,14 @@ def test_defaults_of_fastchat_are_written_out(migrate: Migrate, accepted: Accept
     assert "max_length: 512  # FastChat's default" in found["text"]
 
 
-def test_the_deepspeed_file_tells_stage_and_offload_where_it_is_there(migrate: Migrate, tmp_path: Path) -> None:
+def test_stage_and_offloading_come_from_the_deepspeed_file(migrate: Migrate, tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
     base = ["train_lora.py", "--model_name_or_path", "m", "--deepspeed", str(file)]
     assert migrate("fastchat", base)["trainer"]["strategy"] == "deepspeed_stage_3_offload"
     quantized = migrate("fastchat", [*base, "--q_lora", "True"])
     assert quantized["trainer"]["strategy"] == "deepspeed_stage_3_offload"
-    assert "shards the 4-bit base too" in quantized["text"]
+    assert "the 4-bit base is sharded too" in quantized["text"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_the_deepspeed_file_tells_stage_and_offload_where_it_is_there(migrate: M
         (["--rope_scaling_type", "linear", "--rope_scaling_factor", "2.0"], {"type": "linear", "factor": 2.0}),
     ],
 )
-def test_rope_scaling_is_carried_over(
+def test_rope_scaling_is_migrated(
     migrate: Migrate, accepted: Accepted, options: list[str], scaling: dict[str, Any]
 ) -> None:
     migrate("fastchat", ["train_lora.py", "--model_max_length", "4096", *options])

@@ -64,14 +64,14 @@ def test_the_cs5340_file_becomes_a_configuration(migrate: Migrate, accepted: Acc
     assert trainer["log_every_n_steps"] == 100
 
 
-def test_mamba_gets_the_targets_that_an_adapter_reaches(migrate: Migrate, accepted: Accepted) -> None:
+def test_mamba_gets_target_modules_that_an_adapter_can_train(migrate: Migrate, accepted: Accepted) -> None:
     mamba = {"model_name_or_path": "state-spaces/mamba-1.4b-hf", "train_mode": "lora", "template_name": "mamba"}
     migrate("firefly", {**LLAMA2, **mamba})
     model = accepted()["model"]
     assert (model["adapter"]["target_modules"], model["quantization"]) == ("mamba", None)
 
 
-def test_pretraining_in_full_is_a_task(migrate: Migrate, accepted: Accepted) -> None:
+def test_full_pretraining_becomes_the_pretrain_task(migrate: Migrate, accepted: Accepted) -> None:
     changes = {"task_type": "pretrain", "train_mode": "full", "train_file": "./data/pretrain", "optim": "adamw_hf"}
     migrate("firefly", {**LLAMA2, **changes, "deepspeed": "./train_args/ds_z3_config.json"})
     config = accepted()
@@ -81,7 +81,7 @@ def test_pretraining_in_full_is_a_task(migrate: Migrate, accepted: Accepted) -> 
     assert config["trainer"]["strategy"] == "deepspeed_stage_3"
 
 
-def test_a_command_that_names_the_file_is_followed(migrate: Migrate, tmp_path: Path) -> None:
+def test_the_argument_file_of_a_command_is_read(migrate: Migrate, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(LLAMA2))
     found = migrate("firefly", "torchrun --nproc_per_node=2 train.py --train_args_file own.json\n")
     assert found["data"]["template"] == "firefly/llama2"
@@ -91,7 +91,7 @@ def test_a_command_that_names_the_file_is_followed(migrate: Migrate, tmp_path: P
 DPO = {"task_type": "dpo", "train_file": "./data/pairs.jsonl", "max_seq_length": 1024, "max_prompt_length": 300}
 
 
-def test_preference_training_keeps_the_tokens_of_its_pairs(migrate: Migrate, accepted: Accepted) -> None:
+def test_preference_training_keeps_the_same_tokens_of_each_pair(migrate: Migrate, accepted: Accepted) -> None:
     found = migrate("firefly", {**LLAMA2, **DPO, "beta": 0.2})
     config = accepted()
     data = config["data"]
@@ -100,7 +100,7 @@ def test_preference_training_keeps_the_tokens_of_its_pairs(migrate: Migrate, acc
     assert (data["max_length"], data["max_prompt_length"], data["overlong"]) == (2048, 300, "truncate")
     assert (data["pair_history"], data["packing"], data["template"]) == ("chosen", "none", "firefly/llama2")
     assert data["sources"]["pairs"]["format"] == "preference"
-    assert "Not carried over:\n#   --max_prompt_length" not in found["text"]
+    assert "Not migrated:\n#   --max_prompt_length" not in found["text"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_preference_training_keeps_the_tokens_of_its_pairs(migrate: Migrate, acc
         (200, 900, 60, (200, 824, 60)),
     ],
 )
-def test_migrated_lengths_shorten_pairs_as_there(
+def test_migrated_lengths_truncate_pairs_as_firefly_does(
     prompt: int, chosen: int, rejected: int, kept: tuple[int, int, int], migrate: Migrate
 ) -> None:
     data = migrate("firefly", {**LLAMA2, **DPO})["data"]
@@ -120,26 +120,26 @@ def test_migrated_lengths_shorten_pairs_as_there(
     assert tuple(int(tokens[0]) for tokens in shorten(*lengths, limits)) == kept
 
 
-def test_a_prompt_length_that_would_empty_answers_is_made_smaller_and_that_is_said(
+def test_a_prompt_length_that_could_empty_answers_is_reduced_with_a_comment(
     migrate: Migrate, accepted: Accepted
 ) -> None:
     found = migrate("firefly", {**LLAMA2, **DPO, "max_seq_length": 512, "max_prompt_length": 512})
     assert accepted()["data"]["max_prompt_length"] == 256
-    assert "max_prompt_length: 256  # 512 there, which leaves nothing of the answers" in found["text"]
+    assert "max_prompt_length: 256  # 512 in the original, which can leave no tokens of an answer" in found["text"]
 
 
-def test_keys_of_preference_training_have_no_part_in_another_task(migrate: Migrate) -> None:
+def test_preference_options_are_not_migrated_to_another_task(migrate: Migrate) -> None:
     text = migrate("firefly", {**LLAMA2, "beta": 0.1})["text"]
-    assert "#   --beta 0.1: preference training only" in text
+    assert "#   --beta 0.1: only for preference training" in text
     assert "max_prompt_length" not in text
 
 
-def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_argument_file_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["migrate", "firefly", "train.py", "--train_args_file", "gone.json"]) == 2
-    assert "'gone.json', which is not here" in capsys.readouterr().err
+    assert "'gone.json', which does not exist" in capsys.readouterr().err
 
 
-def test_an_unknown_template_and_an_unknown_key_are_said(migrate: Migrate) -> None:
+def test_an_unknown_template_and_an_unknown_option_are_listed(migrate: Migrate) -> None:
     found = migrate("firefly", {**LLAMA2, "template_name": "none_such", "colour": "red"})
     assert "#   --template_name none_such: " in found["text"]
-    assert "#   --colour red: not an option of Firefly" in found["text"]
+    assert "#   --colour red: not a known option of Firefly" in found["text"]

@@ -28,7 +28,7 @@ python vigogne/train/train_sft.py \\
     --report_to "tensorboard" "wandb" \\
     --do_train
 """
-"""What its guide documents."""
+"""The command in Vigogne's guide."""
 
 
 def test_the_documented_command_becomes_a_configuration(migrate: Migrate, accepted: Accepted) -> None:
@@ -50,7 +50,7 @@ def test_the_documented_command_becomes_a_configuration(migrate: Migrate, accept
         assert f"#   {option}: " in found["text"]
 
 
-def test_lengths_keep_their_strict_meaning(migrate: Migrate, accepted: Accepted) -> None:
+def test_strict_length_limits_are_shifted_by_one(migrate: Migrate, accepted: Accepted) -> None:
     migrate(
         "vigogne", ["train_sft.py", "--train_file", "a.json", "--model_min_length", "5", "--model_max_length", "10"]
     )
@@ -58,7 +58,7 @@ def test_lengths_keep_their_strict_meaning(migrate: Migrate, accepted: Accepted)
     assert (data["min_length"], data["max_length"], data["overlong"]) == (6, 9, "drop")
 
 
-def test_the_second_version_is_understood(migrate: Migrate, accepted: Accepted) -> None:
+def test_options_of_version_2_are_migrated(migrate: Migrate, accepted: Accepted) -> None:
     migrate(
         "vigogne",
         "python vigogne/cli/train_sft.py --adapter qlora --bnb_4bit_quant_type fp4 --lora_target_all_linear_layers "
@@ -75,7 +75,7 @@ def test_the_second_version_is_understood(migrate: Migrate, accepted: Accepted) 
     assert config["data"]["sources"]["c"]["max_examples"] == 50
 
 
-def test_without_an_adapter_it_is_full_fine_tuning(migrate: Migrate, accepted: Accepted) -> None:
+def test_no_adapter_means_full_fine_tuning(migrate: Migrate, accepted: Accepted) -> None:
     migrate("vigogne", ["train_sft.py", "--adapter", "None", "--train_file", "a.json", "--bf16"])
     assert accepted()["model"]["adapter"] is None
     assert accepted()["model"]["dtype"] == "float32"

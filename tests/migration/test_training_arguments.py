@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sft_lightning.migration.arguments import GivenOptions
+from sft_lightning.migration.draft import Draft
+from sft_lightning.migration.options import System, translate
+from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS, finish_training_arguments
+
+
+def translated(*, quantized: bool = False, full: bool = False, **given: str) -> Draft:
+    system = System(
+        name="own", title="Own", source="", options=TRAINING_ARGUMENTS,
+        finish=lambda options, draft: finish_training_arguments(options, draft, quantized=quantized, full=full),
+    )  # fmt: skip
+    return translate(system, GivenOptions({name: value.split() for name, value in given.items()}))
+
+
+def test_max_steps_overrides_epochs() -> None:
+    values = translated(max_steps="100", num_train_epochs="2").values
+    assert (values["trainer.max_steps"], values["trainer.max_epochs"]) == (100, -1)
+
+
+def test_a_fraction_of_an_epoch_is_rounded_up_with_a_comment() -> None:
+    draft = translated(num_train_epochs="1.5")
+    assert draft.values["trainer.max_epochs"] == 2
+    assert "1.5 in the original" in draft.comments["trainer.max_epochs"]
+
+
+def test_an_unknown_optimizer_is_listed_and_adamw_is_used() -> None:
+    draft = translated(optim="lion_32bit", adam_beta2="0.95")
+    assert draft.values["model.optimizer.class_path"] == "torch.optim.AdamW"
+    assert draft.values["model.optimizer.init_args.betas"] == [0.9, 0.95]
+    assert draft.omitted[0][0] == "--optim lion_32bit"
+
+
+@pytest.mark.parametrize(
+    ("given", "schedule"),
+    [
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": "5"}, {"name": "constant", "warmup_steps": 5}),
+        ({"warmup_ratio": "0.1"}, {"name": "linear", "warmup_ratio": 0.1}),
+        ({"warmup_ratio": "0.1", "warmup_steps": "5"}, {"name": "linear", "warmup_steps": 5}),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": "0.1"}, {"name": "constant"}),
+        ({"lr_scheduler_type": "inverse_sqrt"}, {"name": "cosine"}),
+    ],
+)
+def test_schedules_and_warm_up_are_migrated(given: dict[str, str], schedule: dict[str, Any]) -> None:
+    values = translated(**given).values
+    prefix = "model.lr_scheduler."
+    assert {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)} == schedule
+
+
+@pytest.mark.parametrize(
+    ("given", "full", "dtype", "precision"),
+    [
+        ({}, False, "float32", None),
+        ({"bf16": "True"}, False, "bfloat16", "bf16-mixed"),
+        ({"fp16": "True"}, True, "float32", "16-mixed"),
+    ],
+)
+def test_weights_that_train_are_float32(given: dict[str, str], full: bool, dtype: str, precision: str | None) -> None:
+    values = translated(full=full, **given).values
+    assert (values["model.dtype"], values.get("trainer.precision")) == (dtype, precision)
+
+
+def test_the_evaluation_interval_counts_micro_batches() -> None:
+    values = translated(eval_strategy="steps", eval_steps="50", gradient_accumulation_steps="4").values
+    assert values["trainer.val_check_interval"] == 200
+    assert translated(eval_strategy="no").values["trainer.limit_val_batches"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ({"save_steps": "10"}, {"every_n_train_steps": 10, "save_top_k": -1}),
+        ({"save_strategy": "epoch", "save_total_limit": "1"}, {"every_n_epochs": 1, "save_top_k": 1}),
+        ({"save_total_limit": "3"}, {"every_n_train_steps": 500, "save_top_k": 3, "monitor": "step", "mode": "max"}),
+    ],
+)
+def test_checkpoints_are_saved_as_often(given: dict[str, str], options: dict[str, Any]) -> None:
+    [callback] = translated(**given).values["trainer.callbacks"]
+    assert callback["init_args"] == {"filename": "{step}", "save_last": True, **options}
+    assert translated(save_strategy="no").values["trainer.enable_checkpointing"] is False
+
+
+@pytest.mark.parametrize(
+    ("report_to", "loggers"),
+    [("none", False), ("wandb", ["WandbLogger"]), ("tensorboard wandb", ["TensorBoardLogger", "WandbLogger"])],
+)
+def test_loggers_are_migrated(report_to: str, loggers: Any) -> None:
+    found = translated(report_to=report_to, run_name="mine").values["trainer.logger"]
+    assert (found and [logger["class_path"].rpartition(".")[2] for logger in found]) == loggers
+
+
+def test_an_unknown_logger_and_a_run_name_without_wandb_are_listed() -> None:
+    omitted = dict(translated(report_to="mlflow", run_name="mine").omitted)
+    assert set(omitted) == {"--report_to mlflow", "--run_name mine"}
