@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from sft_lightning.__main__ import main
-from sft_lightning.cli.commands import selftest
 from sft_lightning.selftest.checks import Check
 
 
@@ -34,7 +33,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     def run_checks(*args: Any, **options: Any) -> Iterator[Check]:
         yield from checks
 
-    monkeypatch.setattr(selftest, "run_checks", run_checks)
+    monkeypatch.setattr("sft_lightning.selftest.run_checks.run_checks", run_checks)
     return checks
 
 
