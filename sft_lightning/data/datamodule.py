@@ -17,7 +17,7 @@ from sft_lightning.data.batches.generation_prompts import PromptBatch, PromptLoa
 from sft_lightning.data.batches.loader import Document, EvaluationLoader, TrainLoader
 from sft_lightning.data.batches.row_order import check_row_order, decided_layout, row_order
 from sft_lightning.data.batches.stream_loader import StreamLoader
-from sft_lightning.data.batches.stream_source import SourceStream, describe_streamed, open_streams, share_unit
+from sft_lightning.data.batches.stream_source import SourceStream, describe_streams, open_streams, stream_share_unit
 from sft_lightning.data.batches.training_rows import PlannedRows, RunLength, StreamedRows, TrainingRows
 from sft_lightning.data.plan.epoch_blend import EpochBlend
 from sft_lightning.data.plan.epoch_plan import EpochPlan, Layout, Topology
@@ -139,9 +139,9 @@ class SFTDataModule(LightningDataModule):
             _ = self._run_length.steps_of_a_stream  # refuses a run without an end
         if not self._streams:
             sources = self.spec.sources_of("train")
-            rank_zero_info(describe_streamed(sources, self.spec.blend))
+            rank_zero_info(describe_streams(sources, self.spec.blend))
             self._streams = open_streams(sources, self.builder, self.spec.limits)
-            self.report.blend_unit = share_unit(self.spec.blend)
+            self.report.blend_unit = stream_share_unit(self.spec.blend)
             self.report.sources |= {f"train/{stream.name}": stream.report for stream in self._streams}
 
     @property

@@ -37,7 +37,7 @@ def module(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable[..., 
 Make = Callable[..., SFTDataModule]
 
 
-def test_supervised_tokens_of_the_training_data_are_the_answers_and_their_end(module: Make, alpaca_file: Path) -> None:
+def test_the_supervised_tokens_are_the_answers_and_their_end_tokens(module: Make, alpaca_file: Path) -> None:
     data = module(packing="none")
     data.setup("fit")
     answers = set()
@@ -46,7 +46,7 @@ def test_supervised_tokens_of_the_training_data_are_the_answers_and_their_end(mo
     assert answers == {record["output"] + "</s>" for record in json.loads(alpaca_file.read_text())}
 
 
-def test_a_fraction_is_held_out_disjoint_and_the_same_every_time(module: Make) -> None:
+def test_the_held_out_records_are_the_same_every_time_and_not_trained_on(module: Make) -> None:
     data, again = module(val_fraction=0.25), module(val_fraction=0.25)
     for each in (data, again):
         each.setup("fit")
@@ -57,7 +57,7 @@ def test_a_fraction_is_held_out_disjoint_and_the_same_every_time(module: Make) -
     assert [record.location for record in again.reader.records("val", "toy")] == locations["val"]
 
 
-def test_validation_sources_have_a_loader_each(module: Make, alpaca_file: Path) -> None:
+def test_each_validation_source_has_a_loader(module: Make, alpaca_file: Path) -> None:
     source = SourceConfig(path=str(alpaca_file), max_examples=3)
     data = module(val_sources={"one": source, "two": source})
     data.setup("fit")
@@ -65,7 +65,7 @@ def test_validation_sources_have_a_loader_each(module: Make, alpaca_file: Path) 
     assert len(data.val_dataloader()) == 2
 
 
-def test_the_report_counts_what_was_read_and_what_trains(module: Make) -> None:
+def test_the_report_counts_records_examples_and_rows(module: Make) -> None:
     data = module()
     data.setup("fit")
     report = data.report.sources["train/toy"]
@@ -100,7 +100,7 @@ def test_an_overlong_example_is_an_error_that_says_the_length_needed(module: Mak
         module(max_length=20).setup("fit")
 
 
-def test_pretraining_takes_documents_alone(module: Make, alpaca_file: Path) -> None:
+def test_pretraining_refuses_conversations(module: Make, alpaca_file: Path) -> None:
     data = module(task="pretrain", sources={"toy": SourceConfig(path=str(alpaca_file), format="alpaca")})
     with pytest.raises(UserError, match="pretraining takes text"):
         data.setup("fit")
@@ -114,7 +114,7 @@ def test_prompts_end_where_the_answer_begins(module: Make) -> None:
     assert " is " in prompts[0]["reference"]
 
 
-def test_a_stop_token_that_is_no_single_token_is_refused(
+def test_a_template_without_a_single_stop_token_is_refused(
     module: Make, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     template = tmp_path / "own.jinja"
@@ -176,7 +176,7 @@ def test_template_free_records_mix_with_conversations(
     }  # fmt: skip
 
 
-def test_questions_without_answers_can_be_predicted_on(module: Make, write_json: Callable[..., Path]) -> None:
+def test_predict_takes_questions_without_answers(module: Make, write_json: Callable[..., Path]) -> None:
     plain = write_json("plain.json", [{"instruction": "Who?"}])
     chat = write_json("chat.json", [{"messages": [{"role": "user", "content": "Who?"}]}])
     data = module(predict_sources={"a": SourceConfig(path=str(plain)), "b": SourceConfig(path=str(chat))})
@@ -186,26 +186,24 @@ def test_questions_without_answers_can_be_predicted_on(module: Make, write_json:
     assert "reference" not in second
 
 
-def test_a_document_is_sampled_from_its_beginning_not_from_all_of_it(
-    module: Make, write_json: Callable[..., Path]
-) -> None:
+def test_the_sample_prompt_of_a_document_is_its_beginning(module: Make, write_json: Callable[..., Path]) -> None:
     long = write_json("long.txt", "word " * 10_000)
     data = module(sources={"long": SourceConfig(path=str(long))}, packing="concat", task="pretrain")
     assert len(data.sample_prompts(1)[0]["prompt"]) <= 80 + len("<s>")
 
 
-def test_a_weight_that_leaves_nothing_is_refused(module: Make, alpaca_file: Path) -> None:
+def test_a_weight_that_leaves_no_example_is_refused(module: Make, alpaca_file: Path) -> None:
     with pytest.raises(UserError, match=r"data\.sources\.toy\.weight: 0\.01 of 24 examples is less than one example"):
         module(sources={"toy": SourceConfig(path=str(alpaca_file), weight=0.01)}).setup("fit")
 
 
-def test_a_validation_source_of_which_nothing_is_left_is_named(module: Make, write_json: Callable[..., Path]) -> None:
+def test_a_validation_source_that_has_no_example_left_is_named(module: Make, write_json: Callable[..., Path]) -> None:
     long = write_json("long.json", [{"text": "word " * 3000}])
     with pytest.raises(UserError, match="no example of the val source 'long' is left"):
         module(val_sources={"long": SourceConfig(path=str(long))}, overlong="drop").setup("fit")
 
 
-def test_a_checkpoint_of_other_data_is_refused_with_what_changed(module: Make) -> None:
+def test_a_checkpoint_of_other_data_is_refused_with_the_changes(module: Make) -> None:
     first, same, other = (
         module(overlong="truncate"),
         module(overlong="drop"),
@@ -232,7 +230,7 @@ def test_a_checkpoint_of_other_data_is_refused_with_what_changed(module: Make) -
         ({"val_fraction": 0.5}, "tokens: "),
     ],
 )
-def test_a_position_means_nothing_under_another_order(changes: dict[str, Any], said: str, module: Make) -> None:
+def test_a_checkpoint_of_rows_in_another_order_is_refused(changes: dict[str, Any], said: str, module: Make) -> None:
     first, second = module(), module(**changes)
     for each in (first, second):
         each.setup("fit")
@@ -249,7 +247,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_no_option_of_what_is_done_with_the_tokens_tokenizes_again(
+def test_options_that_do_not_change_the_tokens_do_not_tokenize_again(
     module: Make, alpaca_file: Path, encoded: list[int]
 ) -> None:
     module().setup("fit")
@@ -277,7 +275,7 @@ def test_no_option_of_what_is_done_with_the_tokens_tokenizes_again(
     assert encoded.count(24) == 2
 
 
-def test_the_plan_is_the_same_however_the_global_batch_is_split(module: Make) -> None:
+def test_the_plan_is_the_same_for_any_split_of_the_global_batch(module: Make) -> None:
     plans = []
     for batch_size, accumulate, world_size in ((8, 1, 1), (2, 2, 2), (1, 1, 8)):
         data = module(batch_size=batch_size)
@@ -288,7 +286,7 @@ def test_the_plan_is_the_same_however_the_global_batch_is_split(module: Make) ->
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
-def test_every_example_is_trained_on_once_and_the_steps_denominators_add_up(packing: str, module: Make) -> None:
+def test_every_example_is_trained_on_once_and_the_denominators_add_up(packing: str, module: Make) -> None:
     data = module(packing=packing, batch_size=5, max_length=128)
     data.setup("fit")
     batches = list(data.train_dataloader())
@@ -312,7 +310,7 @@ def test_sources_are_blended_by_their_weights(module: Make, write_json: Callable
     assert data.report.largest_deviation <= 1
 
 
-def test_one_source_that_lost_everything_does_not_stop_the_others(
+def test_a_source_whose_examples_are_all_dropped_does_not_stop_the_others(
     module: Make, alpaca_file: Path, write_json: Callable[..., Path]
 ) -> None:
     long = write_json("long.json", [{"text": "word " * 3000}])
@@ -323,7 +321,7 @@ def test_one_source_that_lost_everything_does_not_stop_the_others(
         assert len(data.plan(0).documents) == 24
 
 
-def test_prepare_builds_every_split_and_finds_it_the_next_time(module: Make, alpaca_file: Path) -> None:
+def test_prepare_builds_the_stores_of_every_split_and_finds_them_the_next_time(module: Make, alpaca_file: Path) -> None:
     def sources(*numbers: int) -> dict[str, SourceConfig]:
         return {f"s{n}": SourceConfig(path=str(alpaca_file), max_examples=n) for n in numbers}
 
@@ -336,7 +334,7 @@ def test_prepare_builds_every_split_and_finds_it_the_next_time(module: Make, alp
     assert all(stored.built for stored in module(**options).prepare(rebuild=True).values())
 
 
-def test_prepare_tokenizes_a_source_that_is_held_out_of_once(module: Make, encoded: list[int]) -> None:
+def test_prepare_tokenizes_a_source_once_that_training_and_validation_share(module: Make, encoded: list[int]) -> None:
     data = module(val_fraction=0.25)
     stores = data.prepare(rebuild=True)
     assert list(stores) == ["train/toy"]
@@ -344,7 +342,7 @@ def test_prepare_tokenizes_a_source_that_is_held_out_of_once(module: Make, encod
     assert data.report.sources["val/toy"].examples == 6
 
 
-def test_without_a_source_there_is_nothing_to_do(module: Make) -> None:
+def test_a_stage_without_sources_is_refused(module: Make) -> None:
     data = module(sources={})
     with pytest.raises(UserError, match=r"data\.sources: no source given"):
         data.setup("fit")
@@ -354,7 +352,7 @@ def test_without_a_source_there_is_nothing_to_do(module: Make) -> None:
         data.setup("validate")
 
 
-def test_the_same_shard_order_reaches_every_rank(module: Make) -> None:
+def test_ranks_take_different_rows_and_as_many_batches(module: Make) -> None:
     taken = []
     for rank in range(2):
         data = module(packing="none", batch_size=2)

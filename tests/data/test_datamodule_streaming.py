@@ -54,7 +54,7 @@ def test_a_streamed_run_is_one_epoch_of_max_steps(module: Make) -> None:
     json.dumps(report)
 
 
-def test_nothing_is_read_but_the_first_record_before_training(module: Make, tmp_path: Path) -> None:
+def test_before_training_only_the_first_record_is_read(module: Make, tmp_path: Path) -> None:
     data = module(store_dir=str(tmp_path / "stores"))
     data.setup("fit")
     assert data.report.sources["train/toy"].format == "alpaca"
@@ -70,11 +70,11 @@ def test_a_stream_without_max_steps_is_refused(module: Make) -> None:
 def test_limit_train_batches_is_refused(module: Make) -> None:
     data = module(max_steps=4, limit=0.5)
     data.setup("fit")
-    with pytest.raises(UserError, match=r"trainer.limit_train_batches: 0.5"):
+    with pytest.raises(UserError, match=r"trainer.limit_train_batches: not available with streamed sources .got 0.5"):
         data.train_dataloader()
 
 
-def test_all_training_sources_are_streamed_if_one_is(
+def test_if_one_training_source_is_streamed_all_are(
     module: Make, alpaca_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = str(alpaca_file)
@@ -82,19 +82,19 @@ def test_all_training_sources_are_streamed_if_one_is(
     with caplog.at_level(logging.INFO):
         data.setup("fit")
         data.setup("fit")
-    assert caplog.text.count("b too, since all training sources are streamed if one is") == 1
+    assert caplog.text.count("this includes b: if one training source is streamed, all are") == 1
     assert "weights are shares of tokens" in caplog.text
     assert all(report.streaming for report in data.report.sources.values())
 
 
-def test_validation_sources_beside_a_stream_stay_stores(module: Make, alpaca_file: Path, tmp_path: Path) -> None:
+def test_validation_sources_beside_a_stream_have_stores(module: Make, alpaca_file: Path, tmp_path: Path) -> None:
     data = module(val_sources={"v": SourceConfig(path=str(alpaca_file))}, store_dir=str(tmp_path / "stores"))
     data.setup("fit")
     assert data.source_names("val") == ["v"]
     assert data.report.sources["val/v"].examples == 24
 
 
-def test_prepare_says_that_a_stream_is_not_stored(
+def test_prepare_says_that_no_store_is_written_for_a_stream(
     module: Make,
     tmp_path: Path,
     alpaca_file: Path,
@@ -106,7 +106,7 @@ def test_prepare_says_that_a_stream_is_not_stored(
     )
     with caplog.at_level(logging.INFO):
         prepare(data)
-    assert "toy streamed while training, nothing is stored" in caplog.text
+    assert "toy streamed while training, no token store is written" in caplog.text
     out = capsys.readouterr().out
     assert "val/v: " in out
     assert "train/toy: " not in out

@@ -52,7 +52,7 @@ def test_keys_that_need_the_number_of_records_are_refused_with_streamed_sources(
         DataSpec(**{"sources": STREAMED, **keys})
 
 
-def test_all_training_sources_are_streamed_if_one_is() -> None:
+def test_if_one_training_source_is_streamed_all_are() -> None:
     plain = {"plain": SourceConfig(path="plain.json")}
     assert not DataSpec(sources=plain).streams
     assert DataSpec(sources={**plain, **STREAMED}).streams

@@ -1,4 +1,4 @@
-"""Rows of examples → Batch: the one place that makes a sequence-length tensor."""
+"""Rows of examples → Batch: the only place that makes tensors of shape (B, S)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLength, TokenizedEx
 
 
 def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, denominator: float) -> Batch:
-    """Lay rows of documents out as one padded micro-batch.
+    """Return rows of documents as one padded micro-batch.
 
-    Padding is known by position, never by id, so a pad token that equals the end token is harmless. Without rows (a
-    rank with nothing left in the epoch's last step) the batch is one padding token, so that every rank still takes
-    the step.
+    Padding is known by its position, never by its id, so a pad token that equals the end token does no harm. A rank may
+    have no row left in the last step of an epoch; its batch is one padding token, so that every rank takes the step.
 
     Args:
         rows: Documents of each row, in order.
-        pad_token_id: Id to fill the end of shorter rows with.
+        pad_token_id: Id that fills the end of shorter rows.
         denominator: Supervised weight of the whole optimizer step.
     """
     used = [sum(len(document.input_ids) for document in row) for row in rows]
@@ -34,7 +33,7 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
         for document in row:
             end = start + len(document.input_ids)
             weights = torch.from_numpy(document.loss_weights.copy())
-            weights[0] = 0.0  # nothing stands before a document's first token to predict it from
+            weights[0] = 0.0  # no token before a document's first one predicts it
             ids = torch.from_numpy(document.input_ids.astype("int64"))
             input_ids[r, start:end] = ids
             labels[r, start:end] = torch.where(weights > 0, ids, IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""Records → generation prompts: what `predict` and samples ask the model."""
+"""Records → prompts that `predict` and the samples of a run have the model answer."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.types import Message, Record
 
 PromptBatch = list[dict[str, str]]
-"""Prompts to answer: `prompt`, `source`, `location` and, where the data has one, `reference`."""
+"""Prompts to answer, each with the keys `prompt`, `source`, `location` and, if the data has an answer, `reference`."""
 
 _BEGINNING = 80
-"""Characters of a document that it is continued from: what a reader takes in at a glance."""
+"""Characters at the start of a document that the model continues."""
 
 
 class PromptLoader:
-    """Prompts in batches, dealt to the ranks by turns.
+    """One rank's batches of prompts; the ranks take batches in turn.
 
     Args:
-        prompts: All of them, in the order of the data.
-        batch_size: Prompts at a time.
-        rank: Whose batches these are.
-        world_size: Ranks that share the prompts.
+        prompts: The prompts of all ranks, in the order of the data.
+        batch_size: Prompts per batch.
+        rank: This rank, from 0.
+        world_size: Number of ranks.
     """
 
     def __init__(self, prompts: PromptBatch, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
@@ -36,10 +36,10 @@ class PromptLoader:
         self._rank = rank
         self._world_size = world_size
         self.num_answered = 0
-        """Of this rank's batches, how many of the first ones come empty, because they were answered before."""
+        """This rank's first batches that were answered before; they come empty."""
 
     def __len__(self) -> int:
-        """Batches, for every rank the same; the last one may be empty."""
+        """Batches, the same number for every rank; the last one may be empty."""
         return math.ceil(len(self.prompts) / (self.batch_size * self._world_size))
 
     def __iter__(self) -> Iterator[PromptBatch]:
@@ -48,7 +48,7 @@ class PromptLoader:
 
     @property
     def batch_lengths(self) -> list[int]:
-        """Prompts of each of this rank's batches."""
+        """Number of prompts in each of this rank's batches."""
         return [len(self._batch(number)) for number in range(len(self))]
 
     def _batch(self, number: int) -> PromptBatch:
@@ -76,16 +76,21 @@ def prompts_of(reader: SplitReader, split: Split, limit: int | None = None) -> P
 
 
 def make_prompts(builder: ExampleBuilder, records: Iterable[Record], source: SourceConfig) -> Iterator[dict[str, str]]:
-    """Yield a prompt for each record, ending where its last answer begins; that answer is its reference.
+    """Yield a prompt for each record: the record up to its last answer, which is the reference.
+
+    Args:
+        builder: Makes examples from records; says what to do with malformed ones.
+        records: The records.
+        source: Their source.
 
     Raises:
-        UserError: If a record does not fit its format.
+        UserError: If a record does not match its format.
     """
-    found = ""
+    format_name = ""
     for record in records:
-        found = found or builder.format_of(record, source.format, source.path)
+        format_name = format_name or builder.format_of(record, source.format, source.path)
         try:
-            messages = to_messages(record, found, answered=False)
+            messages = to_messages(record, format_name, answered=False)
         except Malformed:
             if builder.malformed == "error":
                 raise

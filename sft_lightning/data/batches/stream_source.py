@@ -1,4 +1,4 @@
-"""One source, read and tokenized while training, over and over; what becomes of its records is counted as they come."""
+"""One source that is read and tokenized while training, pass after pass, and counted as it is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.types import Record, TokenizedExample
 
 RECORDS_AT_ONCE = 256
-"""Records that are read and tokenized together: what a source may be read ahead of a window."""
+"""Records that are read and tokenized together; a source is read this far ahead of a window at most."""
 
 _COUNTS = (
     "records", "examples", "tokens", "supervised_tokens", "rewritten_records", "rewritten_examples", "truncated",
@@ -34,38 +34,39 @@ _COUNTS = (
 
 @dataclass
 class StreamReport(SourceReport):
-    """Counts of a streamed source since the run was last started, with what was read ahead."""
+    """Counts of a streamed source since the run was last started, including the records read ahead."""
 
     streaming: bool = True
+    """Tells a reader of `data_report.json` that the counts are those of a stream."""
 
     passes: int = 0
-    """Times that the source was read to its end, over the whole run; a record counts in each pass."""
+    """Times that the source was read to its end, over the whole run; a record counts once in each pass."""
 
 
 class Cursor(NamedTuple):
-    """How far a source has been taken."""
+    """How much of a source has been taken."""
 
     passes: int = 0
-    """Whole passes."""
+    """Complete passes over the source."""
 
     record: int = 0
-    """The last record of this pass that was taken from; those before it are used up."""
+    """The last record of this pass from which examples were taken; the records before it are used up."""
 
     examples: int = 0
     """Examples of that record that were taken."""
 
 
 class SourceStream:
-    """A source as an endless sequence of examples: after the last record comes the first again.
+    """A source as an endless sequence of examples: the first record follows the last.
 
     Args:
         name: The source's name in the YAML.
         config: The source.
-        builder: What makes examples.
+        builder: Makes examples from records.
         limits: Which lengths are kept.
 
     Raises:
-        UserError: If there is no record, or its format cannot be told.
+        UserError: If the source has no record, or its format cannot be told.
     """
 
     def __init__(self, name: str, config: SourceConfig, builder: ExampleBuilder, limits: LengthLimits) -> None:
@@ -83,7 +84,7 @@ class SourceStream:
         self.report.format = builder.format_of(first, config.format, config.path)
 
     def examples(self, cursor: Cursor = Cursor()) -> Iterator[tuple[Cursor, TokenizedExample]]:  # noqa: B008 (a tuple)
-        """Yield the examples after a position, each with the position behind it; what lies before is not tokenized.
+        """Yield the examples after a position, each with the position after it; nothing before is tokenized again.
 
         Raises:
             UserError: If a record is wrong, an example too long, or a whole pass leaves no example.
@@ -103,14 +104,14 @@ class SourceStream:
             self.report.passes = cursor.passes
 
     def _pass(self, first: int) -> Iterator[tuple[int, TokenizedExample]]:
-        """Yield the examples of the records from `first` to the last, each with its record."""
+        """Yield the examples of the records from `first` to the last, each with the index of its record."""
         records = islice(read_records(self.name, self.config), first, None)
         while chunk := list(islice(records, RECORDS_AT_ONCE)):
             yield from ((first + record, example) for record, example in self._tokenize(chunk))
             first += len(chunk)
 
     def _tokenize(self, chunk: Sequence[Record]) -> Iterator[tuple[int, TokenizedExample]]:
-        """Yield the examples of some records that the limits leave, each with the index of its record."""
+        """Yield the examples of some records that the limits keep, each with the index of its record in the chunk."""
         log = RecordLog(format=self.report.format)
         built = list(self._builder.build(chunk, self.config.format, self.config.path, log))
         examples = flat_examples(join_batches([batch for batch, _ in built]))
@@ -124,7 +125,7 @@ class SourceStream:
             yield int(records[index]), examples.example(index, 0, int(kept[index]))
 
     def _count(self, part: SourceReport, lengths: npt.NDArray[np.int64]) -> None:
-        """Add the counts of a part to the report."""
+        """Add the counts of a chunk to the report."""
         report = self.report
         for name in _COUNTS:
             setattr(report, name, getattr(report, name) + getattr(part, name))
@@ -149,23 +150,28 @@ def join_batches(batches: Sequence[TokenizedBatch]) -> TokenizedBatch:
     )
 
 
-def shares(sources: Sequence[SourceConfig], blend: BlendConfig) -> list[float]:
-    """Return each source's share of all that is seen, 0 to 1; `weight` is one, whatever `blend.by` counts."""
+def stream_shares(sources: Sequence[SourceConfig], blend: BlendConfig) -> list[float]:
+    """Return each source's share of the training data, 0 to 1.
+
+    Args:
+        sources: Training sources; `weight` is a share, whatever `blend.by` counts.
+        blend: Its temperature is applied.
+    """
     weights = np.array([source.weight for source in sources], np.float64)
     wanted = (weights / weights.sum()) ** (1 / blend.temperature)
     result: list[float] = (wanted / wanted.sum()).tolist()
     return result
 
 
-def share_unit(blend: BlendConfig) -> BlendUnit:
-    """Return what the shares of streams are counted in; passes are no share, so there it is tokens."""
+def stream_share_unit(blend: BlendConfig) -> BlendUnit:
+    """Return what the shares of streams are counted in: tokens if the weights would be passes over the sources."""
     return "tokens" if blend.by == "epochs" else blend.by
 
 
 def open_streams(
     sources: Mapping[str, SourceConfig], builder: ExampleBuilder, limits: LengthLimits
 ) -> list[SourceStream]:
-    """Return the training sources as streams; finds their formats, and reads no more than the first record of each.
+    """Return the training sources as streams, with their formats found; reads only the first record of each.
 
     Args:
         sources: Training sources.
@@ -173,19 +179,24 @@ def open_streams(
         limits: Which lengths are kept.
 
     Raises:
-        UserError: If a source holds no record, or its format cannot be told.
+        UserError: If a source has no record, or its format cannot be told.
     """
-    # Tokenizing runs beside training, where samples are tokenized: each needs a tokenizer of its own.
+    # A thread tokenizes while the trainer tokenizes prompts of samples: each needs its own tokenizer.
     builder = replace(builder, tokenizer=copy.deepcopy(builder.tokenizer))
     return [SourceStream(name, config, builder, limits) for name, config in sources.items()]
 
 
-def describe_streamed(sources: Mapping[str, SourceConfig], blend: BlendConfig) -> str:
-    """Say in a line which sources are streamed, and what that makes of other settings."""
+def describe_streams(sources: Mapping[str, SourceConfig], blend: BlendConfig) -> str:
+    """Return a line that says which sources are streamed, and what other settings mean then.
+
+    Args:
+        sources: Training sources.
+        blend: What their weights mean for stored sources.
+    """
     stored = [name for name, config in sources.items() if not config.streaming]
-    text = f"data.sources: {', '.join(sources)} streamed while training, nothing is stored"
+    text = f"data.sources: {', '.join(sources)} streamed while training, no token store is written"
     if stored:
-        text += f"; {', '.join(stored)} too, since all training sources are streamed if one is"
+        text += f"; this includes {', '.join(stored)}: if one training source is streamed, all are"
     if len(sources) > 1 and blend.by == "epochs":
-        text += "; weights are shares of tokens (data.blend.by: epochs has no meaning for a stream)"
+        text += "; weights are shares of tokens (data.blend.by: epochs is not available for streams)"
     return text

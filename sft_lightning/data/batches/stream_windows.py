@@ -1,10 +1,10 @@
-"""Sources larger than disk or memory → rows, read, tokenized and packed while training.
+"""Streamed sources, which may be larger than disk and memory → rows that are packed while training.
 
-A *window* is a small epoch in memory: the next examples of the sources, shuffled and packed by `plan_epoch`. Only whole
-optimizer steps are taken from it, and the examples of the rows that are left begin the next window, so none is lost and
-none is seen twice. Every rank reads the same stream and takes its part of each step's rows, so denominators are known
-without communication. A position is where each source stood when a window began, and the examples carried into it: the
-window is built again from that, to the bit.
+A *window* is a small epoch in memory: the next examples of the sources, shuffled and packed by `plan_epoch`. Only its
+complete optimizer steps are trained on; the examples of the remaining rows start the next window, so none is lost and
+none is seen twice. Every rank reads the same streams and takes its part of the rows of each step, so denominators are
+known without communication. A position says how much of each source was taken when a window began, and which examples
+were carried into it; the same window is made again from that, to the bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import numpy as np
 import torch
 import xxhash
 
-from sft_lightning.data.batches.stream_source import Cursor, SourceStream, join_batches, share_unit, shares
+from sft_lightning.data.batches.stream_source import (
+    Cursor,
+    SourceStream,
+    join_batches,
+    stream_share_unit,
+    stream_shares,
+)
 from sft_lightning.data.plan.blending import BlendConfig
 from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Packing, plan_epoch
 from sft_lightning.data.tokens.flat_examples import FlatExamples, flat_examples
@@ -25,15 +31,18 @@ from sft_lightning.data.tokens.tokenization import TokenizedBatch
 from sft_lightning.types import TokenizedExample
 
 ROWS_OF_A_WINDOW = 1024
+"""Rows that a window holds at least, unless they are too many tokens."""
+
 TOKENS_OF_A_WINDOW = 2**24
+"""Tokens that a window holds at most, unless 4 optimizer steps are more; 134 MB of ids and weights."""
 
 
 def rows_per_window(rows_per_step: int, max_length: int) -> int:
-    """Return how many full rows of tokens a window holds: the bound on memory.
+    """Return how many full rows of tokens a window holds, which bounds the memory.
 
-    16 optimizer steps or 1024 rows, whichever is more, so that there is something to shuffle and to pack; but no more
-    than 2^24 tokens (134 MB of ids and weights), unless 4 optimizer steps are more than that. Two windows are in memory
-    at a time, the one that is trained on and the next, and of each source what `RECORDS_AT_ONCE` records make.
+    A window has 16 optimizer steps or 1024 rows, whichever is more, so that there are examples to shuffle and pack; but
+    at most 2^24 tokens (134 MB of ids and weights), unless 4 optimizer steps are more. In memory are two windows at a
+    time, the one that is trained on and the next, and the examples of `RECORDS_AT_ONCE` records of each source.
 
     Args:
         rows_per_step: The global batch.
@@ -44,18 +53,21 @@ def rows_per_window(rows_per_step: int, max_length: int) -> int:
 
 
 class Drawn(NamedTuple):
-    """An example, and the number of its source."""
+    """An example that was drawn from a source."""
 
     source: int
+    """Number of the source."""
+
     example: TokenizedExample
+    """The example."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some optimizer steps' examples, and their plan."""
+    """The examples of some optimizer steps, and their plan."""
 
     start: Mapping[str, Any]
-    """The position at which it begins, see `StreamWindows.position`."""
+    """The position at which the window begins, see `StreamWindows.position`."""
 
     examples: FlatExamples
     """The examples."""
@@ -64,19 +76,19 @@ class Window:
     """Their rows."""
 
     num_steps: int
-    """Whole optimizer steps; rows of the plan beyond them are not taken."""
+    """Complete optimizer steps; the rows of the plan after them are not trained on."""
 
     digest: str
-    """A hash of all its tokens and weights, in order."""
+    """A hash of all tokens and weights of the window, in order."""
 
     @property
     def first_step(self) -> int:
-        """Optimizer steps of the windows before it."""
+        """Optimizer steps of the run before the window."""
         return int(self.start["steps"])
 
     @property
     def end_step(self) -> int:
-        """Optimizer steps up to its end."""
+        """Optimizer steps of the run up to the end of the window."""
         return self.first_step + self.num_steps
 
 
@@ -84,7 +96,7 @@ class StreamWindows:
     """The windows of a run, one after the other.
 
     Args:
-        streams: The sources.
+        streams: The training sources.
         blend: What the sources' weights mean.
         packing: How examples share rows.
         max_length: Tokens per row.
@@ -103,8 +115,8 @@ class StreamWindows:
         seed: int,
     ) -> None:
         self._streams = streams
-        self._shares = shares([stream.config for stream in streams], blend)
-        self._unit = share_unit(blend)
+        self._shares = stream_shares([stream.config for stream in streams], blend)
+        self._unit = stream_share_unit(blend)
         self._packing: Packing = packing
         self._max_length = max_length
         self._rows_per_step = rows_per_step
@@ -122,8 +134,8 @@ class StreamWindows:
         self._examples = [stream.examples(cursor) for stream, cursor in zip(self._streams, cursors, strict=True)]
 
     def position(self) -> dict[str, Any]:
-        """Return where the next window begins, for a checkpoint: numbers and tensors alone."""
-        carried = _joined(self._carried)
+        """Return where the next window begins, for a checkpoint: a dictionary of numbers and tensors."""
+        carried = _batch_of(self._carried)
         return {
             "window": self._number,
             "steps": self._steps,
@@ -138,7 +150,7 @@ class StreamWindows:
         }
 
     def seek(self, position: Mapping[str, Any]) -> None:
-        """Continue at a window's beginning; the sources are read up to there, and not tokenized."""
+        """Continue at the position of a window; the sources are read up to it, and tokenized from there on."""
         arrays = {name: tensor.cpu().numpy() for name, tensor in position["carried"].items()}
         examples = TokenizedBatch(arrays["input_ids"], arrays["loss_weights"], arrays["lengths"])
         carried = [Drawn(*each) for each in zip(arrays["sources"].tolist(), examples, strict=True)]
@@ -153,7 +165,7 @@ class StreamWindows:
         """
         start = self.position()
         drawn, rest = self._fill()
-        examples = flat_examples(_joined(drawn))
+        examples = flat_examples(_batch_of(drawn))
         chosen = EpochExamples(
             np.arange(len(drawn)),
             np.array([each.source for each in drawn]),
@@ -176,9 +188,9 @@ class StreamWindows:
         return Window(start, examples, plan, num_steps, _digest(examples))
 
     def _fill(self) -> tuple[list[Drawn], list[Drawn]]:
-        """Take the examples of a window; return them, and what is left of the last one.
+        """Return the examples of a window, and the rest of the last example, if it had to be cut.
 
-        Rows are cut or made of single examples so that they fill whole steps; only best-fit leaves rows over.
+        With `concat` and `none` the examples fill complete optimizer steps; `best_fit` leaves rows for the next window.
         """
         wanted = self._rows * self._max_length
         drawn = list(self._carried)
@@ -197,7 +209,7 @@ class StreamWindows:
         return [*drawn, first], [rest]
 
     def _draw(self) -> Drawn:
-        """Take the next example of the source that is furthest behind its share."""
+        """Return the next example of the source that is furthest behind its share."""
         source = min(range(len(self._streams)), key=lambda each: self._amounts[each] / self._shares[each])
         self._cursors[source], example = next(self._examples[source])
         self._amounts[source] += self._amount(example)
@@ -214,7 +226,7 @@ class StreamWindows:
             stream.report.delivered = amount / sum(self._amounts)
 
 
-def _joined(drawn: Sequence[Drawn]) -> TokenizedBatch:
+def _batch_of(drawn: Sequence[Drawn]) -> TokenizedBatch:
     examples = [each.example for each in drawn]
     return join_batches(
         [TokenizedBatch(e.input_ids, e.loss_weights, np.array([len(e.input_ids)], np.int64)) for e in examples]

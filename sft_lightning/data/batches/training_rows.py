@@ -1,6 +1,6 @@
-"""The rows of a run's training: how many optimizer steps they make, and what a position among them means.
+"""The training rows of a run: the number of its optimizer steps, and what a position among the rows means.
 
-Rows are planned ahead, epoch by epoch, or drawn from streams as one epoch that is as long as the run.
+Rows are planned before training, epoch by epoch, or drawn from streams as one epoch that is as long as the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RunLength(NamedTuple):
     """Optimizer steps; -1: no limit."""
 
     limit_train_batches: int | float = 1.0
-    """Micro-batches of an epoch, or the share of them."""
+    """Micro-batches of an epoch (integer), or the share of them (float)."""
 
     @property
     def steps_of_a_stream(self) -> int:
@@ -50,7 +50,10 @@ class RunLength(NamedTuple):
 
 
 class TrainingRows(Protocol):
-    """What a run trains on, row by row."""
+    """The training rows of a run.
+
+    A loader's position is a mapping with `epoch` and `rows`: the rows of the epoch that all ranks together have taken.
+    """
 
     @property
     def packs(self) -> bool:
@@ -61,17 +64,17 @@ class TrainingRows(Protocol):
         """Optimizer steps of the run."""
 
     def micro_batches_done(self, position: Mapping[str, int]) -> int:
-        """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
+        """Return the micro-batches of the complete optimizer steps before a position in its epoch."""
 
     def is_within_epoch(self, position: Mapping[str, int]) -> bool:
-        """Whether rows of its epoch come after a loader's position."""
+        """Whether its epoch has rows after a position."""
 
     def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:
-        """Say where the records of an optimizer step's rows stand, those of all ranks.
+        """Return file and line of the records in the rows of an optimizer step, on all ranks.
 
         Args:
             optimizer_step: Its number in the run, from 1.
-            limit: Places at most; one more entry tells of the rest.
+            limit: Places at most; one more entry counts the others.
         """
 
     def loader(self, collate: Collate) -> TrainLoader | StreamLoader:
@@ -105,7 +108,7 @@ class PlannedRows:
         """Optimizer steps of the run, from the plan and the trainer's limits.
 
         Raises:
-            UserError: If the run has no end, or an epoch ends within a step.
+            UserError: If the run has no end, or an epoch ends within an optimizer step.
         """
         max_epochs, max_steps, _ = self.run
         if max_epochs == -1:
@@ -115,7 +118,7 @@ class PlannedRows:
         num_epochs = max_epochs or 1
         if self.planner.blend.repeats:
             steps = num_epochs * self._steps_of(0)
-        else:  # a part of a source that is another in every epoch does not always fill as many rows
+        else:  # each epoch has another part of a source, which may fill another number of rows
             steps = sum(self._steps_of(epoch) for epoch in range(num_epochs))
         return steps if max_steps == -1 else min(steps, max_steps)
 
@@ -123,7 +126,7 @@ class PlannedRows:
         return math.ceil(self._micro_batches_of(epoch) / self.topology.accumulate)
 
     def _micro_batches_of(self, epoch: int) -> int:
-        """Micro-batches of an epoch within `trainer.limit_train_batches`, which must not cut a step in two."""
+        """Return the micro-batches of an epoch within `trainer.limit_train_batches`, which must not cut a step."""
         whole, limit = self.planner.plan(epoch).num_micro_batches(self.topology), self.run.limit_train_batches
         limited = min(whole, limit) if isinstance(limit, int) else int(whole * limit)
         if limited < whole and limited % self.topology.accumulate:
@@ -134,15 +137,20 @@ class PlannedRows:
         return limited
 
     def micro_batches_done(self, position: Mapping[str, int]) -> int:
-        """Return the micro-batches of whole optimizer steps that a loader's position stands after in its epoch."""
+        """Return the micro-batches of the complete optimizer steps before a position in its epoch."""
         return self.planner.plan(position["epoch"]).micro_batches_done(position["rows"], self.topology)
 
     def is_within_epoch(self, position: Mapping[str, int]) -> bool:
-        """Whether rows of its epoch come after a loader's position."""
+        """Whether its epoch has rows after a position."""
         return position["rows"] < self.planner.plan(position["epoch"]).num_rows
 
     def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:
-        """Say where the records of an optimizer step's rows stand."""
+        """Return file and line of the records in the rows of an optimizer step, on all ranks.
+
+        Args:
+            optimizer_step: Its number in the run, from 1.
+            limit: Places at most; one more entry counts the others.
+        """
         epoch, step = 0, optimizer_step - 1
         while step >= self._steps_of(epoch):
             step -= self._steps_of(epoch)
@@ -164,7 +172,7 @@ class StreamedRows:
     """Rows that are drawn from the sources while training."""
 
     streams: Sequence[SourceStream]
-    """The sources, opened."""
+    """The training sources, opened."""
 
     spec: DataSpec
     """The YAML's keys under `data`."""
@@ -185,30 +193,35 @@ class StreamedRows:
 
     @property
     def num_optimizer_steps(self) -> int:
-        """Optimizer steps of the run: a stream has no end of its own.
+        """Optimizer steps of the run: `trainer.max_steps`, since a stream has no end.
 
         Raises:
-            UserError: If none is given.
+            UserError: If it is not set.
         """
         return self.run.steps_of_a_stream
 
     def micro_batches_done(self, position: Mapping[str, int]) -> int:
-        """Return the micro-batches of whole optimizer steps that a loader's position stands after."""
+        """Return the micro-batches of the complete optimizer steps before a position in the run."""
         return position["rows"] // self.topology.rows_per_step * self.topology.accumulate
 
     def is_within_epoch(self, position: Mapping[str, int]) -> bool:
-        """Whether rows of the run come after a loader's position."""
+        """Whether the run has rows after a position."""
         return position["rows"] < self.num_optimizer_steps * self.topology.rows_per_step
 
     def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:
-        """Say which rows of the run an optimizer step has; where their records stood is not kept."""
+        """Return which rows of the run an optimizer step has; file and line of their records are not kept.
+
+        Args:
+            optimizer_step: Its number in the run, from 1.
+            limit: Not used: there is one entry.
+        """
         return [f"rows {(optimizer_step - 1) * self.topology.rows_per_step} and following of the streamed sources"]
 
     def loader(self, collate: Collate) -> StreamLoader:
         """Return this rank's micro-batches of the whole run.
 
         Raises:
-            UserError: If the trainer is to end it otherwise than by its steps.
+            UserError: If `trainer.limit_train_batches` would end the run.
         """
         windows = StreamWindows(
             self.streams,
@@ -221,5 +234,7 @@ class StreamedRows:
         loader = StreamLoader(windows, self.topology, collate, self.num_optimizer_steps)
         limit = self.run.limit_train_batches
         if limit != 1.0 and not (isinstance(limit, int) and limit >= len(loader)):
-            raise UserError(f"trainer.limit_train_batches: {limit} with streamed sources; use trainer.max_steps alone")
+            raise UserError(
+                f"trainer.limit_train_batches: not available with streamed sources (got {limit}); use trainer.max_steps"
+            )
         return loader

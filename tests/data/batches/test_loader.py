@@ -37,18 +37,20 @@ def train_loader(batch_size: int = 2, accumulate: int = 2) -> TrainLoader:
     return TrainLoader(plan, Topology(batch_size=batch_size, accumulate=accumulate), Numbered(), collate)
 
 
-def test_an_epoch_has_every_row_once_in_the_plans_order() -> None:
+def test_an_epoch_has_every_row_once_in_the_order_of_the_plan() -> None:
     batches = list(train_loader())
     assert [i for rows, _ in batches for i in rows] == plan(0).documents[:, 0].tolist()
     assert len(batches) == len(train_loader()) == 7
 
 
-def test_each_micro_batch_carries_its_steps_denominator() -> None:
+def test_each_micro_batch_has_the_denominator_of_its_step() -> None:
     assert [denominator for _, denominator in train_loader()] == [4, 4, 4, 4, 4, 4, 1]
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(1, 4), (2, 2), (4, 1)])
-def test_a_position_continues_at_the_next_row_in_every_split(batch_size: int, accumulate: int) -> None:
+def test_a_position_continues_at_the_next_row_for_any_split_of_the_global_batch(
+    batch_size: int, accumulate: int
+) -> None:
     first = train_loader()
     iterator = iter(first)
     taken = [i for _ in range(4) for i in next(iterator)[0]]
@@ -57,7 +59,7 @@ def test_a_position_continues_at_the_next_row_in_every_split(batch_size: int, ac
     assert taken + [i for rows, _ in second for i in rows] == plan(0).documents[:, 0].tolist()
 
 
-def test_a_position_within_a_step_goes_back_to_the_steps_first_row() -> None:
+def test_a_position_within_a_step_continues_at_its_first_row() -> None:
     first = train_loader()
     next(iter(first))
     second = train_loader()
@@ -65,7 +67,7 @@ def test_a_position_within_a_step_goes_back_to_the_steps_first_row() -> None:
     assert next(iter(second))[0] == plan(0).documents[:, 0].tolist()[:2]
 
 
-def test_a_new_epoch_starts_at_its_first_row_with_another_order() -> None:
+def test_a_new_epoch_starts_at_its_first_row_in_another_order() -> None:
     loader = train_loader()
     list(loader)
     loader.sampler.set_epoch(1)

@@ -21,7 +21,7 @@ from sft_lightning.types import Record, TokenizedExample
 Row = list[TokenizedExample]
 
 
-def test_ranks_take_disjoint_rows_that_together_are_the_step(streaming: Any, read: Counter[str]) -> None:
+def test_the_rows_of_all_ranks_together_are_the_step(streaming: Any, read: Counter[str]) -> None:
     def batches(rank: int, world_size: int, batch_size: int, accumulate: int) -> list[list[Row]]:
         topology = Topology(batch_size=batch_size, accumulate=accumulate, world_size=world_size, rank=rank)
         windows = streaming.windows(streaming.streams({"a": 300, "b": 300}))
@@ -71,7 +71,7 @@ def test_a_run_continues_with_the_same_rows_to_the_bit(
     assert streaming.ids(joined) == streaming.ids([rows for rows, _ in whole[done:]])
 
 
-def test_a_step_under_way_is_taken_again_from_its_first_row(streaming: Any, read: Counter[str]) -> None:
+def test_an_incomplete_step_is_taken_again_from_its_first_row(streaming: Any, read: Counter[str]) -> None:
     topology = Topology(batch_size=1, accumulate=4)
 
     def loader() -> StreamLoader:
@@ -84,7 +84,7 @@ def test_a_step_under_way_is_taken_again_from_its_first_row(streaming: Any, read
     assert streaming.ids(streaming.steps(again)) == streaming.ids(whole[20:])
 
 
-def test_a_position_carries_no_more_than_a_steps_rows(streaming: Any, read: Counter[str]) -> None:
+def test_a_position_carries_fewer_tokens_than_a_step_has(streaming: Any, read: Counter[str]) -> None:
     windows = streaming.windows(streaming.streams({"a": 3000}))
     carried = []
     for _ in range(20):
@@ -94,7 +94,7 @@ def test_a_position_carries_no_more_than_a_steps_rows(streaming: Any, read: Coun
     assert any(carried)
 
 
-def test_other_records_at_the_position_are_refused(
+def test_a_run_with_other_records_at_the_position_is_refused(
     streaming: Any, read: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = streaming.loader(streaming.windows(streaming.streams({"a": 300})), 30)
@@ -113,7 +113,7 @@ def test_other_records_at_the_position_are_refused(
         next(iter(again))
 
 
-def test_memory_is_bounded_by_windows(streaming: Any, read: Counter[str]) -> None:
+def test_reading_ahead_is_bounded_by_two_windows(streaming: Any, read: Counter[str]) -> None:
     loader = streaming.loader(streaming.windows(streaming.streams({"a": 100_000}), "none"), 500)
     trained = 0
     for rows, _ in islice(loader, 300):
@@ -123,7 +123,7 @@ def test_memory_is_bounded_by_windows(streaming: Any, read: Counter[str]) -> Non
     assert trained == 300 * streaming.rows_per_step
 
 
-def test_no_window_is_made_for_steps_that_are_not_taken(streaming: Any, read: Counter[str]) -> None:
+def test_no_window_is_made_after_the_last_step(streaming: Any, read: Counter[str]) -> None:
     windows = streaming.windows(streaming.streams({"a": 100_000}))
     loader = streaming.loader(windows, 2)
     assert len(list(loader)) == 2

@@ -16,7 +16,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.types import Record
 
 
-def test_a_source_starts_again_after_its_last_record_and_counts_its_passes(streaming: Any, read: Counter[str]) -> None:
+def test_a_source_starts_again_after_its_last_record_and_counts_the_passes(streaming: Any, read: Counter[str]) -> None:
     (stream,) = streaming.streams({"a": 5})
     cursors = [cursor for cursor, _ in islice(stream.examples(), 12)]
     assert cursors[4:7] == [Cursor(0, 4, 1), Cursor(1, 0, 1), Cursor(1, 1, 1)]
@@ -26,7 +26,7 @@ def test_a_source_starts_again_after_its_last_record_and_counts_its_passes(strea
 
 
 @pytest.mark.parametrize("taken", [1, 7, 300, 600])
-def test_a_source_continues_behind_any_example(taken: int, streaming: Any, read: Counter[str]) -> None:
+def test_a_source_continues_after_any_example(taken: int, streaming: Any, read: Counter[str]) -> None:
     (stream,) = streaming.streams({"a": 400})
     examples = list(islice(stream.examples(), taken + 20))
     again = list(islice(stream.examples(examples[taken - 1][0]), 20))
@@ -46,13 +46,13 @@ def test_a_source_continues_between_the_examples_of_one_record(
         assert [cursor for cursor, _ in islice(stream.examples(cursors[taken - 1]), 12)] == cursors[taken : taken + 12]
 
 
-def test_what_is_skipped_is_not_tokenized(streaming: Any, read: Counter[str]) -> None:
+def test_skipped_records_are_not_tokenized(streaming: Any, read: Counter[str]) -> None:
     (stream,) = streaming.streams({"a": 2000})
     next(stream.examples(Cursor(0, 1500, 1)))
     assert stream.report.records == RECORDS_AT_ONCE
 
 
-def test_drops_are_counted_as_in_a_store(streaming: Any, read: Counter[str]) -> None:
+def test_drops_are_counted_in_every_pass(streaming: Any, read: Counter[str]) -> None:
     (everything,) = streaming.streams({"a": 50})
     lengths = [len(example.input_ids) for _, example in islice(everything.examples(), 50)]
     limit = sorted(lengths)[30]
@@ -81,7 +81,7 @@ def test_a_malformed_record_is_named_or_dropped(streaming: Any, monkeypatch: pyt
     assert next(iter(stream.report.dropped_at.values()))[0] == "a.json, record 1"
 
 
-def test_a_source_that_leaves_no_example_does_not_run_for_ever(streaming: Any, read: Counter[str]) -> None:
+def test_a_source_without_any_example_left_is_refused(streaming: Any, read: Counter[str]) -> None:
     (stream,) = streaming.streams({"a": 5}, replace(streaming.limits, max_length=8, overlong="drop"))
     with pytest.raises(UserError, match=r"data.sources.a: no example is left .*'overlong': 5"):
         next(stream.examples())
@@ -89,7 +89,7 @@ def test_a_source_that_leaves_no_example_does_not_run_for_ever(streaming: Any, r
         streaming.streams({"b": 0})
 
 
-def test_a_data_set_on_the_hub_is_streamed_and_not_downloaded(streaming: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_on_the_hub_is_streamed_and_not_downloaded(streaming: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
     def load_dataset(*args: Any, **options: Any) -> datasets.IterableDataset:

@@ -24,7 +24,7 @@ def test_every_record_is_seen_once_before_any_is_seen_twice(packing: Any, stream
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
-def test_what_windows_took_is_what_was_trained_and_what_is_carried(
+def test_every_example_taken_is_trained_on_or_carried_to_the_next_window(
     packing: Any, streaming: Any, read: Counter[str]
 ) -> None:
     limits = streaming.limits_of(packing, 256)
@@ -69,7 +69,7 @@ def test_the_denominator_is_the_supervised_weight_of_the_step(streaming: Any, re
 
 
 @pytest.mark.parametrize("by", ["epochs", "tokens", "supervised_tokens", "examples"])
-def test_sources_have_their_shares_at_every_prefix(by: Any, streaming: Any, read: Counter[str]) -> None:
+def test_every_prefix_has_the_share_of_each_source(by: Any, streaming: Any, read: Counter[str]) -> None:
     streams = streaming.streams({"a": 5000, "b": 5000, "c": 50}, b=3.0, c=0.5)
     had = dict.fromkeys("abc", 0.0)
     largest = 0.0
@@ -97,7 +97,7 @@ def test_a_window_is_bounded_in_tokens() -> None:
     assert rows_per_window(64, 131072) == 256
 
 
-def test_the_order_is_of_the_seed(streaming: Any, read: Counter[str]) -> None:
+def test_the_order_depends_on_the_seed(streaming: Any, read: Counter[str]) -> None:
     def first(seed: int) -> Any:
         windows = streaming.windows(streaming.streams({"a": 300}), seed=seed)
         return streaming.ids(streaming.steps(streaming.loader(windows, 4)))
@@ -112,7 +112,7 @@ def test_an_example_longer_than_a_window_is_cut_into_rows(streaming: Any, read: 
     assert {sum(len(document.input_ids) for document in row) for step in steps for row in step} == {2}
 
 
-def test_weights_and_ids_survive_the_way_through_a_window(streaming: Any, read: Counter[str]) -> None:
+def test_a_window_keeps_ids_and_weights(streaming: Any, read: Counter[str]) -> None:
     (stream,) = streaming.streams({"a": 30})
     window = streaming.windows([stream]).next_window()
     for index, (_, example) in zip(range(len(window.examples)), stream.examples(), strict=False):
