@@ -31,7 +31,8 @@ from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.inspection import base_model
-from sft_lightning.training.module import CausalLMModule, model_from_keys
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 from sft_lightning.types import IGNORE_INDEX, num_tokens
 
 Gradient = dict[str, torch.Tensor]
@@ -141,11 +142,13 @@ def measure(split: Split, model: Path) -> Measured:
         model: Folder that `save_model` wrote.
     """
     torch.manual_seed(0)
-    module = model_from_keys(
-        model_name_or_path=str(model),
-        dtype="float32",
-        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
-        **MODES[split.mode],
+    module = CausalLMModule(
+        TrainingSpec(
+            model_name_or_path=str(model),
+            dtype="float32",
+            optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
+            **MODES[split.mode],
+        )
     )
     keeper = KeepGradients()
     trainer = Trainer(

@@ -25,7 +25,8 @@ from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.config import QuantizationConfig
-from sft_lightning.training.module import model_from_keys
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 from sft_lightning.types import IGNORE_INDEX
 
 ROWS_PER_STEP = 4
@@ -106,7 +107,7 @@ class Watch(Callback):
         accumulating = is_accumulating(trainer)
         if not accumulating:
             reduce = trainer.strategy.reduce
-            self.losses[trainer.global_step] = float(reduce(pl_module._step_loss, reduce_op="sum"))  # type: ignore[arg-type]
+            self.losses[trainer.global_step] = float(reduce(pl_module.step.loss, reduce_op="sum"))  # type: ignore[arg-type]
             self.rows[trainer.global_step] = int(reduce(torch.tensor(self._rows), reduce_op="sum"))
             self._rows = 0
         for moment in ("streaming",) if self.streams else (*MOMENTS,)[:-1]:
@@ -141,11 +142,13 @@ def train(run: Run, model: Path) -> None:
     ))  # fmt: skip
     adapter = None if run.mode == "full" else AdapterConfig(r=4, dropout=0.3 if run.dropout else 0.0)
     bits: dict[str, Literal[4, 8]] = {"qlora": 4, "int8": 8}
-    module = model_from_keys(
-        model_name_or_path=str(model), dtype="float32", adapter=adapter,
-        dropout=0.1 if run.dropout and run.mode == "full" else None,
-        quantization=QuantizationConfig(bits=bits[run.mode]) if run.mode in bits else None,
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+    module = CausalLMModule(
+        TrainingSpec(
+            model_name_or_path=str(model), dtype="float32", adapter=adapter,
+            dropout=0.1 if run.dropout and run.mode == "full" else None,
+            quantization=QuantizationConfig(bits=bits[run.mode]) if run.mode in bits else None,
+            optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3),
+        )
     )  # fmt: skip
     watch = Watch(None if run.moment else folder, run.streams)
     accumulate = ROWS_PER_STEP // run.processes

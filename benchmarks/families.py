@@ -128,7 +128,7 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
         packing=data.layout.packing,
         isolation=measure_isolation(language_model, len(data.tokenizer), module.device, max_length=_MAX_LENGTH),
         attention=str(module.base_model.config._attn_implementation),
-        chunked_loss=module._head is not None,
+        chunked_loss=module.head is not None,
         changed=frozenset(changed),
         intended=frozenset(name for name in module.before if re.search(_LEARNS[mode], name)),
         export_difference=None if report is None else report.logit_difference,
@@ -150,8 +150,8 @@ class _Watched(CausalLMModule):
         self.losses: list[float] = []
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._step_loss is not None and not is_accumulating(self.trainer):
-            self.losses.append(float(self._step_loss))
+        if self.step.loss is not None and not is_accumulating(self.trainer):
+            self.losses.append(float(self.step.loss))
         super().on_train_batch_end(outputs, batch, batch_idx)
 
 

@@ -12,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from callbacks.run_outputs import datamodule_of, run_folder, run_manifest
+from callbacks.run_outputs import run_folder, run_manifest
 from sft_lightning.models.export.write import AdapterReport, export_adapter, export_model
+from sft_lightning.strategies.services import services_of
 from sft_lightning.training.checkpoint import AtomicCheckpointIO
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.startup import datamodule_of
 
 
 class AdapterExport(Callback):
@@ -36,7 +38,7 @@ class AdapterExport(Callback):
         if not isinstance(pl_module, CausalLMModule) or not isinstance(pl_module.language_model, PeftModel):
             return
         folder = run_folder(trainer) / "adapter"
-        with pl_module.full_weights():
+        with services_of(trainer.strategy).full_weights():
             report = self._export(trainer, pl_module, folder)
         if report is not None:
             rank_zero_info(f"adapter: {folder} ({_proven(report)})")
@@ -67,7 +69,7 @@ class ModelExport(Callback):
         if not isinstance(pl_module, CausalLMModule) or isinstance(pl_module.language_model, PeftModel):
             return
         model = pl_module.language_model
-        with pl_module.full_weights():
+        with services_of(trainer.strategy).full_weights():
             self._export(trainer, pl_module, model)
 
     @rank_zero_only

@@ -6,10 +6,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks.run_outputs import datamodule_of
 from sft_lightning.compat.lightning.loops import validate_before_training
 from sft_lightning.errors import UserError
 from sft_lightning.training.checkpoint import random_state, set_random_state
+from sft_lightning.training.startup import datamodule_of
 
 
 class EvaluateFirst(Callback):

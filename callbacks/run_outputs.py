@@ -11,8 +11,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from sft_lightning import __version__
-from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.startup import datamodule_of
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -22,14 +22,6 @@ def run_folder(trainer: Trainer) -> Path:
     """
     folder = getattr(trainer.logger, "log_dir", None) or getattr(trainer.logger, "save_dir", None)
     return Path(folder or trainer.default_root_dir)
-
-
-def datamodule_of(trainer: Trainer) -> SFTDataModule:
-    """Return the run's data module."""
-    datamodule = getattr(trainer, "datamodule", None)
-    if not isinstance(datamodule, SFTDataModule):
-        raise TypeError(f"these callbacks work with an SFTDataModule, not {type(datamodule).__name__}")
-    return datamodule
 
 
 def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:

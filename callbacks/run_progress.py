@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from callbacks.run_outputs import datamodule_of
+from sft_lightning.training.startup import datamodule_of
 
 
 class RunProgress(ProgressBar):

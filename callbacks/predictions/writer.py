@@ -12,10 +12,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.predictions.partial_file import PartialPredictions, join_parts, part_paths
-from callbacks.run_outputs import datamodule_of, run_folder
+from callbacks.run_outputs import run_folder
 from sft_lightning.data.batches.generation_prompts import PromptLoader
 from sft_lightning.models.export.fingerprint import model_fingerprint
 from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.startup import datamodule_of
 
 _NAME = "predictions.jsonl"
 

@@ -139,9 +139,8 @@ class SFTCommandLine(CommandLine):
     def module(self) -> CausalLMModule:
         """The configured module; its weights are not loaded yet."""
         from sft_lightning.training.module import CausalLMModule
-        from sft_lightning.training.preference.module import DPOModule
 
-        return DPOModule(self.spec) if isinstance(self.spec, PreferenceSpec) else CausalLMModule(self.spec)
+        return CausalLMModule(self.spec)
 
     @cached_property
     def data_module(self) -> SFTDataModule:

@@ -9,14 +9,14 @@ from sft_lightning.models.adapters.wrapping import check_adapter_on_quantized_ba
 from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.registry import check_strategy
 from sft_lightning.strategies.sharding import ShardingSpec
-from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:
     """What a plan is made of."""
 
-    module: CausalLMModule
+    spec: TrainingSpec
     """The model and how it is trained; no weight is loaded."""
 
     data: SFTDataModule

@@ -20,10 +20,9 @@ from sft_lightning.estimation.memory import (
 from sft_lightning.estimation.skeleton import Skeleton, build_skeleton
 from sft_lightning.estimation.speed import arithmetic, mean_document_length
 from sft_lightning.strategies.refusals import check_optimizer
-from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.preference.module import DPOModule
 from sft_lightning.training.preference.reference import choose_reference
 from sft_lightning.training.preference.sharing import shared_fraction
+from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
 
 PARTS = tuple(part.name for part in fields(Memory))
 
@@ -44,26 +43,26 @@ def plan_lines(inputs: PlanInputs) -> Iterator[str]:
 
 def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
     """Return what tells the memory of a configuration, and the configuration; the data need not be read."""
-    module, data, topology = inputs.module, inputs.data, inputs.data.topology
-    skeleton = build_skeleton(module.spec, len(data.tokenizer), inputs.precision)
+    spec, data, topology = inputs.spec, inputs.data, inputs.data.topology
+    skeleton = build_skeleton(spec, len(data.tokenizer), inputs.precision)
     estimator = Estimator(
-        module.spec,
+        spec,
         skeleton,
         precision=inputs.precision,
         max_length=data.spec.max_length,
         accumulates=topology.accumulate > 1,
-        of_pairs=isinstance(module, DPOModule),
+        of_pairs=isinstance(spec, PreferenceSpec),
     )
     check_optimizer(estimator.optimizer, inputs.sharding)
     setup = Setup(
         batch_size=data.spec.batch_size,
         max_length=data.spec.max_length,
-        checkpointing=module.spec.gradient_checkpointing is True,
-        bits=None if module.spec.quantization is None else module.spec.quantization.bits,
+        checkpointing=spec.gradient_checkpointing is True,
+        bits=None if spec.quantization is None else spec.quantization.bits,
         sharding=inputs.sharding,
         num_gpus=topology.world_size,
     )
-    if module.spec.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
+    if spec.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
         setup = replace(setup, checkpointing=estimator.memory(setup).total > inputs.gpu_bytes)
     return estimator, setup
 
@@ -115,17 +114,17 @@ def _remarks(inputs: PlanInputs, setup: Setup, skeleton: Skeleton) -> Iterator[s
         yield "  (communication: what the strategy's code allocates by its defaults; the rest is simulated on one GPU)"
     if setup.sharding.offloads_weights or setup.sharding.offloads_optimizer:
         yield "  (what is offloaded takes host memory instead, which is not planned here)"
-    module = inputs.module
-    if isinstance(module, DPOModule):
-        yield f"  ({_reference(module, skeleton, inputs)})"
+    spec = inputs.spec
+    if isinstance(spec, PreferenceSpec):
+        yield f"  ({_reference(spec, skeleton, inputs)})"
         yield f"  (prompts once for both answers: {_shared(inputs):.0%} of the tokens off the time, not off the memory)"
 
 
-def _reference(module: DPOModule, skeleton: Skeleton, inputs: PlanInputs) -> str:
+def _reference(spec: PreferenceSpec, skeleton: Skeleton, inputs: PlanInputs) -> str:
     """Say where the reference's log-probabilities come from, and what they take."""
-    if not module.preference.has_reference:
-        return f"reference model: none, the loss is {module.preference.loss}"
-    choice = choose_reference(module.preference.reference, skeleton.model, module.spec.adapter)
+    if not spec.preference.has_reference:
+        return f"reference model: none, the loss is {spec.preference.loss}"
+    choice = choose_reference(spec.preference.reference, skeleton.model, spec.adapter)
     if choice.kind == "adapter_off":
         return "reference model: adapter_off, a second forward pass at every step, which needs less than the step"
     num_pairs = inputs.data.plan(0).documents.shape[0]
@@ -147,16 +146,16 @@ def _fit_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, skeleton:
 
 
 def _change_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, budget: float) -> Iterator[str]:
-    module = inputs.module
+    spec = inputs.spec
     yield "changes, the cheapest first, each with those before it:"
-    can_quantize = module.spec.from_config is None
-    for change in changes(setup, has_adapter=module.spec.adapter is not None, can_quantize=can_quantize):
+    can_quantize = spec.from_config is None
+    for change in changes(setup, has_adapter=spec.adapter is not None, can_quantize=can_quantize):
         total: Memory = estimator.memory(change.setup)
         fits = total.total <= budget
         yield f"  {change.words}: {total.total / GIB:.2f} GiB{', fits' if fits else ''}"
         if fits:
             return
-    hint = "" if module.spec.adapter is not None else "; model.adapter trains a thousandth of the parameters"
+    hint = "" if spec.adapter is not None else "; model.adapter trains a thousandth of the parameters"
     yield f"  nothing of this makes it fit: take a smaller model or a larger GPU{hint}"
 
 
@@ -171,19 +170,19 @@ def _model_lines(inputs: PlanInputs, memory: Memory, skeleton: Skeleton, budget:
 
 
 def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterator[str]:
-    data, module = inputs.data, inputs.module
+    data, spec = inputs.data, inputs.spec
     rows = data.plan(0).rows
     lengths = rows.documents[:, 2] - rows.documents[:, 1]
-    num_adapter = 0 if module.spec.adapter is None else sum(parameter.numel() for parameter in skeleton.trainable)
+    num_adapter = 0 if spec.adapter is None else sum(parameter.numel() for parameter in skeleton.trainable)
     per_token = arithmetic(
         skeleton.base.config,
         num_matmul=skeleton.num_matmul,
         num_adapter=num_adapter,
-        full=module.spec.adapter is None,
+        full=spec.adapter is None,
         document_length=mean_document_length(lengths),
     )
     tokens = int(rows.lengths.sum() * (1 - _shared(inputs)))
-    if _asks_reference(module, skeleton):
+    if _asks_reference(spec, skeleton):
         per_token = replace(per_token, model=per_token.model + per_token.recomputed)
     seconds = per_token.seconds(
         tokens,
@@ -201,16 +200,16 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
 
 def _shared(inputs: PlanInputs) -> float:
     """Return the share of tokens that is computed once for both answers of a pair, if `fit` proves that it may be."""
-    module, data = inputs.module, inputs.data
-    asked = isinstance(module, DPOModule) and module.preference.share_prompts
+    spec, data = inputs.spec, inputs.data
+    asked = isinstance(spec, PreferenceSpec) and spec.preference.share_prompts
     return shared_fraction(data) if asked and isinstance(data.kind, Pairs) else 0.0
 
 
-def _asks_reference(module: CausalLMModule, skeleton: Skeleton) -> bool:
+def _asks_reference(spec: TrainingSpec, skeleton: Skeleton) -> bool:
     """Whether every step has a second forward pass."""
-    if not isinstance(module, DPOModule) or not module.preference.has_reference:
+    if not isinstance(spec, PreferenceSpec) or not spec.preference.has_reference:
         return False
-    return choose_reference(module.preference.reference, skeleton.model, module.spec.adapter).kind == "adapter_off"
+    return choose_reference(spec.preference.reference, skeleton.model, spec.adapter).kind == "adapter_off"
 
 
 def _duration(seconds: float) -> str:

@@ -79,7 +79,7 @@ def training_step(
     *,
     of_pairs: bool = False,
 ) -> SimulatedStep:
-    """Take a step as `CausalLMModule` does, or `DPOModule`, and count; tensors may be fake or real.
+    """Take a step as `CausalLMModule` does with either objective, and count; tensors may be fake or real.
 
     Args:
         model: The model, adapter included.

@@ -11,7 +11,8 @@ from sft_lightning.models.adapters.continuation import describe_overrides
 from sft_lightning.models.adapters.fused_lora import describe_unfused
 from sft_lightning.models.adapters.trainable import train_only
 from sft_lightning.models.adapters.wrapping import add_adapter, check_adapter_on_quantized_base
-from sft_lightning.models.base.loading import load_model
+from sft_lightning.models.attention.document_mask import use_document_mask
+from sft_lightning.models.base import loading
 from sft_lightning.models.base.vocabulary import (
     check_new_tokens_train,
     embedding_names,
@@ -32,7 +33,7 @@ def load_base(spec: ModelSpec, vocab_size: int, *, on_cpu: bool = False) -> PreT
     Raises:
         UserError: If the model cannot be loaded, or a key does not apply to it.
     """
-    return load_model(
+    return loading.load_model(
         spec.model_name_or_path,
         from_config=spec.from_config,
         dtype=spec.dtype,
@@ -42,6 +43,16 @@ def load_base(spec: ModelSpec, vocab_size: int, *, on_cpu: bool = False) -> PreT
         overrides=spec.overrides,
         trust_remote_code=spec.trust_remote_code,
         on_cpu=on_cpu,
+    )
+
+
+def copies_weights(spec: ModelSpec) -> bool:
+    """Whether loading the base makes its own tensors instead of mapping those in the files."""
+    return loading.copies_weights(
+        spec.model_name_or_path,
+        dtype=spec.dtype,
+        quantization=spec.quantization,
+        trust_remote_code=spec.trust_remote_code,
     )
 
 
@@ -88,6 +99,8 @@ def assemble_model(
         log(f"vocabulary: {rows} → {num_embeddings(base)} rows; new rows start at the mean of the old ones")
     model = _choose_what_trains(base, spec, unknown, log)
     check_new_tokens_train(base, unknown, names)
+    if spec.attn_implementation == "auto" and use_document_mask(model):
+        log(f"attention: that of {base.config.model_type}, with a mask that keeps documents apart")
     return model
 
 

@@ -18,7 +18,7 @@ from sft_lightning.selftest.checks.preferences import check_pairs, check_start
 from sft_lightning.selftest.checks.resume import check_resume
 from sft_lightning.selftest.short_runs import Configure, Runner
 from sft_lightning.selftest.small_data import small_data
-from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.spec import PreferenceSpec
 
 
 def run_checks(
@@ -50,14 +50,13 @@ def run_checks(
         small = small_data(data, folder, max_row_length=max_row_length)
         session = GradientSession(runner, small)
         separate, _ = session.gradient(1, "none")
-        module = session.loaded.module
-        if isinstance(module, DPOModule):
-            yield check_start(session.loaded, module.preference)
+        spec = session.loaded.module.spec
+        if isinstance(spec, PreferenceSpec):
+            yield check_start(session.loaded, spec.preference)
         isolation = list(check_isolation(session.loaded, small, packing))
         yield from isolation
-        if isinstance(module, DPOModule) and isolation[0].passed:
+        if isinstance(spec, PreferenceSpec) and isolation[0].passed:
             yield check_pairs(session.loaded, small)
-        del module
         isolated = isolation[0].passed
         rows: Packing = packing if isolated else "none"
         yield from check_gradients(session, rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from sft_lightning.compat.lightning.loops import align_progress, reopen_epoch
+from sft_lightning.data.batches.training_rows import TrainingRows
 from sft_lightning.errors import UserError
 
 
@@ -78,6 +80,65 @@ def gather_random_states(own: dict[str, Any]) -> list[dict[str, Any]]:
     states: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(states, own)
     return states
+
+
+class RandomStates:
+    """The random states that a checkpoint continues, and those that it saves.
+
+    A checkpoint has no gradients, so an optimizer step under way is taken again from its first micro-batch: the states
+    from before that one are saved.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+        self._before_step: dict[str, Any] | None = None
+
+    def load(self, states: Sequence[dict[str, Any]], rank: int) -> None:
+        """Keep the states of a checkpoint until `continue_loaded`.
+
+        Args:
+            states: Of each process that wrote the checkpoint.
+            rank: Number of this process; there may be more processes now.
+        """
+        self._loaded = states[rank % len(states)]
+
+    def continue_loaded(self) -> bool:
+        """Set the generators to the loaded states, once; return whether there were any."""
+        if self._loaded is None:
+            return False
+        set_random_state(self._loaded)
+        self._loaded = None
+        return True
+
+    def note_step_start(self) -> None:
+        """Remember the states from before the first micro-batch of an optimizer step."""
+        self._before_step = random_state()
+
+    def gather(self, *, within_step: bool) -> list[dict[str, Any]]:
+        """Return the states to save, of all processes by rank; every process must call this.
+
+        Args:
+            within_step: Whether an optimizer step is under way.
+        """
+        # Loaded states that were never continued are those of a run without a step left.
+        own = self._before_step if within_step else self._loaded
+        return gather_random_states(own or random_state())
+
+
+def rewind_to_step_start(fit_loop: dict[str, Any], rows: TrainingRows) -> None:
+    """Set the position of a checkpoint to the start of an optimizer step, in its `loops["fit_loop"]`.
+
+    Lightning counts micro-batches. A checkpoint may fall between two of one optimizer step, whose gradients it does not
+    hold, or come from a run that split the same global batch in another way.
+
+    Args:
+        fit_loop: What Lightning keeps of its training loop.
+        rows: What this run trains on.
+    """
+    for position in fit_loop["state_dict"].get("combined_loader", []):
+        align_progress(fit_loop, rows.micro_batches_done(position))
+        if rows.is_within_epoch(position):
+            reopen_epoch(fit_loop, position["epoch"])
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

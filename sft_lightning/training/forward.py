@@ -9,9 +9,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sft_lightning.models.head.routers import find_router_loss, tokens_of_documents
-from sft_lightning.models.head.sharded import ShardedHead
-from sft_lightning.models.head.whole import Head
-from sft_lightning.models.inspection import base_model
+from sft_lightning.models.head.sharded import ShardedHead, find_sharded_head
+from sft_lightning.models.head.whole import Head, find_head
+from sft_lightning.models.inspection import base_model, is_sharded
 from sft_lightning.training.losses import (
     LossSums,
     Targets,
@@ -21,6 +21,20 @@ from sft_lightning.training.losses import (
     projected_cross_entropy,
 )
 from sft_lightning.types import Batch
+
+
+def find_any_head(
+    model: PreTrainedModel | PeftModel, vocab_size: int, device: torch.device
+) -> Head | ShardedHead | None:
+    """Return the head of a model, sharded or not; `None` if only the model itself can make its logits.
+
+    Args:
+        model: The model, adapters included.
+        vocab_size: Number of token ids to probe it with.
+        device: Where the model computes.
+    """
+    find = find_sharded_head if is_sharded(model) else find_head
+    return find(model, vocab_size, device)
 
 
 def decoder_inputs(batch: Batch) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""CausalLMModule: one model, its steps, its optimizer; what is decided is decided in pure functions elsewhere."""
+"""CausalLMModule: one model in Lightning's hooks. Each hook hands its work to a function or an object beside it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,51 +15,28 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from sft_lightning.compat.bitsandbytes import store_4bit_as_bytes
-from sft_lightning.compat.lightning.loops import align_progress, is_accumulating, reopen_epoch, set_logged_step
+from sft_lightning.compat.lightning.loops import is_accumulating, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
-from sft_lightning.data.batches.row_order import row_order_error
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout
-from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import trainable_base_names
-from sft_lightning.models.assembly import assemble_model
-from sft_lightning.models.attention.document_mask import use_document_mask
-from sft_lightning.models.base.loading import copies_weights
-from sft_lightning.models.base.rope import check_packing
-from sft_lightning.models.checkpointing import (
-    decide_checkpointing,
-    enable_gradient_checkpointing,
-    free_memory_gib,
-)
-from sft_lightning.models.compiling import compile_layers
+from sft_lightning.models.assembly import assemble_model, copies_weights
 from sft_lightning.models.generation.generate import generate
-from sft_lightning.models.head.sharded import ShardedHead, find_sharded_head
-from sft_lightning.models.head.whole import Head, find_head
-from sft_lightning.models.inspection import base_model, computing_device, is_sharded
-from sft_lightning.models.isolation import choose_packing, verify_isolation
+from sft_lightning.models.head.sharded import ShardedHead
+from sft_lightning.models.head.whole import Head
+from sft_lightning.models.inspection import base_model
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.strategies.services import ModuleServices, services_of
-from sft_lightning.training.checkpoint import (
-    check_trainable_state,
-    gather_random_states,
-    random_state,
-    set_random_state,
-    trainable_state,
-)
-from sft_lightning.training.forward import token_loss_sums
-from sft_lightning.training.loss_scale import LossScale
+from sft_lightning.training import startup
+from sft_lightning.training.checkpoint import RandomStates, check_trainable_state, rewind_to_step_start, trainable_state
+from sft_lightning.training.forward import find_any_head, token_loss_sums
 from sft_lightning.training.losses import LossSums
-from sft_lightning.training.metrics import SourceMeans, TokenMeans
-from sft_lightning.training.nonfinite import NonfiniteLosses, nonfinite_error
-from sft_lightning.training.optim import (
-    build_optimizer,
-    check_float16,
-    clip_gradients,
-    lr_factor,
-    parameter_groups,
-)
-from sft_lightning.training.spec import TrainingSpec
+from sft_lightning.training.objective import NextToken, Objective
+from sft_lightning.training.optim import build_optimizer, check_float16, clip_gradients, lr_factor, parameter_groups
+from sft_lightning.training.preference.objective import PreferenceObjective
+from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
+from sft_lightning.training.step import LossScale, NonfiniteLosses, StepSums
 from sft_lightning.types import Batch
 
 
@@ -68,32 +44,31 @@ class CausalLMModule(LightningModule):
     """A causal language model that is fine-tuned in full or by an adapter.
 
     Args:
-        spec: The model, and how it is trained.
+        spec: The model, and how it is trained; a `PreferenceSpec` to learn from pairs of answers.
     """
 
     def __init__(self, spec: TrainingSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.nonfinite_losses = NonfiniteLosses(spec.max_nonfinite_losses)
-        self.loss_scale = LossScale()
-        self.layout: Layout | None = None
-        """How documents share rows; the datamodule asks for it. `None` until it is decided."""
+        self.objective: Objective = (
+            PreferenceObjective(spec.preference) if isinstance(spec, PreferenceSpec) else NextToken()
+        )
         self.model: PreTrainedModel | PeftModel | None = None
-        self._random_state: dict[str, Any] | None = None  # of a checkpoint, until the first step continues it
-        self._step_random_state: dict[str, Any] | None = None  # before the optimizer step that is under way
-        self._step_loss: torch.Tensor | None = None
+        self.layout: Layout | None = None
+        """How documents share rows; the data module asks for it. `None` until it is decided."""
+
+        self.step = StepSums()
+        """The optimizer step under way."""
+
+        self._nonfinite_losses = NonfiniteLosses(spec.max_nonfinite_losses)
+        self._loss_scale = LossScale()
+        self._random_states = RandomStates()
 
     # --- the model -------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Take the layout from `data.packing`; `auto` waits for the model, and means `none` without training."""
-        packing = self._data.spec.packing
-        if packing != "auto":
-            self.layout = Layout(packing=packing)
-        elif stage == "fit":
-            self.layout = None
-        elif self.layout is None:
-            self.layout = Layout(packing="none")
+        """Take the layout from `data.packing`; `auto` waits for the model."""
+        self.layout = startup.layout_before_loading(self.data.spec.packing, stage, self.layout)
 
     def configure_model(self) -> None:
         """Load the model once, whichever stages follow."""
@@ -102,7 +77,7 @@ class CausalLMModule(LightningModule):
         spec = self.spec
         self.model = assemble_model(
             spec,
-            self._data.tokenizer,
+            self.data.tokenizer,
             log=rank_zero_info,
             on_cpu=self._services.shards_weights,
         )
@@ -110,19 +85,12 @@ class CausalLMModule(LightningModule):
             store_4bit_as_bytes(self.model)  # the trainer casts everything else
         if spec.neftune_alpha is not None:
             EmbeddingNoise(spec.neftune_alpha).attach(self.base_model)
-        if spec.attn_implementation == "auto" and use_document_mask(self.model):
-            family = self.base_model.config.model_type
-            rank_zero_info(f"attention: {family}'s own, with a mask that keeps documents apart")
+        self.objective.on_model_loaded(self)
 
     @property
     def copies_weights(self) -> bool:
-        """Whether `configure_model` is about to make weights of its own, where it could map those in the files."""
-        return self.model is None and copies_weights(
-            self.spec.model_name_or_path,
-            dtype=self.spec.dtype,
-            quantization=self.spec.quantization,
-            trust_remote_code=self.spec.trust_remote_code,
-        )
+        """Whether `configure_model` is about to make its own tensors instead of mapping those in the files."""
+        return self.model is None and copies_weights(self.spec)
 
     @property
     def language_model(self) -> PreTrainedModel | PeftModel:
@@ -140,133 +108,85 @@ class CausalLMModule(LightningModule):
     def _services(self) -> ModuleServices:
         return services_of(self.trainer.strategy)
 
-    def full_weights(self) -> AbstractContextManager[None]:
-        """Hold the full weights on rank 0 while the context is open; all processes must enter it together."""
-        return self._services.full_weights()
-
     @property
-    def _data(self) -> SFTDataModule:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, SFTDataModule):
-            raise UserError(
-                "CausalLMModule takes its tokenizer and its plan from an SFTDataModule; give the trainer one"
-            )
-        return datamodule
-
-    def _decide_layout(self) -> None:
-        """Decide `data.packing: auto` on the loaded model, before the number of optimizer steps is asked for.
-
-        Raises:
-            UserError: If a continued run had packed its rows otherwise.
-        """
-        data, continued = self._data, self.layout
-        if data.spec.packing != "auto" or (continued is not None and continued.packing == "none"):
-            return
-        packing, reason = choose_packing(
-            self.language_model,
-            len(data.tokenizer),
-            computing_device(self.language_model),  # DeepSpeed moves the model only later
-            max_length=data.spec.max_length,
-            rope_scaling=self.spec.rope_scaling,
-        )
-        rank_zero_info(f"packing: {packing} (auto: {reason})")
-        self.layout = Layout(packing=packing)
-        if continued is not None and continued != self.layout:
-            raise row_order_error([f"packing: {continued.packing} → {packing}"])
+    def data(self) -> SFTDataModule:
+        """The data module of the run, which has the tokenizer and the plan; any other kind is a `UserError`."""
+        return startup.datamodule_of(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Prove packing isolation on the loaded model, decide on gradient checkpointing, and compile."""
-        if self._data.packs:
-            self._prove_packing()
-        decision = decide_checkpointing(
-            self.spec.gradient_checkpointing,
-            self.base_model.config,
-            tokens=self._data.spec.batch_size * self._data.spec.max_length,
-            bytes_per_value=getattr(torch, self.spec.dtype).itemsize,
-            free_gib=free_memory_gib(self.device),
-        )
-        rank_zero_info(f"gradient checkpointing: {'on' if decision.enabled else 'off'} ({decision.reason})")
-        if decision.enabled:
-            enable_gradient_checkpointing(self.base_model, decision.every)
-        if self.spec.torch_compile:
-            rank_zero_info(
-                f"torch_compile: {compile_layers(self.base_model)} decoder layers, compiled in the first steps"
-            )
-
-    def _prove_packing(self) -> None:
-        data = self._data
-        if self.spec.rope_scaling is not None:
-            check_packing(self.base_model.config, self.spec.rope_scaling, data.spec.max_length)
-        difference = verify_isolation(
-            self.language_model, len(data.tokenizer), self.device, max_length=data.spec.max_length
-        )
-        rank_zero_info(f"packing isolation: proven on this model; packed = separate logits to {difference:.1e}")
+        """Check packing isolation, and decide how the layers run."""
+        if self.data.packs:
+            startup.check_isolation(self)
+        startup.set_up_layers(self)
+        self.objective.on_fit_start(self)
 
     def forward(self, batch: Batch) -> LossSums:
         """Return the loss sums of a micro-batch."""
-        return token_loss_sums(self.language_model, self._head, batch)
+        return token_loss_sums(self.language_model, self.head, batch)
 
     @functools.cached_property
-    def _head(self) -> Head | ShardedHead | None:
-        """The model's head, proven on the first micro-batch, when the model is where it will be."""
-        find = find_sharded_head if is_sharded(self.language_model) else find_head
-        head = find(self.language_model, len(self._data.tokenizer), self.device)
+    def head(self) -> Head | ShardedHead | None:
+        """The model's head, for the loss in chunks; `None` if only the model itself can make its logits."""
+        # Found and checked when it is first used: the model is on its device then.
+        head = find_any_head(self.language_model, len(self.data.tokenizer), self.device)
         if head is None:
-            rank_zero_info("loss: this model makes its logits itself, those of supervised tokens all at once")
+            rank_zero_info("loss: chunked loss is not available for this model; using its own logits")
         return head
 
     # --- training --------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        """Return the micro-batch's share of the optimizer step's mean loss per supervised token."""
-        share = self(batch).loss / (batch["denominator"] or 1.0)
-        self._step_loss = share.detach() if self._step_loss is None else self._step_loss + share.detach()
+        """Return the micro-batch's share of the optimizer step's loss, a scalar."""
+        share = self.objective.step_share(self, batch)
+        self.step.add(share)
         # Lightning divides by the number of micro-batches, and data-parallel strategies average over ranks.
-        scaled: torch.Tensor = share * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        scaled: torch.Tensor = share.loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
         return scaled
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Continue the random generators of a checkpoint, after everything that runs before the first step."""
-        if self._random_state is not None:
-            set_random_state(self._random_state)
-            self._random_state = None
+        if self._random_states.continue_loaded():
             set_logged_step(self.trainer)
-        if self._step_loss is None and self.trainer.accumulate_grad_batches > 1:
-            self._step_random_state = random_state()
+        if self.step.loss is None and self.trainer.accumulate_grad_batches > 1:
+            self._random_states.note_step_start()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log the optimizer step that this micro-batch completed."""
-        if self._step_loss is None or is_accumulating(self.trainer):
-            return
+        if self.step.loss is not None and not is_accumulating(self.trainer):
+            self._log_step(self.step.loss, self.step.means)
+            self.step.clear()
+
+    def _log_step(self, loss: torch.Tensor, means: torch.Tensor | None) -> None:
         several = self.trainer.world_size > 1
-        self.log("train/loss", self._step_loss, sync_dist=several, reduce_fx=torch.sum)
-        # The rate that the step was taken with; the schedule has already moved on.
-        # On the host: Lightning would send a number to the device, and wait.
+        self.log("train/loss", loss, sync_dist=several, reduce_fx=torch.sum)
+        # The rate that the step was taken with; the schedule has already moved on. A tensor on the CPU, because
+        # Lightning would move a number to the device, and wait.
         self.log("train/lr", torch.tensor(self._lr))
-        self.nonfinite_losses.note(self._step_loss, self.trainer.global_step)
-        self._step_loss = None
-        norm = self._services.grad_norm
-        if norm is not None:
-            self.log("train/grad_norm", norm)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            self.log_dict(self.loss_scale.note(scaler))
+        for name, value in zip(self.objective.step_means, () if means is None else means.unbind(), strict=True):
+            self.log(f"train/{name}", value, sync_dist=several, reduce_fx=torch.sum)
+        if self._services.grad_norm is not None:
+            self.log("train/grad_norm", self._services.grad_norm)
+        if self._scaler is not None:
+            self.log_dict(self._loss_scale.note(self._scaler))
+        self._nonfinite_losses.note(loss, self.trainer.global_step)
         every = getattr(self.trainer, "log_every_n_steps", 0) or 1
-        if self.trainer.global_step % every == 0:  # metrics wait for the device then
-            self._stop_at_nonfinite_losses()
+        if self.trainer.global_step % every == 0:  # logging waits for the device then
+            self._check_losses()
+
+    @property
+    def _scaler(self) -> Any:
+        """The gradient scaler of `trainer.precision: 16-mixed`; `None` with any other precision."""
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def on_train_epoch_end(self) -> None:
-        """Look at the losses since the last logging interval."""
-        self._stop_at_nonfinite_losses()
+        """Check the losses since the last logging interval."""
+        self._check_losses()
 
-    def _stop_at_nonfinite_losses(self) -> None:
-        limit = self.spec.max_nonfinite_losses
-        if limit is None:
-            return
-        found = self.nonfinite_losses.found.to(self.device)
-        step = int(self.trainer.strategy.reduce(found, reduce_op="max"))  # all ranks stop, whoever found it
-        if step:
-            raise nonfinite_error(limit, step, self._data.rows.describe(step))
+    def _check_losses(self) -> None:
+        strategy, device = self.trainer.strategy, self.device
+        self._nonfinite_losses.check(
+            lambda step: strategy.reduce(step.to(device), reduce_op="max"), lambda step: self.data.rows.describe(step)
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note the learning rate of the step."""
@@ -285,7 +205,7 @@ class CausalLMModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
-        self._decide_layout()
+        self.layout = startup.decide_layout(self)
         adapter = self.spec.adapter or AdapterConfig()
         groups = parameter_groups(
             self.language_model.named_parameters(),
@@ -295,42 +215,40 @@ class CausalLMModule(LightningModule):
         )
         optimizer = self._services.prepare_optimizer(build_optimizer(self.spec.optimizer, groups))
         if not self._services.manages_gradients:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-            check_float16(optimizer, scales_loss=scaler is not None)
-        num_steps = self._data.num_optimizer_steps
+            check_float16(optimizer, scales_loss=self._scaler is not None)
+        num_steps = self.data.num_optimizer_steps
         schedule = LambdaLR(optimizer, lambda step: lr_factor(self.spec.lr_scheduler, step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Prove packing isolation where there was no training before."""
-        self._prove_packing_to_evaluate()
+        """Check packing isolation, unless training has done so."""
+        self._prepare_evaluation()
 
     def on_test_start(self) -> None:
-        """Prove packing isolation."""
-        self._prove_packing_to_evaluate()
+        self._prepare_evaluation()
 
-    def _prove_packing_to_evaluate(self) -> None:
-        if self.trainer.state.fn != "fit" and self._data.layout.packing != "none":
-            self._prove_packing()
+    def _prepare_evaluation(self) -> None:
+        if self.trainer.state.fn == "fit":
+            return
+        if self.data.layout.packing != "none":
+            startup.check_isolation(self)
+        self.objective.on_evaluation_start(self)
 
     def on_validation_epoch_start(self) -> None:
-        self._means = self._start_means(self._data.source_names("val"))
+        self._means = self.objective.start_means(self, self.data.source_names("val"))
 
     def on_test_epoch_start(self) -> None:
-        self._means = self._start_means(self._data.source_names("test"))
-
-    def _start_means(self, names: list[str]) -> SourceMeans:
-        return SourceMeans(names, lambda: TokenMeans().to(self.device), of_each=["loss", "perplexity"])
+        self._means = self.objective.start_means(self, self.data.source_names("test"))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch of one source to the metrics."""
-        self._means.update(dataloader_idx, self(batch))
+        self.objective.update_means(self, self._means, batch, "val", dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch of one source to the metrics."""
-        self._means.update(dataloader_idx, self(batch))
+        self.objective.update_means(self, self._means, batch, "test", dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._log_means("val")
@@ -339,21 +257,20 @@ class CausalLMModule(LightningModule):
         self._log_means("test")
 
     def _log_means(self, stage: str) -> None:
-        """Log the metrics of all sources together, and the loss of each."""
+        """Log the metrics of all sources together, and those of each source."""
         for name, value in self._means.compute().items():
             self.log(f"{stage}/{name}", value)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Return the prompt, the generated answer and, where the data has one, the reference of each example.
 
-        An empty batch is no idle step: where processes share the weights, it takes part in the others' passes.
+        An empty batch takes part in the forward passes of the other processes if they share the weights.
         """
-        data = self._data
         answers = generate(
             self.language_model,
-            data.tokenizer,
+            self.data.tokenizer,
             [example["prompt"] for example in batch],
-            stop_token_id=data.stop_token_id,
+            stop_token_id=self.data.stop_token_id,
             config=self.spec.generation,
         )
         return [{**example, "answer": answer} for example, answer in zip(batch, answers, strict=True)]
@@ -361,32 +278,22 @@ class CausalLMModule(LightningModule):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains, and the random states."""
+        """Keep what trains, the random states, and the state of the objective."""
         checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
-        # Gradients are not in a checkpoint: a step that is under way will be taken again from its first micro-batch.
-        under_way = self._step_loss is not None and is_accumulating(self.trainer)
-        before = self._step_random_state if under_way else self._random_state  # of a run with no step left, the latter
-        checkpoint["random_states"] = gather_random_states(before or random_state())
+        within_step = self.step.loss is not None and is_accumulating(self.trainer)
+        checkpoint["random_states"] = self._random_states.gather(within_step=within_step)
+        checkpoint |= self.objective.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember the random states for the first step, and stand at the start of an optimizer step."""
-        states = checkpoint["random_states"]
-        self._random_state = states[self.trainer.global_rank % len(states)]
-        if self.trainer.state.fn == "fit" and self.layout is None:
-            self.layout = Layout(packing=checkpoint[type(self._data).__qualname__]["packing"])  # to be proven again
-        fit_loop = checkpoint["loops"]["fit_loop"]
-        for position in fit_loop["state_dict"].get("combined_loader", []):
-            if self.trainer.state.fn == "fit":
-                align_progress(fit_loop, self._data.rows.micro_batches_done(position))
-                if self._data.rows.is_within_epoch(position):
-                    reopen_epoch(fit_loop, position["epoch"])
+        """Keep the random states for the first step, and set the position to the start of an optimizer step."""
+        self._random_states.load(checkpoint["random_states"], self.trainer.global_rank)
+        if self.trainer.state.fn == "fit":
+            if self.layout is None:  # `auto`: checked again by `decide_layout`
+                self.layout = Layout(packing=checkpoint[type(self.data).__qualname__]["packing"])
+            rewind_to_step_start(checkpoint["loops"]["fit_loop"], self.data.rows)
+        self.objective.load_state_dict(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what trains; the base is loaded from where it came from."""
         check_trainable_state(self, state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
-
-
-def model_from_keys(**keys: Any) -> CausalLMModule:
-    """A causal language model that is fine-tuned in full or with an adapter."""  # heads its keys in the help
-    return CausalLMModule(TrainingSpec(**keys))

@@ -19,7 +19,8 @@ from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.errors import UserError
 from sft_lightning.models import isolation
-from sft_lightning.training.module import CausalLMModule, model_from_keys
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 Make = Callable[..., tuple[Trainer, CausalLMModule, SFTDataModule]]
 
@@ -39,9 +40,11 @@ def make(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Make:
             )
         )
         options: dict[str, Any] = {"model_name_or_path": str(model_dir), "dtype": "float32"}
-        module = model_from_keys(
-            optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-2),
-            **{**options, **{key: changes.pop(key) for key in list(changes) if not key.startswith("trainer_")}},
+        module = CausalLMModule(
+            TrainingSpec(
+                optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-2),
+                **{**options, **{key: changes.pop(key) for key in list(changes) if not key.startswith("trainer_")}},
+            )
         )
         trainer = Trainer(
             **{
@@ -162,7 +165,7 @@ def test_a_continued_run_keeps_what_was_decided(fit_args: list[str], tmp_path: P
 def test_a_run_whose_losses_are_not_finite_stops_and_names_the_records(make: Make) -> None:
     trainer, module, data = make(max_nonfinite_losses=3, packing="none", trainer_log_every_n_steps=4)
     break_weights(module)
-    with pytest.raises(UserError, match=r"in 3 optimizer steps in a row, the last of them step 3, which trained on .*"):
+    with pytest.raises(UserError, match=r"in 3 optimizer steps in a row; the last, step 3, trained on .*"):
         trainer.fit(module, data)
     assert trainer.global_step == 4  # looked at where the log is written
     (place,) = data.rows.describe(3)
@@ -174,7 +177,7 @@ def test_a_run_whose_losses_are_not_finite_stops_and_names_the_records(make: Mak
 def test_losses_after_the_last_logging_interval_are_looked_at_too(make: Make) -> None:
     trainer, module, data = make(packing="none", trainer_log_every_n_steps=100)
     break_weights(module)
-    with pytest.raises(UserError, match="the last of them step 5"):
+    with pytest.raises(UserError, match="the last, step 5, trained on"):
         trainer.fit(module, data)
 
 

@@ -16,9 +16,10 @@ from transformers import AttentionInterface
 
 from sft_lightning.__main__ import main
 from sft_lightning.models.attention.packed import PACKED, packed_attention
-from sft_lightning.training import module as module_file
+from sft_lightning.training import checkpoint
 from sft_lightning.training.module import CausalLMModule
-from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.preference.reference_log_probs import ReferenceLogProbs
+from sft_lightning.training.step import StepShare
 
 Selftest = Callable[..., int]
 
@@ -103,7 +104,7 @@ def test_a_loss_averaged_per_micro_batch_fails_the_gradient_checks(
 ) -> None:
     def mean_of_means(self: CausalLMModule, batch: Any, batch_idx: int) -> torch.Tensor:
         sums = self(batch)
-        self._step_loss = sums.loss.detach()
+        self.step.add(StepShare(sums.loss))
         return sums.loss / sums.weight  # type: ignore[no-any-return]
 
     monkeypatch.setattr(CausalLMModule, "training_step", mean_of_means)
@@ -134,7 +135,7 @@ def test_leaking_documents_fail_isolation_and_the_other_checks_still_run(
 def test_random_states_that_are_not_restored_fail_the_resume_check(
     selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_file, "set_random_state", lambda state: None)
+    monkeypatch.setattr(checkpoint, "set_random_state", lambda state: None)
     assert selftest("--model.adapter={r: 4, dropout: 0.5}") == 1
     assert lines(capsys)["resume"] == "✗"
 
@@ -174,13 +175,13 @@ def test_preference_training_passes_and_has_its_own_checks(
 def test_a_reference_that_differs_from_the_initial_model_fails_the_first_loss(
     pairs: list[str], selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = DPOModule._reference_log_probs
+    asked = ReferenceLogProbs.of
 
-    def other(self: DPOModule, *args: Any, **kwargs: Any) -> Any:
+    def other(self: ReferenceLogProbs, *args: Any, **kwargs: Any) -> Any:
         found = asked(self, *args, **kwargs)
         return None if found is None else found + torch.tensor([1.0, 0.0])
 
-    monkeypatch.setattr(DPOModule, "_reference_log_probs", other)
+    monkeypatch.setattr(ReferenceLogProbs, "of", other)
     monkeypatch.setattr("sft_lightning.selftest.run_checks.check_isolation", _stop)
     with pytest.raises(KeyboardInterrupt):
         selftest(*pairs, "--model.adapter.r=4")

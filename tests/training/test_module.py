@@ -16,7 +16,8 @@ from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.config import QuantizationConfig
-from sft_lightning.training.module import CausalLMModule, model_from_keys
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 Grads = dict[str, torch.Tensor]
 
@@ -57,7 +58,8 @@ def train(model_dir: Path, alpaca_file: Path, tmp_path: Path) -> Callable[..., t
             "dtype": "float32",
             "adapter": AdapterConfig(r=4, dropout=0.0),
         }
-        module = model_from_keys(optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0), **{**options, **model})
+        optimizer = {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.0)}
+        module = CausalLMModule(TrainingSpec(**{**optimizer, **options, **model}))
         keeper = KeepGradients()
         trainer = Trainer(
             max_epochs=1, accumulate_grad_batches=accumulate, callbacks=[keeper], logger=False,

@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 
 from sft_lightning.__main__ import main
-from sft_lightning.data.batches import streaming
+from sft_lightning.data.batches import stream_windows
 
 ReadRun = Callable[[Path], Any]
 
@@ -24,7 +24,7 @@ CHECKPOINTING = (
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four optimizer steps a window: a run of twelve has three."""
-    monkeypatch.setattr(streaming, "rows_per_window", lambda rows_per_step, max_length: 4 * rows_per_step)
+    monkeypatch.setattr(stream_windows, "rows_per_window", lambda rows_per_step, max_length: 4 * rows_per_step)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
         ),
     )
     return PlanInputs(
-        module=line.module,
+        spec=line.spec,
         data=data,
         sharding=sharding_of(strategy),
         precision=precision,

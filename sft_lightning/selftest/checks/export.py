@@ -50,7 +50,7 @@ def check_export(run: Run, folder: Path) -> Check:
     trained = evaluate(model, batch, precision)
     is_adapter = isinstance(model, PeftModel)
     run.module = run.trainer = data.trainer = module.model = None  # type: ignore[assignment]  # frees the model
-    module.__dict__.pop("_head", None)
+    module.__dict__.pop("head", None)
     del model
     gc.collect()
     loaded = load_adapter(module, data, folder) if is_adapter else load_full_model(module, folder)

@@ -13,8 +13,8 @@ from sft_lightning.models.inspection import evaluating
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.selftest.small_data import SmallData
+from sft_lightning.training.preference.forward import answer_log_probs
 from sft_lightning.training.preference.losses import PreferenceConfig
-from sft_lightning.training.preference.module import DPOModule
 
 _FLOAT32_TOLERANCE = 1e-5
 
@@ -59,15 +59,14 @@ def check_pairs(run: Run, small: SmallData) -> Check:
     examples = [(document[0], data.blend.examples.example(*document)) for document in row]
     pairs = [(number, example) for number, example in examples if isinstance(example, PairExample)]
     module = run.module.to(run.device)
-    if not isinstance(module, DPOModule):
-        raise TypeError(f"expected a DPOModule, found a {type(module).__name__}")
     with evaluating(module), torch.no_grad(), run.trainer.precision_plugin.forward_context():
         packed, separate = (
-            module.answers(
+            answer_log_probs(
+                module,
                 _on_device(
                     collate_pairs([pairs], together=together, pad_token_id=data.stop_token_id, denominator=1.0),
                     run.device,
-                )
+                ),
             ).log_probs
             for together in (True, False)
         )

@@ -21,7 +21,8 @@ from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.zero import checks as zero_checks
 from sft_lightning.strategies.zero.checks import check_nvme, check_one_type, check_sense
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
-from sft_lightning.training.module import model_from_keys
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 PLUS_PLUS = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
@@ -159,6 +160,7 @@ def test_float16_is_refused_with_exit_status_2_before_any_weight_is_read(
 def test_a_strategy_is_refused_when_it_is_connected_and_nothing_is_loaded(options: dict[str, Any], said: str) -> None:
     strategy = DeepSpeedZeRO(**options)
     strategy.parallel_devices = [torch.device("cpu")]
-    module = model_from_keys(model_name_or_path="no/such/model", adapter=AdapterConfig(target_modules="all-linear"))
+    adapter = AdapterConfig(target_modules="all-linear")
+    module = CausalLMModule(TrainingSpec(model_name_or_path="no/such/model", adapter=adapter))
     with pytest.raises(UserError, match=rf"trainer\.strategy: .*{said}"):
         strategy.connect(module)

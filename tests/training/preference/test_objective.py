@@ -19,9 +19,13 @@ from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.optim import LRScheduleConfig
+from sft_lightning.training.preference import reference_log_probs
+from sft_lightning.training.preference.forward import answer_log_probs
 from sft_lightning.training.preference.losses import PreferenceConfig
-from sft_lightning.training.preference.module import DPOModule
+from sft_lightning.training.preference.objective import PreferenceObjective
+from sft_lightning.training.preference.reference_log_probs import ReferenceLogProbs
 from sft_lightning.training.spec import PreferenceSpec
 
 PAIRS = [
@@ -49,7 +53,7 @@ class Watch(Callback):
         self.grads.append({name: p.grad.clone() for name, p in named if p.requires_grad and p.grad is not None})
 
 
-class Watched(DPOModule):
+class Watched(CausalLMModule):
     """Remembers what it logs of every optimizer step."""
 
     watch: Watch
@@ -63,8 +67,13 @@ class Watched(DPOModule):
 
 
 class Run:
-    def __init__(self, module: DPOModule, data: SFTDataModule, trainer: Trainer, watch: Watch) -> None:
+    def __init__(self, module: CausalLMModule, data: SFTDataModule, trainer: Trainer, watch: Watch) -> None:
         self.module, self.data, self.trainer, self.watch = module, data, trainer, watch
+
+    @property
+    def reference(self) -> ReferenceLogProbs:
+        assert isinstance(self.module.objective, PreferenceObjective)
+        return self.module.objective.reference
 
 
 Train = Callable[..., Run]
@@ -141,9 +150,9 @@ def test_the_reference_stays_what_it_was_while_the_model_learns(kind: str, train
     assert after.watch.logged[-1]["train/loss"] < 0.6 < before.watch.logged[-1]["train/loss"]
     assert after.watch.logged[-1]["train/rewards/accuracy"] > 0.5
     batch = next(iter(before.data.train_dataloader()))
-    found = [run.module._reference_log_probs(batch, "train") for run in (before, after)]  # type: ignore[arg-type]
+    found = [run.reference.of(run.module, batch, "train") for run in (before, after)]  # type: ignore[arg-type]
     assert torch.equal(*found)
-    now = after.module.answers(batch).log_probs  # type: ignore[arg-type]
+    now = answer_log_probs(after.module, batch).log_probs  # type: ignore[arg-type]
     assert float((now - found[0]).abs().max()) > 0.1
 
 
@@ -202,9 +211,9 @@ def test_a_prompt_computed_once_gives_the_loss_and_the_gradient_of_two(kind: str
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"preference": PreferenceConfig(share_prompts=False)}, "as model.preference.share_prompts says"),
+        ({"preference": PreferenceConfig(share_prompts=False)}, "model.preference.share_prompts is false"),
         ({"attn_implementation": "sdpa"}, "the model's attention is sdpa"),
-        ({"neftune_alpha": 5.0}, "model.neftune_alpha has noise for each conversation"),
+        ({"neftune_alpha": 5.0}, "model.neftune_alpha adds noise to each conversation"),
     ],
 )
 def test_a_prompt_is_computed_twice_where_once_would_be_something_else(
@@ -213,7 +222,7 @@ def test_a_prompt_is_computed_twice_where_once_would_be_something_else(
     with caplog.at_level("INFO"):
         run = train(**model, data={"packing": "none"}, trainer={"max_steps": 1})
     assert not run.data.layout.share_prompts
-    assert f"prompts: with each answer ({said}" in caplog.text
+    assert f"prompt sharing: off ({said}" in caplog.text
 
 
 def test_attention_that_lets_answers_see_each_other_is_found_out(
@@ -231,7 +240,7 @@ def test_attention_that_lets_answers_see_each_other_is_found_out(
 def test_log_probabilities_are_those_of_each_conversation_alone(train: Train) -> None:
     run = train(adapter=None, preference=PreferenceConfig(share_prompts=False))
     batch = next(iter(run.data.train_dataloader()))
-    found = run.module.answers(batch).log_probs.flatten()  # type: ignore[arg-type]
+    found = answer_log_probs(run.module, batch).log_probs.flatten()  # type: ignore[arg-type]
     expected, start = [], 0
     for length in batch["document_lengths"][0]:
         part = slice(start, start + length)
@@ -248,9 +257,9 @@ def test_a_model_that_makes_its_logits_itself_says_the_same(train: Train) -> Non
     run = train()
     batch = next(iter(run.data.train_dataloader()))
     run.module.eval()
-    with_head = run.module.answers(batch).log_probs  # type: ignore[arg-type]
-    run.module.__dict__["_head"] = None
-    assert torch.allclose(run.module.answers(batch).log_probs, with_head, atol=1e-4)  # type: ignore[arg-type]
+    with_head = answer_log_probs(run.module, batch).log_probs  # type: ignore[arg-type]
+    run.module.__dict__["head"] = None
+    assert torch.allclose(answer_log_probs(run.module, batch).log_probs, with_head, atol=1e-4)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loss", ["ipo", "hinge", "orpo", "simpo"])
@@ -284,9 +293,9 @@ def test_reference_log_probabilities_are_found_again_on_the_disk(train: Train, m
     def refuse(*_: Any) -> None:
         raise AssertionError("computed a second time")
 
-    monkeypatch.setattr(DPOModule, "_compute_table", refuse)
+    monkeypatch.setattr(reference_log_probs, "compute_table", refuse)
     second = train(adapter=None, trainer={"max_steps": 1})
-    assert torch.equal(*(run.module._of_parts["train"][0] for run in (first, second)))
+    assert torch.equal(*(run.reference.split_tables["train"][0] for run in (first, second)))
     with pytest.raises(AssertionError, match="second time"):
         train(adapter=None, data={"loss_on": "last_turn"}, trainer={"max_steps": 1, "precision": "bf16-mixed"})
 
@@ -315,7 +324,7 @@ def test_a_checkpoint_is_validated_against_the_model_before_training(kind: str, 
     for file in reference_folder(run.data).glob("*.npy"):
         file.unlink()
     model = {"adapter": AdapterConfig(r=4, dropout=0.1), **KINDS[kind]}
-    module = DPOModule(replace(fresh.module.spec, **model))
+    module = CausalLMModule(replace(fresh.module.spec, **model))
     settings: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accumulate_grad_batches": 2}
     [found] = Trainer(accelerator="cpu", **settings).validate(
         module, fresh.data, ckpt_path=tmp_path / "end.ckpt", verbose=False

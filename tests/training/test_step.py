@@ -3,39 +3,61 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sft_lightning.training.loss_scale import LossScale
-from sft_lightning.training.nonfinite import NonfiniteLosses, nonfinite_error
+from sft_lightning.errors import UserError
+from sft_lightning.training.step import LossScale, NonfiniteLosses, StepShare, StepSums, nonfinite_error
 
 NAN, INF = float("nan"), float("inf")
 
 
-def found(limit: int | None, losses: list[float]) -> int:
+def test_the_shares_of_a_step_add_up_without_a_graph_until_it_is_cleared() -> None:
+    step = StepSums()
+    for loss in (1.0, 2.0):
+        step.add(StepShare(torch.tensor(loss, requires_grad=True), torch.tensor([loss, 0.5])))
+    assert step.loss is not None
+    assert step.means is not None
+    assert (float(step.loss), step.loss.requires_grad, step.means.tolist()) == (3.0, False, [3.0, 1.0])
+    step.clear()
+    assert step.loss is None
+    assert step.means is None
+
+
+def check(limit: int | None, losses: list[float]) -> None:
     counter = NonfiniteLosses(limit)
     for step, loss in enumerate(losses, start=1):
         counter.note(torch.tensor(loss), step)
-    return int(counter.found)
+    counter.check(lambda step: step, lambda step: [f"row {step}"])
 
 
 @pytest.mark.parametrize(
     ("limit", "losses", "step"),
     [
-        (2, [1.0, NAN, 1.0, NAN, 1.0], 0),
         (2, [1.0, NAN, INF, 1.0], 3),
         (2, [NAN, -INF, NAN, NAN], 2),
         (1, [1.0, 1.0, INF], 3),
-        (None, [NAN] * 100, 0),
-        (3, [], 0),
     ],
 )
-def test_the_step_is_found_at_which_too_many_losses_in_a_row_are_not_finite(
-    limit: int | None, losses: list[float], step: int
+def test_too_many_nonfinite_losses_in_a_row_stop_the_run_with_the_step(
+    limit: int, losses: list[float], step: int
 ) -> None:
-    assert found(limit, losses) == step
+    with pytest.raises(UserError, match=rf"in {limit} optimizer steps in a row; the last, step {step}, .*row {step}"):
+        check(limit, losses)
+
+
+@pytest.mark.parametrize(
+    ("limit", "losses"), [(2, [1.0, NAN, 1.0, NAN, 1.0]), (None, [NAN] * 100), (3, []), (3, [NAN, NAN])]
+)
+def test_fewer_nonfinite_losses_and_no_limit_let_the_run_go_on(limit: int | None, losses: list[float]) -> None:
+    check(limit, losses)
+
+
+def test_a_limit_that_another_rank_reached_stops_this_one_too() -> None:
+    with pytest.raises(UserError, match="step 7"):
+        NonfiniteLosses(5).check(lambda step: torch.tensor(7), lambda step: [])
 
 
 def test_the_error_names_the_step_and_the_records() -> None:
     error = nonfinite_error(5, 12, ["a.json, record 3 (toy)", "and 2 more records"])
-    assert "step 12, which trained on a.json, record 3 (toy); and 2 more records" in str(error)
+    assert "step 12, trained on a.json, record 3 (toy); and 2 more records" in str(error)
     assert "before step 8" in str(error)
 
 

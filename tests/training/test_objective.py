@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sft_lightning.training.losses import LossSums
-from sft_lightning.training.metrics import TokenMeans
+from sft_lightning.training.objective import TokenMeans
 
 
 def sums(loss: float, weight: float, correct: float) -> LossSums:

@@ -1,0 +1,101 @@
+"""What is decided and checked on the loaded model before the first step: packing, gradient checkpointing, compiling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from sft_lightning.data.batches.row_order import row_order_error
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
+from sft_lightning.errors import UserError
+from sft_lightning.models.base.rope import check_packing
+from sft_lightning.models.checkpointing import decide_checkpointing, enable_gradient_checkpointing, free_memory_gib
+from sft_lightning.models.compiling import compile_layers
+from sft_lightning.models.inspection import computing_device
+from sft_lightning.models.isolation import choose_packing, verify_isolation
+
+if TYPE_CHECKING:
+    from sft_lightning.training.module import CausalLMModule
+
+
+def datamodule_of(trainer: Any) -> SFTDataModule:
+    """Return the data module of a trainer, which has the tokenizer and the plan.
+
+    Raises:
+        UserError: If it has none, or another kind.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, SFTDataModule):
+        raise UserError(f"the trainer needs an SFTDataModule for tokenizer and plan (got {type(datamodule).__name__})")
+    return datamodule
+
+
+def layout_before_loading(packing: PackingSetting, stage: str, layout: Layout | None) -> Layout | None:
+    """Return how documents share rows as far as it is known before the model is loaded; `None` if it is not.
+
+    Args:
+        packing: `data.packing`. `auto` means `none` if there was no training.
+        stage: Lightning's: `fit`, `validate`, `test` or `predict`.
+        layout: The layout of an earlier stage of the same module.
+    """
+    if packing != "auto":
+        return Layout(packing=packing)
+    return None if stage == "fit" else layout or Layout(packing="none")
+
+
+def decide_layout(module: CausalLMModule) -> Layout:
+    """Return how documents share rows; called before the number of optimizer steps is needed.
+
+    Raises:
+        UserError: If `data.packing` is `auto`, and the run that is continued had packed its rows differently.
+    """
+    data, known = module.data, module.layout
+    if known is not None and (data.spec.packing != "auto" or known.packing == "none"):
+        return known
+    packing, reason = choose_packing(
+        module.language_model,
+        len(data.tokenizer),
+        computing_device(module.language_model),  # DeepSpeed moves the model only later
+        max_length=data.spec.max_length,
+        rope_scaling=module.spec.rope_scaling,
+    )
+    rank_zero_info(f"packing: {packing} (auto: {reason})")
+    if known is not None and known.packing != packing:
+        raise row_order_error([f"packing: {known.packing} → {packing}"])
+    return Layout(packing=packing)
+
+
+def check_isolation(module: CausalLMModule) -> None:
+    """Check on the loaded model that packed documents do not see each other.
+
+    Raises:
+        UserError: If they do, or the model's rotary scaling cannot be packed.
+    """
+    data, rope_scaling = module.data, module.spec.rope_scaling
+    if rope_scaling is not None:
+        check_packing(module.base_model.config, rope_scaling, data.spec.max_length)
+    difference = verify_isolation(
+        module.language_model, len(data.tokenizer), module.device, max_length=data.spec.max_length
+    )
+    rank_zero_info(f"packing isolation: verified on this model; packed = separate logits to {difference:.1e}")
+
+
+def set_up_layers(module: CausalLMModule) -> None:
+    """Decide on gradient checkpointing, and compile the decoder layers if asked to."""
+    spec, data = module.spec, module.data.spec
+    decision = decide_checkpointing(
+        spec.gradient_checkpointing,
+        module.base_model.config,
+        tokens=data.batch_size * data.max_length,
+        bytes_per_value=getattr(torch, spec.dtype).itemsize,
+        free_gib=free_memory_gib(module.device),
+    )
+    rank_zero_info(f"gradient checkpointing: {'on' if decision.enabled else 'off'} ({decision.reason})")
+    if decision.enabled:
+        enable_gradient_checkpointing(module.base_model, decision.every)
+    if spec.torch_compile:
+        num_layers = compile_layers(module.base_model)
+        rank_zero_info(f"torch_compile: {num_layers} decoder layers, compiled during the first steps")
