@@ -48,6 +48,16 @@ def one_of(key: str, value: object, choices: Iterable[str]) -> UserError:
     return UserError(f"{key}: {value!r} is unknown.{did_you_mean(str(value), known)} Known: {', '.join(known)}.")
 
 
+def shortened(text: str, limit: int = 60) -> str:
+    """Return a text for a message, cut after some characters.
+
+    Args:
+        text: Any text.
+        limit: The most characters to return.
+    """
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 @contextmanager
 def clear_load_errors(
     key: str, what: str, name_or_path: str, files: Sequence[str] = (), also: tuple[type[Exception], ...] = ()

@@ -67,7 +67,6 @@ UNFINISHED: tuple[str, ...] = (
     "cli",
     "data/batches",
     "data/datamodule.py",
-    "data/formats",
     "data/pairs",
     "data/plan",
     "data/spec.py",

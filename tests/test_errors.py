@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_lightning.errors import UserError, clear_load_errors, did_you_mean, one_of
+from sft_lightning.errors import UserError, clear_load_errors, did_you_mean, one_of, shortened
 
 loading = functools.partial(clear_load_errors, "--adapter", "adapter")
 
@@ -21,6 +21,11 @@ def test_a_word_that_is_like_no_valid_one_gets_no_suggestion() -> None:
 def test_an_unknown_value_is_answered_with_its_key_the_nearest_and_all_valid_values() -> None:
     error = one_of("data.packing", "best-fit", ["none", "best_fit"])
     assert str(error) == "data.packing: 'best-fit' is unknown. Did you mean 'best_fit'? Known: best_fit, none."
+
+
+def test_a_long_text_is_cut_to_the_limit_with_an_ellipsis() -> None:
+    assert shortened("abcdef", 6) == "abcdef"
+    assert shortened("abcdefg", 6) == "abcde…"
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c"])

@@ -68,7 +68,7 @@ def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
         ("a.txt", "\n\n", "holds no prompts"),
         ("a.json", '["text"]', "must be a JSON object"),
         ("a.jsonl", '{"prompt": 3}', r"line 1.*prompt"),
-        ("a.jsonl", '{"question": "x"}', "cannot tell the format"),
+        ("a.jsonl", '{"question": "x"}', "cannot detect the format"),
     ],
 )
 def test_files_without_prompts_are_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:

@@ -1,1 +1,1 @@
-"""Record → list[Message]: one function a format, and the order that turns may come in."""
+"""Record → list[Message]: one function per format, and the order in which messages may come."""

@@ -1,9 +1,9 @@
-"""The sixteen datasets of DeepSpeed-Chat, with its exact strings: no template, the prompt and then the answer.
+"""The sixteen data sets of DeepSpeed-Chat with its exact strings: the prompt and then the answer, without a template.
 
 Prompt and answer, joined, are what `get_prompt_and_chosen` returns in `dschat/utils/data/raw_datasets.py` of
-DeepSpeedExamples; the border is the end of `get_prompt`. The prompt is not supervised and the answer is, where
-DeepSpeed-Chat has a loss on both. A record for which it returns `None` (and leaves out in silence) is `Malformed`
-with the reason `no_answer`; so is an answer of nothing but white space.
+DeepSpeedExamples; the prompt ends where `get_prompt` ends. Only the answer is supervised, while DeepSpeed-Chat has a
+loss on both. A record for which it returns `None` (and which it silently drops) is `Malformed` with the reason
+`no_answer`; so is an answer that is only white space.
 """
 
 from __future__ import annotations
@@ -17,43 +17,46 @@ from sft_lightning.data.formats.fields import malformed
 from sft_lightning.types import Message, Record
 
 PREFIX = "deepspeed_chat/"
-"""What the names of these formats begin with."""
+"""Beginning of the names of these formats."""
 
 Reader = Callable[[Record], str | None]
-"""Record → text; `None` where the dataset has none for it."""
+"""Record → text; `None` if the data set has none for this record."""
 
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """One dataset: what stands before the answer, and the answer."""
+    """One data set: how its prompt and its answer are read."""
 
     hub_name: str
-    """Found as a part of the source's path, as `get_raw_dataset` does it in DeepSpeed-Chat's `data_utils.py`."""
+    """The data set is used if this is a part of the source's path, as in `get_raw_dataset` of DeepSpeed-Chat's
+    `data_utils.py`."""
 
     prompt: Reader
-    """`get_prompt`."""
+    """Reads what `get_prompt` returns."""
 
     answer: Reader
-    """What `get_prompt_and_chosen` writes after the prompt."""
+    """Reads what `get_prompt_and_chosen` writes after the prompt."""
 
     label: str = ""
-    """What ends the prompt and already stands at the beginning of the answers."""
+    """The end of the prompt, if the answers already begin with it."""
 
     @property
     def format_name(self) -> str:
-        """What `format` is set to: `deepspeed_chat/rm-static`."""
+        """The name of the format: `deepspeed_chat/rm-static`."""
         return PREFIX + self.hub_name.rpartition("/")[2]
 
     def messages(self, record: Record) -> list[Message]:
         """Return the prompt, unsupervised, and the answer.
 
         Raises:
-            Malformed: If a key is missing or holds no text, or there is no answer.
+            Malformed: If a key is missing or is not text, or there is no answer.
         """
         [prompt] = self.question(record)
         answer = self.answer(record)
         if answer is None or not answer.strip():
-            raise malformed(record, f"{self.hub_name} has no answer here, so there is nothing to learn", "no_answer")
+            raise malformed(
+                record, f"{self.hub_name} has no answer in this record, so there is nothing to learn", "no_answer"
+            )
         question = prompt.content
         if self.label and answer.startswith(self.label):
             answer = answer[len(self.label) :]
@@ -62,24 +65,26 @@ class PromptDataset:
         return [Message("text", question), Message("text", answer)]
 
     def question(self, record: Record) -> list[Message]:
-        """Return the prompt alone, to predict on.
+        """Return the prompt without the answer, to predict on.
 
         Raises:
-            Malformed: If a key is missing or holds no text, or there is no prompt.
+            Malformed: If a key is missing or is not text, or there is no prompt.
         """
         prompt = self.prompt(record)
         if prompt is None:
-            raise malformed(record, f"{self.hub_name} has no prompt here, so there is nothing to learn", "no_answer")
+            raise malformed(
+                record, f"{self.hub_name} has no prompt in this record, so there is nothing to learn", "no_answer"
+            )
         return [Message("text", prompt, train=False)]
 
 
 def dataset_format(path: str) -> str | None:
-    """Return the format of the dataset whose Hub name is a part of `path`, if there is one."""
+    """Return the format of the data set whose Hub name is a part of `path`; `None` if there is none."""
     return next((dataset.format_name for dataset in DATASETS.values() if dataset.hub_name in path), None)
 
 
 def _text(*path: str | int) -> Reader:
-    """Return the reader of the string at a path of keys and indices; null and an empty list are none."""
+    """Return the reader of the string at a path of keys and indices; it gives `None` for null and an empty list."""
 
     def read(record: Record) -> str | None:
         value: Any = record.fields
@@ -91,7 +96,7 @@ def _text(*path: str | int) -> Reader:
                 raise malformed(record, f"`{_dotted(path[: depth + 1])}` is missing")
             value = value[step]
         if value is not None and not isinstance(value, str):
-            raise malformed(record, f"`{_dotted(path)}` must be a string, not {type(value).__name__}")
+            raise malformed(record, f"`{_dotted(path)}` must be a string (got {type(value).__name__})")
         return value
 
     return read
@@ -118,7 +123,7 @@ def _answered(*path: str | int) -> Reader:
 
 
 def _better_of_webgpt(record: Record) -> str | None:
-    """The answer with the higher score, the first of equals, without its citations in brackets."""
+    """Return the answer with the higher score (the first if equal) without its citations in brackets."""
     first, second = _number(record, "score_0", float), _number(record, "score_1", float)
     answer = _text("answer_0" if first >= second else "answer_1")(record)
     if answer is None:
@@ -128,16 +133,16 @@ def _better_of_webgpt(record: Record) -> str | None:
 
 
 def _better_of_shp(record: Record) -> str | None:
-    """The answer that the label prefers: A for 1, else B."""
+    """Return the answer that the label prefers: A for 1, else B."""
     return _answered("human_ref_A" if _number(record, "labels", int) == 1 else "human_ref_B")(record)
 
 
 def _number(record: Record, key: str, kind: type[int] | type[float]) -> float:
     value = record.fields.get(key)
     try:
-        return kind(value)  # type: ignore[arg-type]  # what it cannot be made of is what the except is for
+        return kind(value)  # type: ignore[arg-type]  # a value that does not convert raises one of the errors below
     except (TypeError, ValueError, OverflowError) as error:
-        raise malformed(record, f"`{key}` must be a number, not {value!r}") from error
+        raise malformed(record, f"`{key}` must be a number (got {value!r})") from error
 
 
 def _vicuna_prompt(record: Record) -> str | None:
@@ -173,4 +178,4 @@ DATASETS: Mapping[str, PromptDataset] = {
         PromptDataset("local/jsonfile", _around(" ", _text("prompt")), _answered("chosen")),
     )
 }
-"""By format name, in the order in which DeepSpeed-Chat looks for them."""
+"""The data sets by format name, in the order in which DeepSpeed-Chat looks for them."""

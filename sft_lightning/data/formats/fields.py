@@ -1,4 +1,4 @@
-"""What a record's fields hold, checked: the error when they do not hold what the format says."""
+"""Reads and checks a record's fields; the error for a field that does not fit the format."""
 
 from __future__ import annotations
 
@@ -21,31 +21,36 @@ Reason = Literal[
     "same_answers",
     "rewritten_pair",
 ]
-"""Why a record cannot be learned from; the codes of the data report."""
+"""Why nothing can be learned from a record: the codes of the data report."""
 
 _REMEDIES = "fix the record or set data.malformed: drop"
 
 
 class Malformed(UserError):  # noqa: N818  # the word of `data.malformed`
-    """A record that does not fit its format; `data.malformed: drop` leaves it out and counts it under its reason."""
+    """A record that does not fit its format; `data.malformed: drop` drops it and counts it under its reason.
+
+    Args:
+        message: What is wrong, with the record's location.
+        reason: The code under which the record is counted.
+    """
 
     reason: Reason
     """The code under which the record is counted."""
 
-    # The default is what unpickling needs: an exception comes back from another process as `cls(*args)`.
+    # Unpickling needs the default: an exception comes back from another process as `cls(*args)`.
     def __init__(self, message: str, reason: Reason = "broken_record") -> None:
         super().__init__(message)
         self.reason = reason
 
 
 def malformed(record: Record, problem: str, reason: Reason = "broken_record", *, remedy: str = "") -> Malformed:
-    """Return the error for a record: where it stands, what is wrong with it, and what to do.
+    """Return the error for a record: its location, what is wrong with it, and what to do.
 
     Args:
         record: The record.
         problem: What is wrong with it.
         reason: The code under which it is counted if it is dropped.
-        remedy: What else the user can do than to fix the record or drop it.
+        remedy: What the user can do besides fixing or dropping the record.
     """
     separator = " " if problem.endswith(".") else "; "
     remedies = f"{remedy}, {_REMEDIES}" if remedy else _REMEDIES
@@ -53,44 +58,49 @@ def malformed(record: Record, problem: str, reason: Reason = "broken_record", *,
 
 
 def read_text(record: Record, fields: Mapping[str, Any], key: str, where: str = "") -> str:
-    """Return the string under `key`.
+    """Return the string under a key.
 
     Args:
-        record: The row, for messages.
-        fields: The row's fields, or an object within them.
+        record: The record, for messages.
+        fields: The record's fields, or an object within them.
         key: The key to read.
-        where: The path of `fields` within the row, for messages: `messages[3]`.
+        where: The path of `fields` within the record, for messages: `messages[3]`.
 
     Raises:
-        Malformed: If there is no such key, or its value is not a string.
+        Malformed: If the key is missing, or its value is not a string.
     """
     value = fields.get(key)
     if isinstance(value, str):
         return value
     name = f"{where}.{key}" if where else key
     if key not in fields:
-        raise malformed(record, f"`{name}` is missing; the keys there are: {', '.join(sorted(fields))}")
-    raise malformed(record, f"`{name}` must be a string, not {type(value).__name__}")
+        raise malformed(record, f"`{name}` is missing; the keys are: {', '.join(sorted(fields))}")
+    raise malformed(record, f"`{name}` must be a string (got {type(value).__name__})")
 
 
 def read_weight(record: Record, fields: Mapping[str, Any], where: str = "") -> float:
-    """Return the loss weight under `weight`: 1 where there is none; a number in a string is one, as CSV has no other.
+    """Return the loss weight under `weight`, 1 if there is none; CSV files hold it as a string.
+
+    Args:
+        record: The record, for messages.
+        fields: The record's fields, or an object within them.
+        where: The path of `fields` within the record, for messages.
 
     Raises:
         Malformed: If it is not a finite number of at least 0.
     """
     weight = fields.get("weight")
-    if weight is None or weight == "":  # what tables hold where another record has a weight
+    if weight is None or weight == "":  # a column of a table that only other records use
         return 1.0
     if isinstance(weight, str):
-        weight = _number(weight)
+        weight = _as_number(weight)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         name = f"{where}.weight" if where else "weight"
-        raise malformed(record, f"{name} must be a number of at least 0, not {weight!r}")
+        raise malformed(record, f"{name} must be a number of at least 0 (got {weight!r})")
     return float(weight)
 
 
-def _number(text: str) -> float | str:
+def _as_number(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
@@ -98,19 +108,29 @@ def _number(text: str) -> float | str:
 
 
 def read_train(record: Record, fields: Mapping[str, Any], where: str) -> bool | None:
-    """Return whether the turn says itself that it is supervised, or not; `None` where it says nothing.
+    """Return the message's own `train`; `None` if it has none.
+
+    Args:
+        record: The record, for messages.
+        fields: The message as stored.
+        where: The path of `fields` within the record, for messages.
 
     Raises:
-        Malformed: If it says something else.
+        Malformed: If it is neither true nor false.
     """
     train = fields.get("train")
     if train is not None and not isinstance(train, bool):
-        raise malformed(record, f"{where}.train must be true or false, not {train!r}")
+        raise malformed(record, f"{where}.train must be true or false (got {train!r})")
     return train
 
 
-def found(fields: Mapping[str, Any], key: str) -> str:
-    """Return what stands under `key` instead of what was looked for, as the end of a message."""
+def actual_value(fields: Mapping[str, Any], key: str) -> str:
+    """Return the end of a message that tells what stands under a key: its type, or the keys that exist.
+
+    Args:
+        fields: The record's fields.
+        key: The key whose value does not fit.
+    """
     if key in fields:
-        return f", not {type(fields[key]).__name__}"
+        return f" (got {type(fields[key]).__name__})"
     return f"; the record's keys are: {', '.join(sorted(fields))}"

@@ -1,4 +1,4 @@
-"""Records with a better and a worse answer: the pair, and its better half for supervised fine-tuning.
+"""Records with a better and a worse answer → the pair, or the better answer for supervised fine-tuning.
 
 Layouts, by their keys:
 
@@ -8,9 +8,9 @@ Layouts, by their keys:
 - Alpaca's `instruction`, `input`, `history` with `chosen` and `rejected`, or with an `output` that lists answers from
   best to worst (LLaMA-Factory's older ranking files): the first two are the pair;
 - `question`, `response_j`, `response_k` (stack-exchange-paired), or `question` with `chosen` and `rejected`;
-- turns under `context`, `conversations` or `messages`, then `chosen` and `rejected`.
+- messages under `context`, `conversations` or `messages`, with `chosen` and `rejected`.
 
-An answer is a text, a message, or a list of messages. `system` may stand beside any of them; empty, it is none.
+An answer is a text, a message, or a list of messages. Every layout may have a `system`; an empty one counts as missing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from sft_lightning.data.formats.conversation_fields import (
     read_instruction,
-    read_turn,
-    read_turns,
+    read_message,
+    read_messages,
     with_system,
     with_tools,
 )
@@ -36,14 +36,14 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 def preference(record: Record) -> list[Message]:
-    """Return the prompt and the better answer; the worse one need not be there."""
+    """Return the prompt and the better answer; the record may lack the worse one."""
     return _conversation(record, "chosen")
 
 
 def preference_pair(record: Record) -> tuple[list[Message], list[Message]]:
-    """Return the conversation with the better answer, and the one with the worse.
+    """Return the conversation with the better answer and the one with the worse answer.
 
-    Neither is checked for the order of its turns; `turn_order.settle` does that.
+    The order of the messages is not checked here; `message_order.repair_order` does that.
 
     Raises:
         Malformed: If the record has no such pair.
@@ -53,23 +53,23 @@ def preference_pair(record: Record) -> tuple[list[Message], list[Message]]:
 
 def _conversation(record: Record, which: Literal["chosen", "rejected"]) -> list[Message]:
     key, answer = _answer(record, which)
-    turns = _joined(record, key, answer)
+    messages = _joined(record, key, answer)
     if record.fields.get("system") and record.fields.get("instruction") is None:
-        turns = with_system(record, turns, read_text(record, record.fields, "system"))
-    return with_tools(turns, read_tools(record))
+        messages = with_system(record, messages, read_text(record, record.fields, "system"))
+    return with_tools(messages, read_tools(record))
 
 
 def _joined(record: Record, key: str, answer: Any) -> list[Message]:
     if isinstance(answer, str):
         return _joined_text(record, key, answer)
-    answers = [read_turn(record, key, answer)] if isinstance(answer, dict) else read_turns(record, key, answer)
-    turns = _prompt(record)
+    answers = [read_message(record, key, answer)] if isinstance(answer, dict) else read_messages(record, key, answer)
+    prompt = _prompt(record)
     if answers[0].role in ("assistant", "tool"):
-        if not turns:
-            raise malformed(record, f"no prompt: `{key}` begins with an answer, and nothing says to what")
-        return [*turns, *answers]
-    if not _leads_to(turns, answers):
-        raise malformed(record, f"`{key}` is a whole conversation, but does not begin with the record's own prompt")
+        if not prompt:
+            raise malformed(record, f"no prompt: `{key}` begins with an answer, and the record has no question")
+        return [*prompt, *answers]
+    if not _leads_to(prompt, answers):
+        raise malformed(record, f"`{key}` is a whole conversation, but does not begin with the record's prompt")
     return answers
 
 
@@ -81,18 +81,20 @@ def _joined_text(record: Record, key: str, answer: str) -> list[Message]:
         return _transcript(answer)
     if isinstance(prompt, str) and _SPEAKER.match(prompt) and prompt.rstrip().endswith("\n\nAssistant:"):
         return _transcript(f"{prompt.rstrip()} {answer.removeprefix(' ')}")
-    turns = _prompt(record)
-    if not turns:
-        raise malformed(record, f"no prompt: nothing stands before `{key}`, and it does not begin with '\\n\\nHuman:'")
-    return [*turns, Message("assistant", answer)]
+    messages = _prompt(record)
+    if not messages:
+        raise malformed(
+            record, f"no prompt: the record has no question, and `{key}` does not begin with '\\n\\nHuman:'"
+        )
+    return [*messages, Message("assistant", answer)]
 
 
 def _leads_to(prompt: list[Message], conversation: list[Message]) -> bool:
-    """Whether a whole conversation begins with the prompt; it may have a system text where the prompt has none."""
+    """Whether a whole conversation begins with the prompt; only the conversation may have a system text."""
     if conversation[0].role == "system" and prompt and prompt[0].role != "system":
         conversation = conversation[1:]
     beginning = conversation[: len(prompt)]
-    return [(turn.role, turn.content) for turn in beginning] == [(turn.role, turn.content) for turn in prompt]
+    return [(each.role, each.content) for each in beginning] == [(each.role, each.content) for each in prompt]
 
 
 def _answer(record: Record, which: Literal["chosen", "rejected"]) -> tuple[str, Any]:
@@ -107,14 +109,14 @@ def _answer(record: Record, which: Literal["chosen", "rejected"]) -> tuple[str, 
 
 
 def _prompt(record: Record) -> list[Message]:
-    """Return what both answers answer; nothing where they are whole conversations."""
+    """Return the messages before both answers; none if the answers are whole conversations."""
     fields = record.fields
     prompt = fields.get("prompt")
     if prompt is not None:
-        return read_turns(record, "prompt", prompt) if isinstance(prompt, list) else _question(record, "prompt")
+        return read_messages(record, "prompt", prompt) if isinstance(prompt, list) else _question(record, "prompt")
     for key in _CONVERSATION_KEYS:
         if isinstance(fields.get(key), list):
-            return read_turns(record, key, fields[key])
+            return read_messages(record, key, fields[key])
     if fields.get("instruction") is not None:
         return read_instruction(record)
     return _question(record, "question") if fields.get("question") is not None else []
@@ -125,7 +127,7 @@ def _question(record: Record, key: str) -> list[Message]:
 
 
 def _transcript(text: str) -> list[Message]:
-    """Return the turns of `\\n\\nHuman: …\\n\\nAssistant: …`, without the space that follows each speaker."""
+    """Return the messages of `\\n\\nHuman: …\\n\\nAssistant: …`, without the space after each speaker."""
     _, *pieces = _SPEAKER.split(text)
     return [
         Message("user" if speaker == "Human" else "assistant", content.removeprefix(" "))

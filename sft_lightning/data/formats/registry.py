@@ -1,9 +1,8 @@
-"""Record → list[Message], one function a format; the longer ones have modules of their own.
+"""Record → list[Message]: one function per format; the longer ones have modules of their own.
 
-Every function checks what it reads and raises `Malformed` with the record's location and a reason. What is repaired
-instead, and what the order of turns must be, says the table of `turn_order`; nothing is left out uncounted.
-
-A record's own `weight` (a number of at least 0) multiplies the weights of its messages, in every format.
+Every function checks what it reads and raises `Malformed` with the record's location and a reason. The table in
+`message_order` lists what is repaired instead. In every format, a record's `weight` (a number of at least 0) multiplies
+the weights of its messages.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any
 
 from sft_lightning.data.formats.conversation_fields import read_conversation, read_instruction
 from sft_lightning.data.formats.deepspeed_chat import DATASETS, dataset_format
-from sft_lightning.data.formats.fields import Malformed, found, malformed, read_text, read_train, read_weight
+from sft_lightning.data.formats.fields import Malformed, actual_value, malformed, read_text, read_train, read_weight
+from sft_lightning.data.formats.message_order import repair_order
 from sft_lightning.data.formats.preference import preference, preference_pair
-from sft_lightning.data.formats.turn_order import settle
 from sft_lightning.data.formats.user_format import is_dotted_path, read_with, user_function
 from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import Message, Record
@@ -28,11 +27,11 @@ __all__ = ["FORMATS", "Malformed", "find_format", "preference_pair", "to_message
 def alpaca(record: Record) -> list[Message]:
     """Stanford Alpaca: `instruction`, optional `input`, `output`; optional `system` and `history` of pairs.
 
-    `response` is another word for `output`, and `context` for an absent `input` (Dolly).
+    Dolly's keys are accepted, too: `response` for `output`, and `context` where there is no `input`.
     """
     output, response = record.fields.get("output"), record.fields.get("response")
     if output is not None and response is not None and output != response:
-        raise malformed(record, "`output` and `response` are two words for the answer, but hold two different ones")
+        raise malformed(record, "`output` and `response` both hold the answer, but they differ")
     key = "response" if output is None and response is not None else "output"
     return [*read_instruction(record), Message("assistant", read_text(record, record.fields, key))]
 
@@ -55,12 +54,12 @@ def sharegpt(record: Record) -> list[Message]:
 
 
 def text(record: Record) -> list[Message]:
-    """A plain document: `text`; no template, every token supervised."""
+    """A plain document: `text`, without a template; every token is supervised."""
     return [Message("text", read_text(record, record.fields, "text"))]
 
 
 def prompt_completion(record: Record) -> list[Message]:
-    """A `prompt` and its `completion`, one after the other as they stand: no template, the completion supervised."""
+    """A `prompt` and its `completion`, joined without a template; the completion is supervised."""
     prompt = Message("text", read_text(record, record.fields, "prompt"))
     completion = read_text(record, record.fields, "completion")
     if not completion.strip():
@@ -69,34 +68,35 @@ def prompt_completion(record: Record) -> list[Message]:
 
 
 def segments(record: Record) -> list[Message]:
-    """Pieces of one text: `segments` of `text`, `train` (bool) and optional `weight`; no template."""
+    """Pieces of one text, without a template: `segments` of `text`, `train` (bool) and optional `weight`."""
     pieces = record.fields.get("segments")
     if not isinstance(pieces, list) or not pieces:
-        raise malformed(record, f"`segments` must be a list of pieces{found(record.fields, 'segments')}")
+        raise malformed(record, f"`segments` must be a list of pieces{actual_value(record.fields, 'segments')}")
     return [_segment(record, f"segments[{i}]", piece) for i, piece in enumerate(pieces)]
 
 
 def _segment(record: Record, where: str, piece: Any) -> Message:
     if not isinstance(piece, dict):
-        raise malformed(record, f"{where} must be an object with `text` and `train`, not {type(piece).__name__}")
+        raise malformed(record, f"{where} must be an object with `text` and `train` (got {type(piece).__name__})")
     train, weight = read_train(record, piece, where), read_weight(record, piece, where)
     return Message("text", read_text(record, piece, "text", where), train=train is not False, weight=weight)
 
 
 def firefly(record: Record) -> list[Message]:
-    """Firefly: `conversation` of `human` and `assistant` pairs, optional `system`; other keys are not looked at."""
+    """Firefly: `conversation` of `human` and `assistant` pairs, optional `system`; other keys are ignored."""
     pairs = record.fields.get("conversation")
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
         raise malformed(record, "`conversation` must be a list of human and assistant pairs")
     has_system = record.fields.get("system") is not None
-    turns = [Message("system", read_text(record, record.fields, "system"))] if has_system else []
+    messages = [Message("system", read_text(record, record.fields, "system"))] if has_system else []
     for i, pair in enumerate(pairs):
-        turns.append(Message("user", read_text(record, pair, "human", f"conversation[{i}]")))
-        turns.append(Message("assistant", read_text(record, pair, "assistant", f"conversation[{i}]")))
-    return turns
+        messages.append(Message("user", read_text(record, pair, "human", f"conversation[{i}]")))
+        messages.append(Message("assistant", read_text(record, pair, "assistant", f"conversation[{i}]")))
+    return messages
 
 
 Format = Callable[[Record], list[Message]]
+"""Reads a record in one format."""
 
 _GENERAL = (alpaca, firefly, messages, preference, prompt_completion, segments, sharegpt, text)
 
@@ -104,9 +104,9 @@ FORMATS: Mapping[str, Format] = {
     **{function.__name__: function for function in _GENERAL},
     **{name: dataset.messages for name, dataset in DATASETS.items()},
 }
-"""By name; besides these, a format may be the dotted path of a user's own function."""
+"""The formats by name; a user's own format is the dotted path of a function instead."""
 
-_TELLING_KEY = {
+_FORMAT_OF_KEY = {
     "chosen": "preference",
     "response_j": "preference",
     "messages": "messages",
@@ -117,18 +117,19 @@ _TELLING_KEY = {
     "completion": "prompt_completion",
     "text": "text",
 }
+"""The format of a record that has this key; the first key that it has decides."""
 
 
 def find_format(name: str | None, record: Record, path: str = "") -> str:
-    """Return the format's name: `name` if given, else a DeepSpeed-Chat dataset's, else the one that the keys tell.
+    """Return the name of a source's format: the configured one, else the one detected from the path or the keys.
 
     Args:
-        name: As configured: a key of `FORMATS`, or the dotted path of a function.
-        record: The source's first row.
-        path: The source's path or Hub id; the Hub name of a DeepSpeed-Chat dataset within it tells the format.
+        name: The configured format: a key of `FORMATS`, or the dotted path of a function.
+        record: The source's first record.
+        path: The source's path or Hub id; it may contain the Hub name of a DeepSpeed-Chat data set.
 
     Raises:
-        UserError: If the name is unknown, or nothing tells the format.
+        UserError: If the name is unknown, or the format cannot be detected.
     """
     if name is not None:
         if name not in FORMATS and not is_dotted_path(name):
@@ -136,31 +137,31 @@ def find_format(name: str | None, record: Record, path: str = "") -> str:
         if name not in FORMATS:
             user_function(name, record.source)
         return name
-    return dataset_format(path) or _told_by_keys(record)
+    return dataset_format(path) or _detect(record)
 
 
-def _told_by_keys(record: Record) -> str:
-    for key, told in _TELLING_KEY.items():
+def _detect(record: Record) -> str:
+    for key, name in _FORMAT_OF_KEY.items():
         value = record.fields.get(key)
         if value is None:
             continue
-        if told == "firefly" and _has_roles(value):
+        if name == "firefly" and _has_roles(value):
             return "messages"
-        if told == "alpaca" and isinstance(record.fields.get("output"), list):
+        if name == "alpaca" and isinstance(record.fields.get("output"), list):
             return "preference"
-        if told == "text" and "role" in record.fields:
+        if name == "text" and "role" in record.fields:
             continue  # one message of a conversation that is spread over rows (OpenAssistant), not a document
-        return told
+        return name
     raise UserError(
-        f"{record.location}: cannot tell the format from the keys {sorted(record.fields)}; set "
-        f"data.sources.{record.source}.format to one of {', '.join(sorted(FORMATS))}, or to the dotted path of your "
-        "own function"
+        f"{record.location}: cannot detect the format from the keys {sorted(record.fields)}; set "
+        f"data.sources.{record.source}.format to one of {', '.join(sorted(FORMATS))}, or to the dotted path of a "
+        "function of your own"
     )
 
 
-def _has_roles(turns: Any) -> bool:
-    return isinstance(turns, list) and any(
-        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns
+def _has_roles(messages: Any) -> bool:
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and ("role" in message or "from" in message) for message in messages
     )
 
 
@@ -169,43 +170,43 @@ _ANSWER_KEYS = {
     "preference": ("chosen", "response_j", "output"),
     "prompt_completion": ("completion",),
 }
-"""Where a format's answer stands; a question to predict on may lack it."""
+"""The keys of a format's answer, which a question to predict on may lack."""
 
 
 def to_messages(
     record: Record, format_name: str, *, answered: bool = True, repairs: Counter[str] | None = None
 ) -> list[Message]:
-    """Apply a format, and see to it that what every template relies on is so.
+    """Return a record's messages, checked and in a valid order.
 
     Args:
-        record: The row.
+        record: The record.
         format_name: A key of `FORMATS`, or the dotted path of a user's own function.
-        answered: Whether the record must hold an answer to learn from; a question to predict on need not.
-        repairs: Counts what was repaired, by code: `leading_answer`, `trailing_user`, `empty_turn` (see `turn_order`).
+        answered: Whether there must be an answer to learn from; a question to predict on needs none.
+        repairs: Counts what was repaired, by code: `leading_answer`, `trailing_user`, `empty_turn`.
 
     Raises:
-        Malformed: If the record does not fit the format, has nothing to learn from, or its turns are out of order.
+        Malformed: If the record does not fit the format, has nothing to learn from, or its messages are out of order.
         UserError: If a user's own function does not exist, fails, or returns something else.
     """
-    turns = _read(record, format_name, answered)
-    for turn in turns:
-        _check_unicode(record, turn.content)
-        _check_unicode(record, turn.context or "")
+    messages = _read(record, format_name, answered)
+    for message in messages:
+        _check_unicode(record, message.content)
+        _check_unicode(record, message.context or "")
     weight = read_weight(record, record.fields)
     if weight != 1:
-        turns = [replace(turn, weight=weight * turn.weight) for turn in turns]
-    return settle(record, turns, answered=answered, repairs=repairs)
+        messages = [replace(message, weight=weight * message.weight) for message in messages]
+    return repair_order(record, messages, answered=answered, repairs=repairs)
 
 
 def _check_unicode(record: Record, text: str) -> None:
-    """JSON can hold half of a surrogate pair (`"\\ud83d"`), which is no character and cannot be tokenized."""
+    """Refuse half of a surrogate pair: JSON can hold it (`"\\ud83d"`), but it is no character, so it has no tokens."""
     if text.isascii():
         return
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"half of a surrogate pair ({text[error.start]!r} at character {error.start}), which is no character"
-        raise malformed(record, f"a text holds {half}") from error
+        raise malformed(record, f"a text contains {half}") from error
 
 
 def _read(record: Record, name: str, answered: bool) -> list[Message]:
@@ -215,9 +216,9 @@ def _read(record: Record, name: str, answered: bool) -> list[Message]:
         return FORMATS[name](record)
     if name in DATASETS:
         return DATASETS[name].question(record)
-    stand_in = {**record.fields, _ANSWER_KEYS[name][0]: "?"}
-    question = FORMATS[name](replace(record, fields=stand_in))[:-1]
-    return [replace(turn, train=False) if turn.role == "text" else turn for turn in question]
+    with_answer = {**record.fields, _ANSWER_KEYS[name][0]: "?"}
+    question = FORMATS[name](replace(record, fields=with_answer))[:-1]
+    return [replace(message, train=False) if message.role == "text" else message for message in question]
 
 
 def _lacks_answer(record: Record, name: str) -> bool:

@@ -16,26 +16,30 @@ def is_dotted_path(name: str) -> bool:
 
 
 def read_with(path: str, record: Record) -> list[Message]:
-    """Return what the user's function makes of a record.
+    """Return the messages that the user's function makes of a record.
 
-    The function may raise `Malformed` for a record that is to count as such; any other exception stops the run, under
-    `data.malformed: drop` too: a slip in the code must not look like bad data.
+    The function may raise `Malformed` for a record that does not fit. Any other exception stops the run, even with
+    `data.malformed: drop`: a bug in the function must not count as bad data.
+
+    Args:
+        path: Module and function: `my_package.my_module.my_function`.
+        record: The record.
 
     Raises:
-        UserError: If there is no such function, it fails, or it returns something else.
+        UserError: If the function does not exist, fails, or returns something else.
     """
     function = user_function(path, record.source)
     try:
-        turns = function(record)
+        messages = function(record)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{record.location}: {path} raised {type(error).__name__}: {error}") from error
-    if not isinstance(turns, list) or not all(isinstance(turn, Message) for turn in turns):
+    if not isinstance(messages, list) or not all(isinstance(message, Message) for message in messages):
         raise UserError(
-            f"{record.location}: {path} must return a list of sft_lightning.types.Message, not {_kind(turns)}"
+            f"{record.location}: {path} must return a list of sft_lightning.types.Message (got {_type_of(messages)})"
         )
-    return turns
+    return messages
 
 
 @functools.cache
@@ -44,10 +48,10 @@ def user_function(path: str, source: str) -> Callable[[Record], object]:
 
     Args:
         path: Module and function: `my_package.my_module.my_function`.
-        source: The source that names it, for messages.
+        source: The name of the source that uses it, for messages.
 
     Raises:
-        UserError: If there is no such module or function, or it cannot be called.
+        UserError: If the module or function does not exist, or cannot be called.
     """
     key = f"data.sources.{source}.format"
     module_name, _, name = path.rpartition(".")
@@ -57,18 +61,18 @@ def user_function(path: str, source: str) -> Callable[[Record], object]:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise UserError(
                 f"{key}: {path!r} is neither a format nor a function: there is no module {error.name!r}; correct the "
-                "name, or put the folder that holds the module on PYTHONPATH"
+                "name, or add the folder of the module to PYTHONPATH"
             ) from error
-        raise UserError(f"{key}: {module_name} needs {error.name!r}, which is not installed") from error
+        raise UserError(f"{key}: {module_name} imports {error.name!r}, which is not installed") from error
     function = getattr(module, name, None)
     if function is None:
         raise UserError(f"{key}: the module {module_name} has no function {name!r}")
     if not callable(function):
-        raise UserError(f"{key}: {path} is of type {type(function).__name__}, not a function of a Record")
-    return function  # type: ignore[no-any-return]  # what it returns is checked record by record
+        raise UserError(f"{key}: {path} must be a function of a Record (got {type(function).__name__})")
+    return function  # type: ignore[no-any-return]  # its return value is checked for every record
 
 
-def _kind(value: object) -> str:
+def _type_of(value: object) -> str:
     if not isinstance(value, list):
         return type(value).__name__
     return f"a list with a {next(type(item).__name__ for item in value if not isinstance(item, Message))}"

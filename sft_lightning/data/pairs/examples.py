@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 
 from sft_lightning.data.formats.deepspeed_chat import DATASETS
 from sft_lightning.data.formats.fields import Malformed, malformed, read_weight
+from sft_lightning.data.formats.message_order import repair_order
 from sft_lightning.data.formats.preference import preference_pair
 from sft_lightning.data.formats.registry import find_format
-from sft_lightning.data.formats.turn_order import settle
 from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Record, Segment
@@ -40,13 +40,13 @@ def make_pair(
         record: The row.
         history: What the rejected answer stands after.
         loss_on: `assistant`: every answer from where the conversations part; `last_turn`: the last one of them.
-        repairs: Counts what was repaired; see `turn_order.settle`.
+        repairs: Counts what was repaired; see `message_order.repair_order`.
 
     Raises:
         Malformed: If the record has no pair, its turns are out of order, or the two answer different prompts or say the
             same.
     """
-    chosen, rejected = (settle(record, turns, repairs=repairs) for turns in preference_pair(record))
+    chosen, rejected = (repair_order(record, turns, repairs=repairs) for turns in preference_pair(record))
     if history == "chosen":
         # Firefly (component/dataset.py): every turn but the last is taken from `chosen`.
         rejected = [*chosen[:-1], rejected[-1]]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.data.sources.files import READERS, Rows, read_file, reader_of
-from sft_lightning.errors import UserError, one_of
+from sft_lightning.errors import UserError, one_of, shortened
 from sft_lightning.types import Record
 
 
@@ -89,7 +89,9 @@ def read_records(name: str, config: SourceConfig) -> Iterator[Record]:
         if isinstance(row, list) and row and all(isinstance(turn, dict) for turn in row):
             row = {"messages": row}  # a bare list of messages, as llama-recipes writes conversations
         if not isinstance(row, dict):
-            raise UserError(f"{location}: a record must be a JSON object (got {type(row).__name__}: {_shortened(row)})")
+            raise UserError(
+                f"{location}: a record must be a JSON object (got {type(row).__name__}: {shortened(repr(row))})"
+            )
         fields = _renamed(name, config.columns, location, row) if config.columns else row
         yield Record(fields=fields, source=name, location=location)
 
@@ -191,7 +193,7 @@ def load_dataset(name: str, config: SourceConfig) -> Any:
     except (OSError, ValueError) as error:  # the types of every error of `datasets` about a wrong request
         raise UserError(
             f"{key}.path: {config.path!r} is not a local file or folder (looked in {Path.cwd()}), and loading it from "
-            f"the Hugging Face Hub failed: {_shortened(str(error).partition(chr(10))[0], 300)}"
+            f"the Hugging Face Hub failed: {shortened(str(error).partition(chr(10))[0], 300)}"
         ) from error
 
 
@@ -228,8 +230,3 @@ def _renamed(name: str, columns: Mapping[str, str], location: str, row: Mapping[
     return {key: value for key, value in row.items() if key not in moved} | {
         ours: row[theirs] for ours, theirs in columns.items()
     }
-
-
-def _shortened(value: object, limit: int = 60) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -25,20 +25,20 @@ ANSWER = {"role": "assistant", "content": "a"}
     ("name", "role"),
     [("User", "user"), ("HUMAN", "user"), ("Assistant", "assistant"), ("gpt", "assistant"), ("model", "assistant")],
 )
-def test_roles_go_by_many_names_in_upper_and_lower_case(name: str, role: str) -> None:
+def test_roles_have_many_names_in_upper_and_lower_case(name: str, role: str) -> None:
     other = ANSWER if role == "user" else QUESTION
     turns = [{"role": name, "content": "x"}, other] if role == "user" else [other, {"role": name, "content": "x"}]
     assert role in [message.role for message in read(turns) if message.content == "x"]
 
 
-def test_a_developer_speaks_for_the_system() -> None:
+def test_a_developer_message_is_a_system_message() -> None:
     assert read([{"role": "developer", "content": "S"}, QUESTION, ANSWER])[0] == Message("system", "S")
 
 
 @pytest.mark.parametrize("name", ["messages", "sharegpt"])
 @pytest.mark.parametrize("list_key", ["messages", "conversations", "conversation"])
 @pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("from", "content")])
-def test_turns_are_read_under_whichever_of_the_usual_keys(name: str, list_key: str, keys: tuple[str, str]) -> None:
+def test_messages_are_read_under_all_the_usual_keys(name: str, list_key: str, keys: tuple[str, str]) -> None:
     role, content = keys
     turns = [{role: "user", content: "q"}, {role: "assistant", content: "a"}]
     assert to_messages(record(**{list_key: turns}), name) == [Message("user", "q"), Message("assistant", "a")]
@@ -51,13 +51,11 @@ def test_text_parts_are_joined() -> None:
 
 def test_a_part_that_is_not_text_is_refused_as_multimodal() -> None:
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "x"}}]
-    with pytest.raises(
-        Malformed, match=r"messages\[0\].content\[1\] is of type 'image_url'.*multimodal.*not supported"
-    ):
+    with pytest.raises(Malformed, match=r"messages\[0\].content\[1\] is of type 'image_url'.*only text is supported"):
         read([{"role": "user", "content": parts}, ANSWER])
 
 
-def test_tool_calls_need_no_content_and_keep_what_templates_read() -> None:
+def test_tool_calls_need_no_content_and_keep_the_keys_that_templates_read() -> None:
     calls = [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
     turns = [
         QUESTION,
@@ -80,7 +78,7 @@ def test_openais_older_function_call_is_a_tool_call() -> None:
     assert found[2].role == "tool"
 
 
-def test_sharegpt_calls_and_observations_become_tool_calls_and_tool_turns() -> None:
+def test_sharegpt_calls_and_observations_become_tool_calls_and_tool_messages() -> None:
     schema = {"name": "add", "description": "adds", "parameters": {}}
     turns = [
         {"from": "human", "value": "q"},
@@ -107,7 +105,7 @@ def test_a_records_system_text_comes_first_even_if_empty(system: str) -> None:
     assert read([QUESTION, ANSWER], system=system)[0] == Message("system", system)
 
 
-def test_a_system_text_that_stands_twice_is_taken_once() -> None:
+def test_a_system_text_that_is_there_twice_is_used_once() -> None:
     assert [message.role for message in read([{"role": "system", "content": "S"}, QUESTION, ANSWER], system="S")] == [
         "system", "user", "assistant",
     ]  # fmt: skip
@@ -117,18 +115,18 @@ def test_a_system_text_that_stands_twice_is_taken_once() -> None:
     ("turns", "fields", "said", "reason"),
     [
         ([{"role": "system", "content": "T"}, QUESTION, ANSWER], {"system": "S"}, "two different", "misplaced_system"),
-        ([QUESTION, ANSWER], {"system": 1}, "`system` must be a string, not int", "broken_record"),
+        ([QUESTION, ANSWER], {"system": 1}, "`system` must be a string (got int)", "broken_record"),
         ([{"content": "q"}, ANSWER], {}, "messages[0] has no `role` (or `from`)", "broken_record"),
         ([{"role": "asistant", "content": "q"}], {}, "Did you mean 'assistant'?", "unknown_role"),
         ([{"role": 1, "content": "q"}], {}, "messages[0].role: 1 is unknown", "unknown_role"),
         ([{"from": "human"}], {}, "`messages[0].value` is missing", "broken_record"),
         ([{"role": "user", "content": None}], {}, "`messages[0].content` must be a string", "broken_record"),
         ([{"role": "user", "content": ["q"]}], {}, "messages[0].content[0] is of type 'str'", "broken_record"),
-        ([QUESTION, {**ANSWER, "name": 1}], {}, "`messages[1].name` must be a string, not int", "broken_record"),
-        ([{"from": "function_call", "value": "add"}], {}, "messages[0].value is not JSON", "broken_record"),
+        ([QUESTION, {**ANSWER, "name": 1}], {}, "`messages[1].name` must be a string (got int)", "broken_record"),
+        ([{"from": "function_call", "value": "add"}], {}, "messages[0].value is not valid JSON", "broken_record"),
     ],
 )
-def test_a_wrong_turn_is_refused_with_its_place(
+def test_a_broken_message_is_refused_with_its_path(
     turns: list[Any], fields: dict[str, Any], said: str, reason: str
 ) -> None:
     with pytest.raises(Malformed) as error:

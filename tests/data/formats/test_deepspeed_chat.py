@@ -52,7 +52,7 @@ def test_prompt_and_answer_are_deepspeed_chats_strings(
     ]
 
 
-def test_every_dataset_has_its_strings_written_out_here() -> None:
+def test_the_strings_of_every_data_set_are_written_out_here() -> None:
     assert {f"deepspeed_chat/{name}" for name, *_ in EXACT} == set(DATASETS)
     assert len(DATASETS) == 16
 
@@ -70,7 +70,7 @@ def test_every_dataset_has_its_strings_written_out_here() -> None:
         ("", None),
     ],
 )
-def test_a_dataset_is_found_by_its_hub_name_within_the_path(path: str, expected: str | None) -> None:
+def test_a_data_set_is_detected_by_its_hub_name_within_the_path(path: str, expected: str | None) -> None:
     assert dataset_format(path) == expected
 
 
@@ -88,7 +88,7 @@ def test_a_dataset_is_found_by_its_hub_name_within_the_path(path: str, expected:
         ("rm-static", {"prompt": "q", "chosen": " "}),
     ],
 )
-def test_a_record_that_deepspeed_chat_leaves_out_has_no_answer(name: str, fields: dict[str, Any]) -> None:
+def test_a_record_that_deepspeed_chat_drops_has_no_answer(name: str, fields: dict[str, Any]) -> None:
     with pytest.raises(Malformed) as error:
         to_messages(record(fields), f"deepspeed_chat/{name}")
     assert error.value.reason == "no_answer"
@@ -99,14 +99,14 @@ def test_a_record_that_deepspeed_chat_leaves_out_has_no_answer(name: str, fields
     ("name", "fields", "said"),
     [
         ("rm-static", {"prompt": "q"}, "`chosen` is missing"),
-        ("rm-static", {"prompt": 1, "chosen": "a"}, "`prompt` must be a string, not int"),
+        ("rm-static", {"prompt": 1, "chosen": "a"}, "`prompt` must be a string (got int)"),
         ("webgpt_comparisons", {"question": "q"}, "`question.full_text` is missing"),
-        ("webgpt_comparisons", {**WEBGPT, "score_0": "high", "score_1": 0}, "`score_0` must be a number, not 'high'"),
-        ("SHP", SHP, "`labels` must be a number, not None"),
+        ("webgpt_comparisons", {**WEBGPT, "score_0": "high", "score_1": 0}, "`score_0` must be a number (got 'high')"),
+        ("SHP", SHP, "`labels` must be a number (got None)"),
         ("mkqa-Chinese", {"queries": {"zh_cn": "q"}, "answers": {"zh_cn": "a"}}, "`answers.zh_cn[0]` is missing"),
     ],
 )
-def test_a_broken_record_names_the_key(name: str, fields: dict[str, Any], said: str) -> None:
+def test_a_broken_record_is_refused_with_its_key(name: str, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(Malformed) as error:
         to_messages(record(fields), f"deepspeed_chat/{name}")
     assert f"f.json, record 0: {said}" in str(error.value)

@@ -45,20 +45,20 @@ def test_every_layout_gives_the_same_pair(fields: dict[str, Any]) -> None:
     assert to_messages(record(**fields), "preference") == [Q, GOOD]
 
 
-def test_the_worse_answer_need_not_be_there_for_fine_tuning() -> None:
+def test_fine_tuning_needs_no_worse_answer() -> None:
     assert to_messages(record(prompt="q", chosen="good"), "preference") == [Q, GOOD]
     with pytest.raises(Malformed, match="`rejected` is missing"):
         preference_pair(record(prompt="q", chosen="good"))
 
 
-def test_a_transcript_keeps_every_turn_and_its_blank_lines() -> None:
+def test_a_transcript_keeps_every_message_and_its_blank_lines() -> None:
     text = "\n\nHuman: one\n\ntwo\n\nAssistant: a\n\nHuman: r\n\nAssistant:  b "
     assert to_messages(record(chosen=text), "preference") == [
         Message("user", "one\n\ntwo"), Message("assistant", "a"), Message("user", "r"), Message("assistant", " b "),
     ]  # fmt: skip
 
 
-def test_alpacas_input_history_and_system_stand_before_the_pair() -> None:
+def test_alpacas_input_history_and_system_come_before_the_pair() -> None:
     found = to_messages(
         record(system="S", history=[["h", "i"]], instruction="q", input="c", chosen="good", rejected="bad"),
         "preference",
@@ -69,7 +69,7 @@ def test_alpacas_input_history_and_system_stand_before_the_pair() -> None:
     ]  # fmt: skip
 
 
-def test_a_records_system_text_stands_before_a_question_and_a_conversation() -> None:
+def test_a_records_system_text_comes_before_a_question_and_a_conversation() -> None:
     system = Message("system", "S")
     assert to_messages(record(system="S", question="q", chosen="good"), "preference") == [system, Q, GOOD]
     own = [{"role": "system", "content": "S"}, ASKED, BETTER]
@@ -79,7 +79,7 @@ def test_a_records_system_text_stands_before_a_question_and_a_conversation() -> 
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"chosen": "good", "rejected": "bad"}, "no prompt: nothing stands before `chosen`"),
+        ({"chosen": "good", "rejected": "bad"}, "no prompt: the record has no question, and `chosen`"),
         ({"chosen": [BETTER]}, "no prompt: `chosen` begins with an answer"),
         ({"prompt": "other", "chosen": [ASKED, BETTER]}, "`chosen` is a whole conversation, but does not begin with"),
         (
@@ -87,12 +87,12 @@ def test_a_records_system_text_stands_before_a_question_and_a_conversation() -> 
             "`chosen` is a whole transcript, but does not begin",
         ),
         ({"prompt": "q"}, "`chosen` is missing"),
-        ({"prompt": "q", "chosen": 1}, "`chosen` must be a list of turns, not int"),
-        ({"prompt": 1, "chosen": "good"}, "`prompt` must be a string, not int"),
+        ({"prompt": "q", "chosen": 1}, "`chosen` must be a list of messages (got int)"),
+        ({"prompt": 1, "chosen": "good"}, "`prompt` must be a string (got int)"),
         ({"instruction": "q", "output": []}, "`chosen` is missing"),
     ],
 )
-def test_a_record_without_a_pair_is_refused_with_its_place(fields: dict[str, Any], said: str) -> None:
+def test_a_record_without_a_pair_is_refused_with_its_location(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(Malformed) as error:
         to_messages(record(**fields), "preference")
     assert f"f.json, record 0: {said}" in str(error.value)

@@ -28,14 +28,14 @@ def test_alpaca_without_input_has_no_context(empty: dict[str, Any]) -> None:
     assert to_messages(record(instruction="Hi", output="Ho", **empty), "alpaca")[0].context is None
 
 
-def test_alpaca_takes_a_system_text_and_a_history() -> None:
+def test_alpaca_reads_a_system_text_and_a_history() -> None:
     found = to_messages(record(system="S", history=[["q", "a"]], instruction="Hi", output="Ho"), "alpaca")
     assert [(m.role, m.content) for m in found] == [
         ("system", "S"), ("user", "q"), ("assistant", "a"), ("user", "Hi"), ("assistant", "Ho"),
     ]  # fmt: skip
 
 
-def test_alpaca_takes_response_for_output_and_context_for_an_absent_input() -> None:
+def test_alpaca_reads_response_as_output_and_context_as_a_missing_input() -> None:
     dolly = record(instruction="Who?", context="Ada did.", response="Ada", category="closed_qa")
     assert to_messages(dolly, "alpaca") == [Message("user", "Who?", context="Ada did."), Message("assistant", "Ada")]
     both = record(instruction="Hi", input="", context="another column", output="Ho", response="Ho")
@@ -52,7 +52,7 @@ def test_messages_keep_train_and_weight() -> None:
     assert to_messages(record(messages=turns), "messages")[1] == Message("assistant", "a", train=False, weight=2.0)
 
 
-def test_a_null_weight_is_no_weight() -> None:
+def test_a_null_weight_counts_as_missing() -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": None, "weight": None}]
     assert to_messages(record(messages=turns), "messages")[1] == Message("assistant", "a")
 
@@ -66,19 +66,19 @@ def test_a_records_weight_multiplies_each_messages() -> None:
     assert to_messages(record(text="once", weight="0.5"), "text") == [Message("text", "once", weight=0.5)]
 
 
-def test_sharegpt_maps_roles_and_leaves_out_a_leading_answer() -> None:
+def test_sharegpt_maps_roles_and_leaves_out_an_answer_before_the_question() -> None:
     turns = [{"from": "gpt", "value": "?"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     assert to_messages(record(conversations=turns), "sharegpt") == [Message("user", "q"), Message("assistant", "a")]
 
 
-def test_prompt_and_completion_stand_as_they_are_with_the_completion_supervised() -> None:
+def test_prompt_and_completion_are_not_changed() -> None:
     assert to_messages(record(prompt="2+2=", completion="4"), "prompt_completion") == [
         Message("text", "2+2="),
         Message("text", "4"),
     ]
 
 
-def test_segments_say_themselves_what_is_supervised() -> None:
+def test_each_segment_has_its_own_train_and_weight() -> None:
     pieces = [{"text": "Q ", "train": False}, {"text": "A", "train": True, "weight": 0.5}]
     assert to_messages(record(segments=pieces), "segments") == [
         Message("text", "Q ", train=False),
@@ -86,7 +86,7 @@ def test_segments_say_themselves_what_is_supervised() -> None:
     ]
 
 
-def test_firefly_pairs_become_turns() -> None:
+def test_firefly_pairs_become_messages() -> None:
     pairs = [{"human": "q", "assistant": "a"}, {"human": "r", "assistant": "b"}]
     found = to_messages(record(conversation=pairs, system="S", source="lima"), "firefly")
     assert [(m.role, m.content) for m in found] == [
@@ -124,11 +124,11 @@ def test_text_is_one_document() -> None:
         ({"messages": None, "text": ""}, "text"),
     ],
 )
-def test_the_format_is_found_from_the_keys(fields: dict[str, Any], expected: str) -> None:
+def test_the_format_is_detected_from_the_keys(fields: dict[str, Any], expected: str) -> None:
     assert find_format(None, record(**fields)) == expected
 
 
-def test_a_deepspeed_chat_dataset_is_found_by_its_hub_name_unless_a_format_is_given() -> None:
+def test_a_deepspeed_chat_data_set_is_detected_by_its_hub_name_unless_a_format_is_set() -> None:
     row = record(prompt="", chosen="", rejected="")
     assert find_format(None, row, "Dahoas/rm-static") == "deepspeed_chat/rm-static"
     assert find_format(None, row, path="copies/Dahoas/rm-static/train.jsonl") == "deepspeed_chat/rm-static"
@@ -136,17 +136,17 @@ def test_a_deepspeed_chat_dataset_is_found_by_its_hub_name_unless_a_format_is_gi
     assert find_format("deepspeed_chat/SHP", row) == "deepspeed_chat/SHP"
 
 
-def test_a_message_that_stands_in_a_row_of_its_own_is_not_taken_for_a_document() -> None:
-    with pytest.raises(UserError, match="cannot tell the format"):
+def test_a_single_message_in_a_row_is_not_taken_for_a_document() -> None:
+    with pytest.raises(UserError, match="cannot detect the format"):
         find_format(None, record(text="?", role="prompter", parent_id=None))
 
 
-def test_an_unknown_format_names_the_nearest() -> None:
+def test_an_unknown_format_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match="Did you mean 'alpaca'"):
         find_format("alpacca", record())
 
 
-def test_a_record_whose_format_cannot_be_told_shows_its_keys() -> None:
+def test_a_record_whose_format_cannot_be_detected_is_refused_with_its_keys() -> None:
     with pytest.raises(UserError, match=r"keys \['question'\]"):
         find_format(None, record(question="?"))
 
@@ -166,7 +166,7 @@ def test_a_question_to_predict_on_needs_no_answer(name: str, fields: dict[str, A
     assert to_messages(record(**fields), name, answered=False) == expected
 
 
-def test_an_answer_that_is_there_stays_for_a_question_to_predict_on() -> None:
+def test_a_question_to_predict_on_keeps_its_answer() -> None:
     assert to_messages(record(instruction="q", response="a"), "alpaca", answered=False)[-1].content == "a"
     local = to_messages(record(prompt="q", chosen="a"), "deepspeed_chat/jsonfile", answered=False)
     assert local[-1] == Message("text", " a")
@@ -189,18 +189,18 @@ def turns(*roles: str) -> dict[str, Any]:
     ("fields", "name", "said"),
     [
         ({"instruction": "Hi"}, "alpaca", "`output` is missing"),
-        ({"instruction": "Hi", "output": None}, "alpaca", "`output` must be a string, not NoneType"),
+        ({"instruction": "Hi", "output": None}, "alpaca", "`output` must be a string (got NoneType)"),
         ({"instruction": "Hi", "output": "x", "input": 3}, "alpaca", "`input` must be a string"),
         ({"instruction": "Hi", "output": "x", "history": [["q"]]}, "alpaca", "`history` must be"),
-        ({"messages": "x"}, "messages", "must be a list of turns, not str"),
+        ({"messages": "x"}, "messages", "must be a list of messages (got str)"),
         ({"message": []}, "messages", "the record's keys are: message"),
         ({"messages": ["x"]}, "messages", "messages[0] must be an object"),
         (turns("user", "robot"), "messages", "messages[1].role: 'robot' is unknown"),
-        (turns("user", "user", "assistant"), "messages", "turns 0 and 1 are both the user's"),
-        (turns("assistant", "user"), "messages", "no assistant turn after a question"),
-        (turns("system", "assistant"), "messages", "no user turn"),
-        (turns("user", "system", "assistant"), "messages", "turn 1 is a system turn"),
-        (turns("user"), "messages", "no assistant turn"),
+        (turns("user", "user", "assistant"), "messages", "messages 0 and 1 are both from the user"),
+        (turns("assistant", "user"), "messages", "no assistant message follows the user's"),
+        (turns("system", "assistant"), "messages", "no user message"),
+        (turns("user", "system", "assistant"), "messages", "message 1 is a system message"),
+        (turns("user"), "messages", "no assistant message follows"),
         ({"messages": [{"role": "user", "content": "x", "train": 1}]}, "messages", "train must be true or false"),
         ({"messages": [{"role": "user", "content": "x", "weight": -1}]}, "messages", "weight must be a number"),
         ({"messages": [{"role": "user", "content": "x", "weight": float("nan")}]}, "messages", "weight must be"),
@@ -209,17 +209,17 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"prompt": "q"}, "prompt_completion", "`completion` is missing"),
         ({"segments": [{"text": 1}]}, "segments", "`segments[0].text` must be a string"),
         ({"segments": ["x"]}, "segments", "segments[0] must be an object"),
-        ({"segments": "x"}, "segments", "`segments` must be a list of pieces, not str"),
+        ({"segments": "x"}, "segments", "`segments` must be a list of pieces (got str)"),
         ({"messages": [{"role": "user"}]}, "messages", "`messages[0].content` is missing"),
-        ({"instruction": "Hi", "output": "x", "response": "y"}, "alpaca", "hold two different ones"),
-        ({"instruction": "Hi", "output": ""}, "alpaca", "every assistant turn is empty"),
+        ({"instruction": "Hi", "output": "x", "response": "y"}, "alpaca", "both hold the answer, but they differ"),
+        ({"instruction": "Hi", "output": ""}, "alpaca", "every assistant message is empty"),
         ({"prompt": "Hi", "completion": " "}, "prompt_completion", "`completion` is empty"),
-        ({"text": "once", "weight": -1}, "text", "weight must be a number of at least 0, not -1"),
-        ({"text": "once", "weight": "much"}, "text", "weight must be a number of at least 0, not 'much'"),
-        ({"text": "once", "weight": True}, "text", "weight must be a number of at least 0, not True"),
+        ({"text": "once", "weight": -1}, "text", "weight must be a number of at least 0 (got -1)"),
+        ({"text": "once", "weight": "much"}, "text", "weight must be a number of at least 0 (got 'much')"),
+        ({"text": "once", "weight": True}, "text", "weight must be a number of at least 0 (got True)"),
     ],
 )
-def test_a_wrong_record_is_refused_with_its_place(fields: dict[str, Any], name: str, said: str) -> None:
+def test_a_broken_record_is_refused_with_its_location(fields: dict[str, Any], name: str, said: str) -> None:
     with pytest.raises(Malformed) as error:
         to_messages(record(**fields), name)
     assert "f.json, record 0" in str(error.value)
@@ -240,7 +240,7 @@ def test_a_wrong_record_is_refused_with_its_place(fields: dict[str, Any], name: 
         ({"prompt": "Hi", "completion": ""}, "prompt_completion", "no_answer"),
     ],
 )
-def test_a_malformed_record_tells_its_reason(fields: dict[str, Any], name: str, reason: str) -> None:
+def test_a_malformed_record_has_a_reason(fields: dict[str, Any], name: str, reason: str) -> None:
     with pytest.raises(Malformed) as error:
         to_messages(record(**fields), name)
     assert error.value.reason == reason
@@ -266,7 +266,7 @@ def test_a_malformed_record_tells_its_reason(fields: dict[str, Any], name: str, 
         ("preference/torchtune_stack_exchange_paired_tiny.json", "preference", 0),
     ],
 )
-def test_real_files_read(real_data: Path, file: str, expected: str, num_malformed: int) -> None:
+def test_real_files_are_read(real_data: Path, file: str, expected: str, num_malformed: int) -> None:
     records = [Record(row, "s", location) for location, row in read_file(real_data / file)]
     assert find_format(None, records[0]) == expected
     malformed = 0
@@ -278,7 +278,7 @@ def test_real_files_read(real_data: Path, file: str, expected: str, num_malforme
     assert malformed == num_malformed
 
 
-def test_every_format_says_what_it_misses_in_an_empty_record() -> None:
+def test_every_format_refuses_an_empty_record() -> None:
     for name in FORMATS:
         with pytest.raises(Malformed, match=r"f\.json, record 0"):
             to_messages(record(), name)

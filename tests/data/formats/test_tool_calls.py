@@ -25,7 +25,7 @@ def record(**fields: Any) -> Record:
         [{"id": None, "function": {"name": "add", "arguments": {"a": 1}}}],
     ],
 )
-def test_calls_take_one_shape_whichever_way_they_stand(calls: Any) -> None:
+def test_all_ways_to_write_calls_give_one_shape(calls: Any) -> None:
     assert read_calls(record(), "messages[1].tool_calls", calls) == [CALL]
 
 
@@ -36,14 +36,14 @@ def test_a_call_keeps_its_id() -> None:
 @pytest.mark.parametrize(
     ("calls", "said"),
     [
-        ("add(1)", "here is not JSON"),
+        ("add(1)", "here is not valid JSON"),
         ([{"name": "add"}], "here[0] must be an object with `name` and `arguments`"),
-        ([{"name": "add", "arguments": "a=1"}], "here[0].arguments is not JSON"),
+        ([{"name": "add", "arguments": "a=1"}], "here[0].arguments is not valid JSON"),
         ([{"name": "add", "arguments": [1]}], "here[0].arguments must be an object"),
         (["add"], "here[0] must be an object"),
     ],
 )
-def test_a_broken_call_is_refused_with_its_place(calls: Any, said: str) -> None:
+def test_a_broken_call_is_refused_with_its_path(calls: Any, said: str) -> None:
     with pytest.raises(Malformed) as error:
         read_calls(record(), "here", calls)
     assert f"f.json, record 0: {said}" in str(error.value)
@@ -66,20 +66,20 @@ def test_tools_are_wrapped_as_functions(tools: Any) -> None:
 
 
 @pytest.mark.parametrize("none", [{}, {"tools": None}, {"tools": ""}, {"tools": "[]"}, {"tools": []}])
-def test_no_tools_are_no_tools(none: dict[str, Any]) -> None:
+def test_a_missing_null_or_empty_list_of_tools_is_no_tools(none: dict[str, Any]) -> None:
     assert read_tools(record(**none)) == []
 
 
 @pytest.mark.parametrize(
     ("tools", "said"),
     [
-        ("add", "tools is not JSON"),
-        ({"name": "add"}, "`tools` must be a list of function schemas, not dict"),
+        ("add", "tools is not valid JSON"),
+        ({"name": "add"}, "`tools` must be a list of function schemas (got dict)"),
         ([{"description": "adds"}], "tools[0] must be a function schema with a `name`"),
         (["add"], "tools[0] must be a function schema"),
     ],
 )
-def test_broken_tools_are_refused_with_their_place(tools: Any, said: str) -> None:
+def test_broken_tools_are_refused_with_their_path(tools: Any, said: str) -> None:
     with pytest.raises(Malformed) as error:
         read_tools(record(tools=tools))
     assert said in str(error.value)

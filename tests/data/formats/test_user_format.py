@@ -46,12 +46,12 @@ def test_a_dotted_path_names_a_format() -> None:
     assert to_messages(record(q="?", a="!"), "our_formats.faq") == [Message("user", "?"), Message("assistant", "!")]
 
 
-def test_what_it_returns_is_checked_as_any_formats_messages_are() -> None:
-    with pytest.raises(Malformed, match="no user turn"):
+def test_its_messages_are_checked_like_those_of_any_format() -> None:
+    with pytest.raises(Malformed, match="no user message"):
         to_messages(record(), "our_formats.backwards")
 
 
-def test_it_may_call_a_record_malformed() -> None:
+def test_it_may_raise_malformed() -> None:
     with pytest.raises(Malformed) as error:
         to_messages(record(q="?"), "our_formats.faq")
     assert error.value.reason == "no_answer"
@@ -63,13 +63,13 @@ def test_it_may_call_a_record_malformed() -> None:
         ("our_format.faq", "there is no module 'our_format'"),
         ("our_formats.deeper.faq", "there is no module 'our_formats.deeper'"),
         ("our_formats.fag", "the module our_formats has no function 'fag'"),
-        ("our_formats.NUMBER", "our_formats.NUMBER is of type int, not a function"),
-        ("our_needs.faq", "our_needs needs 'surely_not_installed_anywhere', which is not installed"),
+        ("our_formats.NUMBER", "our_formats.NUMBER must be a function of a Record (got int)"),
+        ("our_needs.faq", "our_needs imports 'surely_not_installed_anywhere', which is not installed"),
         ("alpaca.json/x", "Known: alpaca"),
         (".faq", "Known: alpaca"),
     ],
 )
-def test_a_path_that_leads_to_no_function_names_the_key(name: str, said: str) -> None:
+def test_a_path_without_a_function_is_refused_with_the_key(name: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         find_format(name, record())
     assert "data.sources.faq.format" in str(error.value)
@@ -79,12 +79,12 @@ def test_a_path_that_leads_to_no_function_names_the_key(name: str, said: str) ->
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("strings", "must return a list of sft_lightning.types.Message, not a list with a str"),
-        ("nothing", "must return a list of sft_lightning.types.Message, not NoneType"),
+        ("strings", "must return a list of sft_lightning.types.Message (got a list with a str)"),
+        ("nothing", "must return a list of sft_lightning.types.Message (got NoneType)"),
         ("faq", "raised KeyError: 'q'"),
     ],
 )
-def test_a_function_that_fails_stops_the_run_with_the_records_place(name: str, said: str) -> None:
+def test_a_function_that_fails_stops_the_run_with_the_records_location(name: str, said: str) -> None:
     with pytest.raises(UserError) as error:
         to_messages(record(a="!"), f"our_formats.{name}")
     assert f"f.json, record 0: our_formats.{name} {said}" in str(error.value)

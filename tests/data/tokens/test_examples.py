@@ -87,7 +87,7 @@ BROKEN = [chat("user: a", "assistant: b"), chat("user: a", "user: b"), chat("use
 
 
 def test_a_wrong_record_stops_the_build_with_its_place(builder: Any) -> None:
-    with pytest.raises(UserError, match=r"f\.json, record 1: turns 0 and 1 are both the user's"):
+    with pytest.raises(UserError, match=r"f\.json, record 1: messages 0 and 1 are both from the user"):
         build(builder(), BROKEN)
 
 
