@@ -32,7 +32,7 @@ def write_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokeniz
     """Save the tokenizer, and copy the base's generation configuration and code.
 
     Args:
-        plan: What is merged into what.
+        plan: The merge plan.
         folder: The folder of the merged model.
         tokenizer: The tokenizer; `None` for none.
     """
@@ -48,7 +48,7 @@ def write_manifest_and_card(plan: MergePlan, folder: Path, report: MergeReport) 
     """Write `run_manifest.json` and `README.md` beside merged weights.
 
     Args:
-        plan: What was merged into what.
+        plan: The merge plan.
         folder: The folder of the merged model.
         report: What the merge did.
     """
@@ -68,7 +68,7 @@ def convert_to_meta_layout(plan: MergePlan, folder: Path, config: PretrainedConf
     """Replace transformers' weight and configuration files by Meta's, and add the SentencePiece tokenizer.
 
     Args:
-        plan: What was merged into what.
+        plan: The merge plan.
         folder: The folder of the merged model, changed in place.
         config: The merged model's configuration.
         num_ranks: Files that the weights are divided into.

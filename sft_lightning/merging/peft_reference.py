@@ -33,7 +33,7 @@ def load_float32(folder: Path, plan: MergePlan) -> PreTrainedModel:
 
     Args:
         folder: The base, which gets the plan's configuration, or a merged model, which has its own.
-        plan: What is merged into what.
+        plan: The merge plan.
     """
     config = copy.deepcopy(plan.config) if folder == plan.folder else None
     options = {"dtype": torch.float32, "trust_remote_code": plan.trust_remote_code}
@@ -44,7 +44,7 @@ def merge_in_memory(plan: MergePlan, quantized: QuantizedBase | None) -> PreTrai
     """Merge all adapters with PEFT, the whole model in memory.
 
     Args:
-        plan: What is merged into what.
+        plan: The merge plan.
         quantized: Merge into the values that quantization left; default: into the stored ones.
 
     Returns:
@@ -118,7 +118,7 @@ def reference_logits(
     """Compute the logits that the written model is compared with.
 
     Args:
-        plan: What is merged into what.
+        plan: The merge plan.
         quantized: Merge into the values that quantization left; default: into the stored ones.
         probe: Token ids, (B, S).
         dtypes: The written type of each weight.

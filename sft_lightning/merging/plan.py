@@ -1,4 +1,4 @@
-"""What is merged into what: the adapters, the base with its configuration, and the rows of the embeddings."""
+"""The merge plan: adapters, base, configuration, and rows of the embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py", 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """What is merged into what, decided before any weight is read."""
+    """The adapters to merge, their base, and how; decided before any weight is read."""
 
     name: str
     """The base, as the user or the adapter names it."""
@@ -67,7 +67,7 @@ def plan_merge(
     max_shard_size: int,
     trust_remote_code: bool = False,
 ) -> MergePlan:
-    """Decide what is merged into what.
+    """Find the base and everything that decides the merge.
 
     Args:
         adapters: PEFT adapter folders, in order.

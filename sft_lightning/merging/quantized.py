@@ -91,7 +91,7 @@ def load_trained_model(
     """Load the quantized base if it is needed, and compute the trained model's answers if merges are compared by them.
 
     Args:
-        plan: What is merged into what.
+        plan: The merge plan.
         bases: What is merged into: `original`, `dequantized`, or both, which are then compared.
         tokenizer: For the built-in texts.
         rows: Token ids to compare on, instead of the built-in texts.

@@ -65,7 +65,7 @@ def model_card(plan: MergePlan, report: MergeReport) -> str:
     """Return the text of the merged model's `README.md`, with the Hub's front matter.
 
     Args:
-        plan: What was merged into what.
+        plan: The merge plan.
         report: What the merge did.
     """
     parts = [_front_matter(plan, report), f"# {report.output_dir.name}", _origin(plan, report), _measured(report)]

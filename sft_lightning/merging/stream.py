@@ -44,7 +44,7 @@ def merge_weights(plan: MergePlan, folder: Path, quantized: QuantizedBase | None
     """Write the merged weights and `config.json`.
 
     Args:
-        plan: What is merged into what.
+        plan: The merge plan.
         folder: The folder to write to.
         quantized: Merge into the values that quantization left; default: into the stored ones.
 

@@ -31,7 +31,7 @@ def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def max_positions(config: PretrainedConfig) -> int:
-    """Return how many tokens a row may have; 2**30 if the configuration sets no limit."""
+    """Return the most tokens that a row can have; 2**30 if the configuration sets no limit."""
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit or _UNLIMITED
 

@@ -1,4 +1,4 @@
-"""The keys of `model.adapter`: checked, and converted to PEFT's configuration."""
+"""The keys of `model.adapter`, checked; imports neither PEFT nor model code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ INITS = ("default", "gaussian", "pissa", "olora", "orthogonal", "mica", "loftq")
 _NOT_LORA = ("peft_config", "path", "drop_modules_to_save", "only_adapter", "base_lr")
 _NEED_DATA = ("eva", "corda", "lora_ga")
 
-
 PRESETS = ("all-linear", "attention", "mlp", "mamba")
-"""`all-linear`: every linear layer but the head; `attention` and `mlp`: those inside and outside of attention;
-`mamba`: `in_proj` and the embeddings, unless they are tied to the head."""
+"""`all-linear`: every linear layer but the head; `attention` and `mlp`: linear layers inside and outside of attention;
+`mamba`: `in_proj`, and the embeddings unless they are tied to the head."""
 
 
 class PeftMethodConfig(ABC):
-    """Any `peft.PeftConfig`: a class is recognized as one without importing PEFT, which takes seconds."""
+    """A virtual base class of `peft.PeftConfig`, so that this module need not import PEFT, which takes seconds."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

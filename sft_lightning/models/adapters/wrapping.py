@@ -50,7 +50,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, *, added_token_id
 def peft_config_of(config: AdapterConfig) -> PeftConfig:
     """Return PEFT's configuration of an adapter; a preset of `target_modules` is not resolved yet."""
     if config.peft_config is not None:
-        own = cast("PeftConfig", copy.deepcopy(config.peft_config))  # PEFT writes what it finds into it
+        own = cast("PeftConfig", copy.deepcopy(config.peft_config))  # PEFT changes it
         own.task_type = own.task_type or "CAUSAL_LM"
         return own
     init: Any = True if config.init in ("default", "loftq") else config.init

@@ -93,7 +93,7 @@ def packed_attention(
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: DocumentLength, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Causal attention of one document, or of two that share their beginning; (1, heads, L, head_dim) in and out."""
+    """Causal attention of one document, or of two with a shared prompt; (1, heads, L, head_dim) in and out."""
     if not isinstance(length, SharedPrompt):
         return _document(query, key, value, **options)
     end = length.common + length.first
@@ -141,38 +141,49 @@ def _varlen(
     batch, heads, width, head_dim = query.shape
     flat = [length for lengths in document_lengths for length in lengths]
     q, k, v = (x.transpose(1, 2).reshape(batch * width, x.shape[1], head_dim) for x in (query, key, value))
-    asking = seen = [num_tokens(length) for length in flat]
+    query_lengths = key_lengths = [num_tokens(length) for length in flat]
     if any(isinstance(length, SharedPrompt) for length in flat):
-        asking, seen, pieces = _of_shared(flat)
-        k, v = (torch.cat([x[piece] for piece in pieces]) for x in (k, v))
-    starts, starts_seen = (
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device) for lengths in (asking, seen)
+        query_lengths, key_lengths, key_slices = split_shared_prompts(flat)
+        k, v = (torch.cat([x[each] for each in key_slices]) for x in (k, v))
+    query_starts, key_starts = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=query.device)
+        for lengths in (query_lengths, key_lengths)
     )
     options: dict[str, Any] = {"scale": scaling, "window_size": ((sliding_window or 0) - 1, 0)}
-    longest = (max(asking), max(seen))
-    out = attend_within_documents(q, k, v, (starts, starts_seen), longest, **options)
+    longest = (max(query_lengths), max(key_lengths))
+    out = attend_within_documents(q, k, v, (query_starts, key_starts), longest, **options)
     return out.view(batch, width, heads, head_dim)
 
 
-def _of_shared(lengths: Sequence[DocumentLength]) -> tuple[list[int], list[int], list[slice]]:
-    """Return how many tokens ask, how many they see, and where those stand; a shared beginning is seen twice."""
-    asking: list[int] = []
-    seen: list[int] = []
-    pieces: list[slice] = []
+def split_shared_prompts(
+    lengths: Sequence[DocumentLength],
+) -> tuple[list[int], list[int], list[slice]]:
+    """Split documents with a shared prompt into two, whose keys and values both include the prompt.
+
+    Args:
+        lengths: Lengths of all documents of all rows, in order.
+
+    Returns:
+        The number of query tokens of each document, its number of key tokens, and the slices of the flat keys which,
+        concatenated, are the keys of all documents.
+    """
+    query_lengths: list[int] = []
+    key_lengths: list[int] = []
+    key_slices: list[slice] = []
     start = 0
     for length in lengths:
         end = start + num_tokens(length)
         if isinstance(length, SharedPrompt):
             rest = start + length.common + length.first
-            asking += [rest - start, end - rest]
-            seen += [rest - start, length.common + end - rest]
-            pieces += [slice(start, rest), slice(start, start + length.common), slice(rest, end)]
+            query_lengths += [rest - start, end - rest]
+            key_lengths += [rest - start, length.common + end - rest]
+            key_slices += [slice(start, rest), slice(start, start + length.common), slice(rest, end)]
         else:
-            asking.append(length)
-            seen.append(length)
-            pieces.append(slice(start, end))
+            query_lengths.append(length)
+            key_lengths.append(length)
+            key_slices.append(slice(start, end))
         start = end
-    return asking, seen, pieces
+    return query_lengths, key_lengths, key_slices
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.packed import PACKED, _of_shared, packed_attention
+from sft_lightning.models.attention.packed import PACKED, packed_attention, split_shared_prompts
 from sft_lightning.types import SharedPrompt
 
 LENGTHS = [[5, 3, 8], [16]]
@@ -87,7 +87,7 @@ def test_the_varlen_kernel_equals_the_cpu_path(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 5.0}, {"scaling": 0.3}], ids=str)
-def test_documents_with_a_shared_beginning_attend_as_if_each_had_its_own(options: dict[str, Any]) -> None:
+def test_documents_with_a_shared_prompt_attend_as_if_each_had_its_own(options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     common, first, second = 6, 5, 3
     length = SharedPrompt(common, first, second)
@@ -100,8 +100,8 @@ def test_documents_with_a_shared_beginning_attend_as_if_each_had_its_own(options
         assert torch.allclose(alone[:, -len(own) :], together[:, own], atol=1e-6)
 
 
-def test_a_shared_beginning_is_seen_from_both_ends() -> None:
-    asking, seen, pieces = _of_shared([4, SharedPrompt(3, 2, 1)])
+def test_a_shared_prompt_is_among_the_keys_of_both_documents() -> None:
+    asking, seen, pieces = split_shared_prompts([4, SharedPrompt(3, 2, 1)])
     assert (asking, seen) == ([4, 5, 1], [4, 5, 4])
     rows = torch.arange(10)
     assert torch.cat([rows[piece] for piece in pieces]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 9]
