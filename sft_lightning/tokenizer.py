@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -56,6 +57,12 @@ def load_tokenizer(
         )
     add_tokens(tokenizer, tokens, special_tokens)
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder contains the files of a tokenizer."""
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], special_tokens: Sequence[str]) -> None:

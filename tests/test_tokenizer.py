@@ -7,7 +7,15 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
-from sft_lightning.tokenizer import AnswerEnding, Chat, adds_bos, answer_ending, content_parts, load_tokenizer
+from sft_lightning.tokenizer import (
+    AnswerEnding,
+    Chat,
+    adds_bos,
+    answer_ending,
+    content_parts,
+    has_tokenizer,
+    load_tokenizer,
+)
 
 NEW = ["<tool>", "<think>", "newword"]
 
@@ -121,3 +129,10 @@ def test_the_refusal_of_a_template_is_passed_on() -> None:
 def test_typed_contents_are_lists_of_one_text_part() -> None:
     assert content_parts("a", typed=False) == "a"
     assert content_parts("a", typed=True) == [{"type": "text", "text": "a"}]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json"])
+def test_a_folder_with_any_file_of_a_tokenizer_has_one(file: str, tmp_path: Path) -> None:
+    assert not has_tokenizer(tmp_path)
+    (tmp_path / file).touch()
+    assert has_tokenizer(tmp_path)

@@ -13,14 +13,13 @@ from sft_lightning.merging.plan import MergePlan, read_manifest
 from sft_lightning.merging.report import MergeReport, model_card
 from sft_lightning.models.base.weight_files import tensor_names, weight_files
 from sft_lightning.models.export.write import MANIFEST
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+from sft_lightning.tokenizer import has_tokenizer
 
 
 def load_merged_tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
     """Return the last adapter's tokenizer with its chat template, or the base's; `None` if neither has one."""
     for folder in (plan.adapters[-1], plan.folder):
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        if has_tokenizer(folder):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=plan.trust_remote_code
             )

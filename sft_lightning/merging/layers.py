@@ -24,7 +24,14 @@ from sft_lightning.compat.peft import (
     module_under_adapter,
     token_adapter_of,
 )
-from sft_lightning.models.adapters.folder import CHANGE_BASE, attach_adapter, base_tensors, read_config, read_weights
+from sft_lightning.models.adapters.folder import (
+    CHANGE_BASE,
+    attach_adapter,
+    base_tensors,
+    method_name,
+    read_config,
+    read_weights,
+)
 
 ADAPTER = "default"
 _LAYER_BY_LAYER = ("LORA", "IA3", "LOHA", "LOKR")
@@ -63,7 +70,7 @@ def tied_parameter_names(model: torch.nn.Module) -> list[list[str]]:
 def reason_for_whole_model(folder: Path) -> str | None:
     """Return why an adapter can only be merged into the whole model; `None` if weight by weight is possible."""
     config = read_config(folder)
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    kind = method_name(config)
     if kind not in _LAYER_BY_LAYER:
         return f"PEFT merges {kind} adapters only into the whole model"
     if getattr(config, "init_lora_weights", None) in CHANGE_BASE:

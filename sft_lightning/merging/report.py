@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sft_lightning.merging.plan import MergePlan, read_manifest
-from sft_lightning.models.adapters.folder import read_config
+from sft_lightning.models.adapters.folder import method_name, read_config
 
 MergeBase = Literal["original", "dequantized"]
 """What adapters are merged into: the base as it is stored, or the values that were left after quantization."""
@@ -96,7 +96,7 @@ def _origin(plan: MergePlan, report: MergeReport) -> str:
 
 def _describe_adapter(folder: Path) -> str:
     config: Any = read_config(folder)
-    facts = [str(getattr(config.peft_type, "value", config.peft_type))]
+    facts = [method_name(config)]
     facts += [f"{key} {getattr(config, key)}" for key in ("r", "lora_alpha") if getattr(config, key, None) is not None]
     facts += [key for key in ("use_dora", "use_rslora") if getattr(config, key, False)]
     targets = getattr(config, "target_modules", None)

@@ -44,6 +44,11 @@ def bypassed_modules(config: PretrainedConfig) -> frozenset[str]:
     return _BYPASSED.get(config.model_type, frozenset())
 
 
+def has_virtual_tokens(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether PEFT's forward puts virtual tokens before the text (prompt-learning methods, such as prefix tuning)."""
+    return isinstance(model, PeftModel) and bool(model.active_peft_config.is_prompt_learning)
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether this process holds only its part of some parameter, under FSDP2 or DeepSpeed ZeRO-3."""
     return any(hasattr(parameter, "device_mesh") or is_partitioned(parameter) for parameter in model.parameters())

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MambaConfig, PreTrainedModel
 
 from sft_lightning.models.inspection import (
@@ -12,6 +12,7 @@ from sft_lightning.models.inspection import (
     bypassed_modules,
     computing_device,
     evaluating,
+    has_virtual_tokens,
     is_sharded,
     max_positions,
 )
@@ -44,6 +45,13 @@ def test_only_mamba_reads_weights_past_its_layers() -> None:
     assert bypassed_modules(MambaConfig()) == {"x_proj", "dt_proj", "out_proj", "conv1d"}
     assert bypassed_modules(AutoConfig.for_model("mamba2")) == {"out_proj", "conv1d"}
     assert not bypassed_modules(LlamaConfig())
+
+
+def test_only_prompt_learning_methods_have_virtual_tokens() -> None:
+    assert not has_virtual_tokens(tiny_llama())
+    assert not has_virtual_tokens(get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])))  # type: ignore[arg-type]
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    assert has_virtual_tokens(get_peft_model(tiny_llama(), prefix))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mark", ["device_mesh", "ds_id"])

@@ -8,7 +8,14 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import PRESETS, AdapterConfig
-from sft_lightning.models.adapters.folder import AdapterError, load_weights, name_in_base, read_config, read_weights
+from sft_lightning.models.adapters.folder import (
+    AdapterError,
+    load_weights,
+    method_name,
+    name_in_base,
+    read_config,
+    read_weights,
+)
 from sft_lightning.models.adapters.trainable import trainable_base_names
 
 _COMPARED = {
@@ -106,7 +113,7 @@ def describe_overrides(model: PeftModel, config: AdapterConfig) -> list[str]:
             continue
         if not hasattr(own, peft_key):
             if ours != _normalize(getattr(type(config), key, None)):
-                kind = getattr(own.peft_type, "value", own.peft_type)
+                kind = method_name(own)
                 lines.append(
                     f"model.adapter.{key}: {ours!r} is ignored; the {kind} adapter in {config.path} has no {key}"
                 )

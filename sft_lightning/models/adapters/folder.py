@@ -49,6 +49,11 @@ def read_config(source: Path | str) -> Any:
     return config
 
 
+def method_name(config: PeftConfig) -> str:
+    """Return PEFT's name of a configuration's method, such as `LORA`."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def read_weights(source: Path | str) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter, on the CPU.
 

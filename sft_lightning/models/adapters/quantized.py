@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.folder import method_name
 from sft_lightning.models.adapters.trainable import HALF, keep_float32_masters
 from sft_lightning.models.base.config import QuantizationConfig
 
@@ -35,7 +36,7 @@ def check_quantized_base(config: PeftConfig, quantization: QuantizationConfig, d
     Raises:
         UserError: If PEFT fails on such a base, or computes wrong values.
     """
-    bits, kind = quantization.bits, str(getattr(config.peft_type, "value", config.peft_type))
+    bits, kind = quantization.bits, method_name(config)
     init = getattr(config, "init_lora_weights", None)
     if bits in _UNREADABLE_INITS.get(str(init), ()):
         raise UserError(

@@ -18,7 +18,7 @@ from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.contrastive import contrastive_search
 from sft_lightning.models.generation.diverse_beam import diverse_beam_search
 from sft_lightning.models.generation.lockstep import lockstep
-from sft_lightning.models.inspection import base_model, computing_device, evaluating
+from sft_lightning.models.inspection import base_model, computing_device, evaluating, has_virtual_tokens
 
 
 class GeneratedAnswer(NamedTuple):
@@ -157,7 +157,7 @@ def _search(
     pad_token_id: int,
 ) -> torch.Tensor:
     """Return the answers of the searches that transformers does not have, (B, answers, tokens)."""
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if has_virtual_tokens(model):
         raise UserError(
             f"model.generation: {config.mode} search does not support prompt-learning adapters; sample, or use "
             "num_beams without groups"

@@ -22,7 +22,7 @@ from sft_lightning.models.base.vocabulary import resize_embeddings
 from sft_lightning.models.generation.config import GenerationConfig, LoadOptions
 from sft_lightning.models.generation.generate import decode_answer, generate_ids
 from sft_lightning.models.inspection import base_model
-from sft_lightning.tokenizer import answer_ending
+from sft_lightning.tokenizer import answer_ending, has_tokenizer
 
 Messages = Sequence[Mapping[str, str]]
 """Messages as chat templates read them: `role` and `content`."""
@@ -149,7 +149,7 @@ def load_served_model(option: str, path: str | None, adapter: str | None, option
         UserError: If something cannot be loaded.
     """
     base = path or base_named_by_adapter(option, adapter)
-    where = adapter if adapter is not None and _has_tokenizer(adapter) else base
+    where = adapter if adapter is not None and has_tokenizer(Path(adapter).expanduser()) else base
     with clear_load_errors(option, "tokenizer", where, also=_WRONG_FILES):
         tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
     with clear_load_errors(option, "model", base, also=_WRONG_FILES):
@@ -198,10 +198,6 @@ def _model_options(options: LoadOptions) -> dict[str, Any]:
     if options.device != "cpu" and torch.cuda.is_available():
         found["device_map"] = "auto"  # spreads a model over several GPUs only if it is too large for one
     return found
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder).expanduser() / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def _stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from sft_lightning.compat.transformers import balancing_loss_of
-from sft_lightning.models.inspection import base_model
+from sft_lightning.models.inspection import base_model, has_virtual_tokens
 from sft_lightning.types import IGNORE_INDEX, DocumentLength, num_tokens
 
 
@@ -49,8 +49,8 @@ class RouterLoss:
 
 def find_router_loss(model: PreTrainedModel | PeftModel) -> RouterLoss | None:
     """Return the load-balancing loss that a model's configuration enables; `None` for none, or one of another form."""
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return None  # its virtual tokens go through the routers, too
+    if has_virtual_tokens(model):
+        return None  # they go through the routers, too
     base: Any = base_model(model)
     config = base.config.get_text_config()
     balance = balancing_loss_of(base)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from sft_lightning.compat.peft import module_saved_in_full
 from sft_lightning.compat.torch import forward_replaced_by
-from sft_lightning.models.inspection import base_model, evaluating
+from sft_lightning.models.inspection import base_model, evaluating, has_virtual_tokens
 
 _MARK = (1 / 3, -1e4 / 7)
 """Values that any rounding, scaling or squashing would change."""
@@ -53,8 +53,7 @@ def find_sharded_head(model: PreTrainedModel | PeftModel, vocab_size: int, devic
     """
     output = base_model(model).get_output_embeddings()
     module = module_saved_in_full(output) or output
-    prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    if type(module) is not nn.Linear or prompts:
+    if type(module) is not nn.Linear or has_virtual_tokens(model):
         return None
     head = ShardedHead(module)
     return head if _comes_out_unchanged(base_model(model), head, vocab_size, device) else None

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from sft_lightning.compat.peft import module_saved_in_full
 from sft_lightning.models.head.routers import find_router_loss
-from sft_lightning.models.inspection import base_model, evaluating
+from sft_lightning.models.inspection import base_model, evaluating, has_virtual_tokens
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def find_head(model: PreTrainedModel | PeftModel, vocab_size: int, device: torch
     Returns:
         The head; `None` if the model computes its logits, or the loss of its routers, in another way.
     """
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    if has_virtual_tokens(model):
         return None  # PEFT's forward puts virtual tokens before the text
     base = base_model(model)
     output, decoder = base.get_output_embeddings(), base.base_model
