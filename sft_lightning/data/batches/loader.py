@@ -26,7 +26,13 @@ class Examples(Protocol):
     """Numbered examples."""
 
     def example(self, index: int, start: int, stop: int) -> TokenizedExample:
-        """Return the tokens from `start` up to `stop` of an example."""
+        """Return tokens of an example.
+
+        Args:
+            index: Number of the example.
+            start: Its first token to take.
+            stop: Its first token not to take.
+        """
 
 
 Collate = Callable[[Sequence[Sequence[Document]], float], Batch]

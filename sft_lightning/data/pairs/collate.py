@@ -12,16 +12,16 @@ from sft_lightning.types import Batch, TokenizedExample
 
 
 class PairBatch(Batch):
-    """A micro-batch of P pairs; a row's documents are chosen, rejected, chosen, …, or each has a row of its own."""
+    """A micro-batch of P pairs. The documents of a row are chosen, rejected, chosen, …; or each has its own row."""
 
     pairs: torch.Tensor
-    """Which pair each is, as the plan counts them, (P,) int64."""
+    """Number of each pair in the plan, (P,) int64."""
 
     pair_weights: torch.Tensor
-    """What each pair's loss weighs, (P,) float32."""
+    """Weight of each pair's loss, (P,) float32."""
 
     answer_lengths: list[int]
-    """Supervised tokens of each example in the order of the rows: chosen, rejected, chosen, …, (2P)."""
+    """Supervised tokens of each example, 2P of them, in the order of the rows: chosen, rejected, chosen, …"""
 
 
 def collate_pairs(
@@ -32,16 +32,15 @@ def collate_pairs(
     denominator: float,
     share: bool = False,
 ) -> PairBatch:
-    """Lay rows of pairs out as one padded micro-batch.
+    """Return rows of pairs as one padded micro-batch.
 
     Args:
         rows: Number and examples of each pair, row by row.
-        together: Whether all examples of a row are documents of one row; else each has a row of its own, for models
+        together: Whether the examples of a row are documents of one row. Else each example has its own row, for models
             whose documents would see each other.
-        pad_token_id: Id to fill the end of shorter rows with.
+        pad_token_id: Id that fills the end of shorter rows.
         denominator: Weight of all pairs of the optimizer step.
-        share: Whether what both conversations of a pair begin with stands there once; only packed attention knows how
-            to read that.
+        share: Whether the common beginning of a pair is in the row once, which only packed attention supports.
     """
     pairs = [pair for row in rows for pair in row]
     documents = [[document for _, pair in row for document in _documents(pair, share)] for row in rows]

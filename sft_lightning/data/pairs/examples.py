@@ -1,7 +1,7 @@
-"""Records with a better and a worse answer → two examples each, the chosen one and then the rejected one.
+"""Records with a chosen and a rejected answer → two examples each, the chosen one first.
 
-What both conversations have in common is the prompt and has no loss; the answers begin where they part. A pair is kept
-or left out as a whole, and counted.
+The turns that both conversations have in common are the prompt, which has no loss. A pair is kept or dropped as a
+whole, and counted.
 """
 
 from __future__ import annotations
@@ -21,39 +21,41 @@ from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Record, Segment
 
 PairHistory = Literal["own", "chosen"]
-"""What a rejected answer stands after: its `own` conversation, or that of the `chosen` one, as in Firefly."""
+"""The earlier turns of a rejected answer: its `own`, or those of the `chosen` conversation, as in Firefly."""
 
 
 class Pair(NamedTuple):
-    """Two conversations with one prompt, whose messages say themselves which have a loss."""
+    """Two conversations with the same prompt; `train` of each message says whether it is supervised."""
 
     chosen: list[Message]
+    """The conversation with the better answer."""
+
     rejected: list[Message]
+    """The conversation with the worse answer."""
 
 
 def make_pair(
     record: Record, *, history: PairHistory = "own", loss_on: LossOn = "assistant", repairs: Counter[str] | None = None
 ) -> Pair:
-    """Return a record's two conversations, supervised where the answers are.
+    """Return the two conversations of a record, with their answers supervised.
 
     Args:
-        record: The row.
-        history: What the rejected answer stands after.
-        loss_on: `assistant`: every answer from where the conversations part; `last_turn`: the last one of them.
+        record: The record.
+        history: The earlier turns of the rejected answer.
+        loss_on: `assistant`: every answer from the first turn that differs; `last_turn`: the last answer.
         repairs: Counts what was repaired; see `message_order.repair_order`.
 
     Raises:
-        Malformed: If the record has no pair, its turns are out of order, or the two answer different prompts or say the
-            same.
+        Malformed: If the record has no pair, its turns are out of order, or its answers have different prompts or are
+            the same.
     """
     chosen, rejected = (repair_order(record, turns, repairs=repairs) for turns in preference_pair(record))
     if history == "chosen":
         # Firefly (component/dataset.py): every turn but the last is taken from `chosen`.
         rejected = [*chosen[:-1], rejected[-1]]
-    parting = _parting(chosen, rejected)
+    parting = _first_difference(chosen, rejected)
     if parting == len(chosen) == len(rejected):
-        said = f"{record.location}: both answers are the same, so there is nothing to prefer"
-        raise Malformed(said, "same_answers")
+        raise Malformed(f"{record.location}: both answers are the same, so neither is preferred", "same_answers")
     firsts = {turns[parting].role for turns in (chosen, rejected) if parting < len(turns)}
     if firsts != {"assistant"} or parting in (len(chosen), len(rejected)):
         raise malformed(
@@ -67,7 +69,7 @@ def make_pair(
     return Pair(*(_supervise(turns, parting, weight, loss_on) for turns in (chosen, rejected)))
 
 
-def _parting(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
+def _first_difference(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
     """Return the first turn in which two conversations differ."""
     same = [_content(one) == _content(other) for one, other in zip(chosen, rejected, strict=False)]
     return same.index(False) if False in same else len(same)
@@ -77,9 +79,9 @@ def _content(turn: Message) -> tuple[object, ...]:
     return turn.role, turn.content, turn.context, dict(turn.extras)
 
 
-def _supervise(turns: Sequence[Message], parting: int, weight: float, loss_on: LossOn) -> list[Message]:
-    """Give a loss to the answers from a turn on, unless they say themselves that they have none."""
-    answers = [i for i in range(parting, len(turns)) if turns[i].role == "assistant"]
+def _supervise(turns: Sequence[Message], first: int, weight: float, loss_on: LossOn) -> list[Message]:
+    """Supervise the answers from a turn on, except those whose `train` is false."""
+    answers = [i for i in range(first, len(turns)) if turns[i].role == "assistant"]
     if loss_on == "last_turn":
         answers = answers[-1:]
     return [
@@ -90,23 +92,29 @@ def _supervise(turns: Sequence[Message], parting: int, weight: float, loss_on: L
 
 @dataclass(frozen=True, kw_only=True)
 class PairBuilder(ExampleBuilder):
-    """Makes two examples of each record: chosen, rejected."""
+    """Makes two examples from each record, the chosen one first."""
 
     history: PairHistory = "own"
+    """The earlier turns of the rejected answer."""
 
     def format_of(self, record: Record, configured: str | None, path: str = "") -> str:
-        """Return the format of a source, which must be one with pairs.
+        """Return the format of a source, which must be `preference`.
+
+        Args:
+            record: A record of the source.
+            configured: `format` in the YAML.
+            path: `path` in the YAML.
 
         Raises:
-            UserError: If it is another one.
+            UserError: If it is another format.
         """
         name = find_format(configured, record, path)
         if configured is None and name in DATASETS and "rejected" in record.fields:
-            return "preference"  # the same keys; a dataset's own strings go without a template
+            return "preference"  # it has the keys of `preference`; the format of the dataset has no template
         if name != "preference":
             raise UserError(
-                f"data.sources.{record.source}.format: {name!r} has no pairs of a better and a worse answer, which "
-                "task: dpo learns from; use data with `chosen` and `rejected` (format: preference), or task: sft"
+                f"data.sources.{record.source}.format: {name!r} has no pairs of answers, which task: dpo "
+                "needs; use data with `chosen` and `rejected` (format: preference), or task: sft"
             )
         return name
 

@@ -1,4 +1,4 @@
-"""A token store of chosen and rejected examples seen as a store of pairs: a pair is what is planned and packed."""
+"""A token store of chosen and rejected examples, read as a store of pairs, which are planned and packed whole."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sft_lightning.types import Longs, SharedPrompt, TokenizedExample
 
 @dataclass(frozen=True)
 class PairExample(TokenizedExample):
-    """Both examples of a pair, the chosen one first: arrays (L,) for both together."""
+    """Both examples of a pair in one array of L tokens, the chosen example first."""
 
     num_chosen: int
     """Tokens of the chosen example."""
 
     weight: float
-    """What the pair's loss weighs."""
+    """Weight of the pair's loss."""
 
     def halves(self) -> tuple[TokenizedExample, TokenizedExample]:
         """Return the chosen and the rejected example."""
@@ -33,7 +33,7 @@ class PairExample(TokenizedExample):
 
 @dataclass(frozen=True)
 class SharedPair(TokenizedExample):
-    """A pair as one document: what both conversations begin with, the rest of the chosen one, that of the rejected."""
+    """A pair as one document: the common beginning, the rest of the chosen example, the rest of the rejected one."""
 
     shared: SharedPrompt
     """Tokens of the common beginning and of both rests."""
@@ -52,15 +52,15 @@ class SharedPair(TokenizedExample):
 
 
 def share_prompt(pair: PairExample) -> SharedPair | None:
-    """Return a pair with what both conversations begin with only once; `None` if there is nothing to share.
+    """Return a pair with the common beginning of both conversations once; `None` if they have none.
 
-    The token before an answer stays with the answer, in both of them: the answer's first token is predicted from it,
-    and a label is predicted from what stands before it in the row.
+    Each rest begins with the token before its answer, because the first token of the answer is predicted from it.
     """
     chosen, rejected = pair.halves()
     shorter = min(len(chosen.input_ids), len(rejected.input_ids))
     differ = np.flatnonzero(chosen.input_ids[:shorter] != rejected.input_ids[:shorter])
-    answers = [np.flatnonzero(half.loss_weights[1:] > 0) for half in (chosen, rejected)]  # from 0: the token before
+    # The weights from the second on: each index is that of the token before.
+    answers = [np.flatnonzero(half.loss_weights[1:] > 0) for half in (chosen, rejected)]
     common = min([int(differ[0]) if len(differ) else shorter, *(int(found[0]) for found in answers if len(found))])
     if common < 1:
         return None
@@ -74,28 +74,33 @@ def share_prompt(pair: PairExample) -> SharedPair | None:
 
 @dataclass(frozen=True)
 class PairStore(TokenStore):
-    """All pairs of a source. `lengths` are those of both examples together, `supervised` too; `weights` are the pairs'.
+    """All N pairs of a source. `lengths` and `supervised` count both examples of a pair; `weights` are the pairs'.
 
-    A pair of which an example has no supervised token counts as having none itself, and is dropped like such examples.
+    If one example of a pair has no supervised token, the pair counts as having none, and is dropped.
     """
 
     spans: Longs
-    """Where each pair's chosen and rejected example begins and ends in the flat arrays, (N, 2, 2)."""
+    """Start and end of the chosen and the rejected example of each pair in the flat arrays, (N, 2, 2)."""
 
     whole_lengths: Longs
     """Tokens of each pair before it was shortened, (N,)."""
 
     lost: Longs
-    """Supervised tokens of each pair that went with that, (N,)."""
+    """Supervised tokens that each pair lost when it was shortened, (N,)."""
 
     def example(self, index: int, start: int, stop: int) -> PairExample:
         """Return a pair.
 
+        Args:
+            index: The pair.
+            start: Its first token to take; always 0.
+            stop: Its first token not to take; always its length.
+
         Raises:
-            ValueError: If only a part of it is asked for.
+            ValueError: If they are not, since a pair is never cut.
         """
         if (start, stop) != (0, int(self.lengths[index])):
-            raise ValueError(f"a pair is whole: 0 to {self.lengths[index]} tokens, not {start} to {stop}")
+            raise ValueError(f"a pair cannot be cut: expected tokens 0 to {self.lengths[index]}, got {start} to {stop}")
         chosen, rejected = (slice(first, end) for first, end in self.spans[index].tolist())
         return PairExample(
             np.concatenate([self.input_ids[chosen], self.input_ids[rejected]]),
@@ -112,35 +117,35 @@ class Shortening(NamedTuple):
     """Tokens of an answer with its prompt."""
 
     max_prompt_length: int
-    """Tokens at the prompt's end that are kept in any case; fewer than `max_length`."""
+    """Tokens at the end of the prompt that are always kept; fewer than `max_length`."""
 
 
 def shorten(prompt: Longs, chosen: Longs, rejected: Longs, limits: Shortening) -> tuple[Longs, Longs, Longs]:
-    """Return how many tokens are left of prompts and answers, all (N,), by the rule of Firefly's DPO data set.
+    """Return how many tokens are kept of prompts and answers, all (N,), by the rule of Firefly's DPO dataset.
 
-    What fits is not touched: `max_prompt_length` is a floor for what is kept of the prompt of a pair that is too long,
-    not a cap. Of such a prompt the last `max(max_prompt_length, max_length - longer answer)` tokens are kept; if that
-    is not enough, both answers are cut to the room that is left.
+    A pair that fits is not shortened. Of the prompt of a pair that does not, the last
+    `max(max_prompt_length, max_length - longer answer)` tokens are kept, so `max_prompt_length` is a minimum, not a
+    maximum. If that is not enough, both answers are cut to the remaining room.
 
     Args:
-        prompt: Tokens of the prompts.
-        chosen: Tokens of the better answers.
-        rejected: Tokens of the worse answers.
+        prompt: Tokens of the prompts, (N,).
+        chosen: Tokens of the chosen answers, (N,).
+        rejected: Tokens of the rejected answers, (N,).
         limits: The two lengths.
     """
     longer = np.maximum(chosen, rejected)
     too_long = prompt + longer > limits.max_length
     kept = np.minimum(prompt, np.maximum(limits.max_prompt_length, limits.max_length - longer))
     prompt = np.where(too_long, kept, prompt)
-    room = limits.max_length - prompt  # of what was not too long, at least the longer answer
+    room = limits.max_length - prompt  # if the pair was not too long, at least the longer answer
     return prompt, np.minimum(chosen, room), np.minimum(rejected, room)
 
 
 def pair_store(store: TokenStore, limits: Shortening | None = None) -> PairStore:
-    """See a store of examples, chosen and rejected by turns, as one of pairs.
+    """Return a store of examples, alternately chosen and rejected, as a store of pairs; no token is copied.
 
     Args:
-        store: An even number of examples; 2i and 2i + 1 are of one record.
+        store: 2N examples; examples 2i and 2i + 1 come from the same record.
         limits: How long pairs are shortened; `None` leaves them as they are.
 
     Raises:
@@ -172,12 +177,12 @@ def pair_store(store: TokenStore, limits: Shortening | None = None) -> PairStore
 
 
 def _by_pair(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Return values of examples, (2N,), as those of pairs, (N, 2)."""
+    """Return values of 2N examples as those of N pairs, (N, 2)."""
     return values.reshape(-1, 2)
 
 
 def _shortened(store: TokenStore, spans: Longs, limits: Shortening) -> Longs:
-    """Return where the examples begin and end once long pairs are shortened, (2N, 2)."""
+    """Return start and end of each example after long pairs are shortened, (2N, 2)."""
     positions = np.flatnonzero(store.loss_weights > 0)
     found = np.searchsorted(positions, spans[:, 0] + 1)  # a first token has no loss
     answers = np.append(positions, len(store.loss_weights))[found]
@@ -191,7 +196,7 @@ def _shortened(store: TokenStore, spans: Longs, limits: Shortening) -> Longs:
 
 
 def _supervised(store: TokenStore, spans: Longs) -> Longs:
-    """Return the supervised tokens of parts of the flat arrays, without the first token of each, (2N,)."""
+    """Return how many tokens of each span are supervised, without its first token, (2N,)."""
     before = np.concatenate([[0], np.cumsum(store.loss_weights > 0)])
     counts: Longs = before[spans[:, 1]] - before[np.minimum(spans[:, 0] + 1, spans[:, 1])]
     return counts

@@ -31,7 +31,7 @@ def test_packed_pairs_are_documents_of_one_row() -> None:
     assert batch["pair_weights"].tolist() == [1, 1, 1]
 
 
-def test_unpacked_pairs_have_two_rows() -> None:
+def test_without_packing_each_example_of_a_pair_has_its_own_row() -> None:
     batch = make(together=False)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 4, 0], [5, 6, 0], [5, 7, 8], [9, 10, 0], [9, 11, 0]]
     assert batch["answer_lengths"] == [2, 1, 1, 2, 1, 1]
@@ -50,7 +50,7 @@ def asked(prompt: list[int], chosen: list[int], rejected: list[int]) -> PairExam
     return PairExample(ids, np.concatenate(weights), len(prompt) + len(chosen), 1.0)
 
 
-def test_a_shared_prompt_stands_once_but_for_the_token_before_the_answers() -> None:
+def test_a_shared_prompt_is_there_once_except_the_token_before_the_answers() -> None:
     pairs = [(0, asked([1, 2, 3], [4, 5], [6])), (1, asked([1], [4], [6]))]
     batch = collate_pairs([pairs], together=True, pad_token_id=0, denominator=1.0, share=True)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 3, 6, 1, 4, 1, 6]]
@@ -62,7 +62,7 @@ def test_a_shared_prompt_stands_once_but_for_the_token_before_the_answers() -> N
     assert batch["answer_lengths"] == [2, 1, 1, 1]
 
 
-def test_answers_that_begin_alike_share_no_label() -> None:
+def test_answers_with_a_common_beginning_share_no_label() -> None:
     batch = collate_pairs(
         [[(0, asked([1, 2], [4, 5], [4, 6]))]], together=False, pad_token_id=0, denominator=1.0, share=True
     )
@@ -70,7 +70,7 @@ def test_answers_that_begin_alike_share_no_label() -> None:
     assert batch["labels"].tolist() == [[-100, -100, 4, 5, -100, 4, 6]]
 
 
-def test_conversations_that_part_early_share_what_is_before() -> None:
+def test_conversations_that_differ_early_share_the_turns_before() -> None:
     weights = np.array([0, 0, 0, 1, 0, 0, 0, 1], np.float32)
     one = PairExample(np.array([1, 2, 9, 4, 1, 2, 8, 4], np.int32), weights, 4, 1.0)
     batch = collate_pairs([[(0, one)]], together=True, pad_token_id=0, denominator=1.0, share=True)

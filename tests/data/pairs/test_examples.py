@@ -62,7 +62,7 @@ def test_every_preference_layout_gives_the_same_pair(fields: dict[str, Any]) -> 
     assert [(m.role, m.content) for m in pair.rejected] == [("user", "q"), ("assistant", "bad")]
 
 
-def test_answers_that_part_early_are_supervised_from_there() -> None:
+def test_answers_are_supervised_from_the_first_turn_that_differs() -> None:
     fields = {"chosen": turns("q1", "a", "q2", "b"), "rejected": turns("q1", "x", "q2", "y")}
     pair = make_pair(record(**fields))
     assert (supervised(pair.chosen), supervised(pair.rejected)) == (["a", "b"], ["x", "y"])
@@ -70,7 +70,7 @@ def test_answers_that_part_early_are_supervised_from_there() -> None:
     assert (supervised(last.chosen), supervised(last.rejected)) == (["b"], ["y"])
 
 
-def test_the_chosen_history_can_stand_before_both_answers() -> None:
+def test_both_answers_can_follow_the_turns_of_the_chosen_conversation() -> None:
     fields = {"chosen": turns("q1", "a", "q2", "b"), "rejected": turns("p1", "x", "p2", "y")}
     with pytest.raises(Malformed, match=r"data\.pair_history: chosen") as caught:
         make_pair(record(**fields))
@@ -80,13 +80,13 @@ def test_the_chosen_history_can_stand_before_both_answers() -> None:
     assert (supervised(pair.chosen), supervised(pair.rejected)) == (["b"], ["y"])
 
 
-def test_a_conversation_that_goes_on_where_the_other_ends_is_refused() -> None:
+def test_a_conversation_that_continues_the_other_is_refused() -> None:
     fields = {"chosen": turns("q1", "a", "q2", "b"), "rejected": turns("q1", "a")}
     with pytest.raises(Malformed, match=r"toy\.json, record 0"):
         make_pair(record(**fields))
 
 
-def test_equal_answers_teach_nothing() -> None:
+def test_a_pair_of_equal_answers_is_refused() -> None:
     with pytest.raises(Malformed, match="both answers are the same") as caught:
         make_pair(record(prompt="q", chosen="a", rejected="a"))
     assert caught.value.reason == "same_answers"
@@ -104,7 +104,7 @@ def test_an_empty_answer_is_counted() -> None:
         make_pair(record(prompt="q", chosen="a", rejected=" "), repairs=repairs)
 
 
-def test_the_weight_of_a_record_is_that_of_its_answers() -> None:
+def test_the_weight_of_a_record_is_the_weight_of_its_answers() -> None:
     pair = make_pair(record(prompt="q", chosen="a", rejected="b", weight=2))
     assert pair.chosen[-1].weight == pair.rejected[-1].weight == 2.0
 
@@ -134,7 +134,7 @@ EARLY = {"chosen": turns("q", "<think>x</think>a", "r", "b"), "rejected": turns(
 """A pair that differs from its first answers on, which the template rewrites."""
 
 
-def test_a_record_makes_two_examples_in_the_order_chosen_rejected(builder: Any) -> None:
+def test_a_record_makes_two_examples_the_chosen_one_first(builder: Any) -> None:
     log = RecordLog()
     [(batch, records)] = builder().build([record(prompt="q", chosen="good", rejected="bad")], None, "f", log)
     answers = [example.input_ids[example.loss_weights > 0] for example in batch]
@@ -142,7 +142,7 @@ def test_a_record_makes_two_examples_in_the_order_chosen_rejected(builder: Any) 
     assert (records.tolist(), log.format, log.marks_array().tolist()) == ([0, 0], "preference", [0])
 
 
-def test_a_pair_that_the_template_renders_as_several_texts_stops_the_run_with_what_to_do(builder: Any) -> None:
+def test_a_pair_that_the_template_renders_as_several_texts_is_refused_with_a_way_out(builder: Any) -> None:
     with pytest.raises(Malformed, match=r"as 2 texts.*; set data\.loss_on: last_turn, fix the record or set") as caught:
         list(builder().build([record(**EARLY)], None, "f", RecordLog()))
     assert caught.value.reason == "rewritten_pair"

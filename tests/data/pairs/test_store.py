@@ -47,7 +47,7 @@ def test_a_pair_is_its_two_examples_one_after_the_other() -> None:
     assert rejected.loss_weights.tolist() == [0, 0, 1]
 
 
-def test_a_pair_weighs_what_its_answers_tokens_weigh_whatever_their_number() -> None:
+def test_the_weight_of_a_pair_does_not_depend_on_the_number_of_its_tokens() -> None:
     store = pair_store(make_store((3, 2), (3, 40), weight=0.5))
     assert store.weights.tolist() == [0.5]
     assert store.weigh(np.array([[0, 0, 48]])).tolist() == [0.5]
@@ -61,7 +61,7 @@ def test_the_prompt_is_cut_from_the_left_and_then_the_answers_from_the_right() -
     assert (store.supervised.tolist(), store.lost.tolist(), store.whole_lengths.tolist()) == ([9], [1], [22])
 
 
-def test_pairs_that_fit_are_left_as_they_are() -> None:
+def test_pairs_that_fit_are_not_shortened() -> None:
     whole = make_store((6, 3), (6, 2))
     plain, limited = pair_store(whole), pair_store(whole, Shortening(max_length=10, max_prompt_length=1))
     assert plain.spans.tolist() == limited.spans.tolist()
@@ -72,9 +72,9 @@ def test_a_pair_with_one_unsupervised_answer_counts_as_unsupervised() -> None:
     assert pair_store(make_store((3, 2), (3, 0))).supervised.tolist() == [0]
 
 
-def test_examples_that_are_no_pairs_are_refused() -> None:
+def test_examples_that_are_not_pairs_are_refused() -> None:
     store = make_store((3, 2), (3, 2))
     with pytest.raises(ValueError, match="not pairs"):
         pair_store(TokenStore(**{**vars(store), "records": np.array([0, 1])}))
-    with pytest.raises(ValueError, match="whole"):
+    with pytest.raises(ValueError, match="a pair cannot be cut"):
         pair_store(store).example(0, 0, 3)
