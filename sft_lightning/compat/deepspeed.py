@@ -8,6 +8,7 @@ parameter, and have none for a weight whose own part is there.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,18 @@ _FLAT_PARTITIONS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_gr
 """What ZeRO-3, ZeRO-1 and -2, and ZeRO-1 in bfloat16 call them."""
 
 _SAVING = "saving and continuing a run under trainer.strategy: deepspeed_stage_*"
+
+
+@uses(
+    "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator.is_fp16_supported",
+    feature="trainer.precision: 16-mixed or 16-true under trainer.strategy: deepspeed_stage_* on a CPU",
+    since="0.15",
+    replacement="DeepSpeed's own refusal, which comes after the model is loaded",
+)
+def cpu_has_float16() -> bool:
+    """Whether DeepSpeed trains in float16 on this CPU (x86: AVX512-FP16); its engine asks the same."""
+    accelerator = importlib.import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator()
+    return bool(accelerator.is_fp16_supported())
 
 
 # --- a weight under ZeRO-3 --------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def reshard(module: nn.Module) -> None:
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     if is_partitioned(tensor):
-        zero = importlib.import_module("deepspeed.runtime.zero")
+        zero = importlib.import_module("deepspeed").zero
         with zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     tensor = tensor.detach()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import Any
 
 from torch.optim import Optimizer
 
 from sft_lightning.compat.bitsandbytes import state_bits
+from sft_lightning.compat.deepspeed import cpu_has_float16
 from sft_lightning.errors import UserError
 from sft_lightning.models.spec import ModelSpec
 from sft_lightning.strategies.names import DDP, FSDP2_OFFLOAD, deepspeed_name
@@ -94,18 +93,12 @@ def check_float16(precision: str) -> None:
     Raises:
         UserError: If it is float16, and the CPU has no float16 arithmetic (x86: AVX512-FP16).
     """
-    if precision not in ("16-mixed", "16-true") or _cpu_has_float16():
+    if precision not in ("16-mixed", "16-true") or cpu_has_float16():
         return
     raise UserError(
         f"trainer.precision: {precision} is not supported by DeepSpeed on this CPU, which has no float16 arithmetic "
         f"(AVX512-FP16); set trainer.precision: {precision.replace('16', 'bf16')} or 32-true, or train on a GPU"
     )
-
-
-def _cpu_has_float16() -> bool:
-    """Ask what DeepSpeed's engine asks after the model is loaded."""
-    accelerator: Any = importlib.import_module("deepspeed.accelerator.cpu_accelerator")
-    return bool(accelerator.CPU_Accelerator().is_fp16_supported())
 
 
 def check_optimizer(optimizer: Optimizer, sharding: ShardingSpec) -> None:

@@ -94,6 +94,19 @@ def test_a_replaced_forward_runs_between_the_modules_hooks_and_ends_with_the_con
         assert torch.equal(layer(x), 2 * x)
 
 
+def test_a_module_of_another_class_keeps_what_it_holds() -> None:
+    class Doubling(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    x, before = torch.ones(1, 2), model(torch.ones(1, 2))
+    parameters = list(model.parameters())
+    compat.change_class(model[0], Doubling)
+    assert torch.equal(model(x), 2 * before)
+    assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))
+
+
 def test_a_module_with_a_hook_or_another_forward_runs_more_than_its_forward() -> None:
     layer = nn.Linear(2, 2)
     assert not compat.runs_more_than_forward(layer)

@@ -98,7 +98,7 @@ def test_a_module_is_refused_when_it_is_connected_and_has_loaded_nothing() -> No
 def test_float16_on_a_cpu_without_it_is_refused_with_the_types_that_work(
     monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    monkeypatch.setattr(refusals, "_cpu_has_float16", lambda: False)
+    monkeypatch.setattr(refusals, "cpu_has_float16", lambda: False)
     instead = precision.replace("16", "bf16")
     said = rf"^trainer\.precision: {precision} .*set trainer\.precision: {instead} or 32-true, or train on a GPU$"
     with pytest.raises(UserError, match=said):
@@ -106,12 +106,12 @@ def test_float16_on_a_cpu_without_it_is_refused_with_the_types_that_work(
 
 
 def test_float16_is_accepted_where_deepspeed_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refusals, "_cpu_has_float16", lambda: False)
+    monkeypatch.setattr(refusals, "cpu_has_float16", lambda: False)
     check_run(RunFacts(model=LORA, precision="16-mixed", on_gpu=True), ZERO2)
     check_run(RunFacts(model=LORA, precision="bf16-mixed", on_gpu=False), ZERO2)
     check_run(RunFacts(model=LORA, precision="32-true", on_gpu=False), ZERO2)
     check_run(RunFacts(model=LORA, precision="16-true", on_gpu=False), FSDP2_SHARDING)  # torch computes, not DeepSpeed
-    monkeypatch.setattr(refusals, "_cpu_has_float16", lambda: True)
+    monkeypatch.setattr(refusals, "cpu_has_float16", lambda: True)
     check_run(RunFacts(model=LORA, precision="16-mixed", on_gpu=False), ZERO2)
 
 
@@ -121,7 +121,7 @@ def test_the_cpus_float16_is_what_deepspeeds_engine_asks_for(monkeypatch: pytest
 
     for supported in (True, None):  # DeepSpeed's method returns None for no
         monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self, answer=supported: answer)
-        assert refusals._cpu_has_float16() is bool(supported)
+        assert refusals.cpu_has_float16() is bool(supported)
 
 
 @pytest.mark.parametrize(

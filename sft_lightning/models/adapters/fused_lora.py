@@ -24,7 +24,7 @@ from peft.tuners import lora
 from torch.autograd.function import once_differentiable
 
 from sft_lightning.compat.deepspeed import is_partitioned
-from sft_lightning.compat.torch import runs_more_than_forward
+from sft_lightning.compat.torch import change_class, runs_more_than_forward
 
 
 class _LoraUpdate(torch.autograd.Function):
@@ -231,7 +231,7 @@ def fuse_lora(model: PeftModel) -> None:
     """
     for module in model.modules():
         if type(module) in _FUSED and why_not_plain(module) is None:
-            module.__class__ = _FUSED[type(module)]
+            change_class(module, _FUSED[type(module)])
 
 
 def describe_unfused(model: PeftModel) -> str | None:

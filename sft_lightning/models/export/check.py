@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 
 from sft_lightning.compat.peft import module_under_adapter
-from sft_lightning.compat.torch import copy_sharing_tensors
+from sft_lightning.compat.torch import change_class, copy_sharing_tensors
 from sft_lightning.models.adapters.folder import CHANGE_BASE, attach_adapter, read_config
 from sft_lightning.models.adapters.quantized import prepare_adapted
 from sft_lightning.models.inspection import evaluating
@@ -86,7 +86,7 @@ def _compute_alike(reloaded: torch.nn.Module, model: torch.nn.Module) -> None:
     classes = {name: type(module) for name, module in model.named_modules()}
     for name, module in reloaded.named_modules():
         if issubclass(classes.get(name, object), type(module)):
-            module.__class__ = classes[name]  # `FusedLinear` for PEFT's `Linear`
+            change_class(module, classes[name])  # `FusedLinear` for PEFT's `Linear`
     types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for name, parameter in reloaded.named_parameters():
         if parameter.dtype != types.get(name, parameter.dtype):

@@ -151,7 +151,7 @@ def test_what_fit_refuses_is_refused(
 def test_float16_is_refused_only_when_planning_for_this_cpu(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(refusals, "_cpu_has_float16", lambda: False)
+    monkeypatch.setattr(refusals, "cpu_has_float16", lambda: False)
     float16 = ("--model.adapter.r=4", "--trainer.strategy=deepspeed_stage_2", "--trainer.precision=16-mixed")
     assert plan(*float16) == 0
     assert plan(*float16, "--trainer.accelerator=cpu", "--num_gpus=2") == 0

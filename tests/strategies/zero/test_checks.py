@@ -135,7 +135,7 @@ def test_a_folder_that_is_missing_or_cannot_be_written_is_refused_by_name(
 def test_float16_is_refused_with_exit_status_2_before_any_weight_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, alpaca_file: Path
 ) -> None:
-    monkeypatch.setattr(refusals, "_cpu_has_float16", lambda: False)
+    monkeypatch.setattr(refusals, "cpu_has_float16", lambda: False)
     options = {
         "trainer.strategy": "deepspeed_stage_2", "trainer.precision": "16-mixed", "trainer.accelerator": "cpu",
         "trainer.default_root_dir": tmp_path, "model.model_name_or_path": "no/such/model",
