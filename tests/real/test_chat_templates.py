@@ -65,7 +65,7 @@ CALLS = {
 """How the templates that know of tools write the call."""
 
 REFUSALS = {"gemma-3-4b-it": "Conversation roles must alternate"}
-"""What templates say that do not only leave the tools out."""
+"""Errors of templates that do more than leave the tools out."""
 
 
 @functools.cache
@@ -156,14 +156,14 @@ def test_tools_their_calls_and_results_are_trained_as_they_are_served(name: str,
 
 @pytest.mark.parametrize("name", sorted(STOPS.keys() - CALLS.keys()))
 def test_a_template_that_knows_no_tools_says_so(name: str, real_data: Path) -> None:
-    with pytest.raises(UserError, match=REFUSALS.get(name, "leaves out the tools on offer")):
+    with pytest.raises(UserError, match=REFUSALS.get(name, "leaves out the tools;")):
         bound(name, real_data)[0].render(WITH_TOOLS, "assistant")
 
 
 @pytest.mark.parametrize("name", sorted(STOPS.keys() - CALLS.keys() - REFUSALS.keys()))
 def test_a_template_that_knows_no_calls_says_so(name: str, real_data: Path) -> None:
     turns = [Message("user", "Weather?"), *WITH_TOOLS[1:]]
-    with pytest.raises(UserError, match=r"leaves out the call of 'weather'|leaves out .*the content of turn"):
+    with pytest.raises(UserError, match=r"leaves out the call of 'weather'|leaves out .*the content of message"):
         bound(name, real_data)[0].render(turns, "assistant")
 
 

@@ -1,1 +1,1 @@
-"""Messages → text segments, each supervised or not; templates as data, and Jinja."""
+"""Messages → text segments, each supervised or not: named templates as data, and Jinja templates."""

@@ -1,4 +1,4 @@
-"""A template bound to a tokenizer: what both must agree on before a single example is made."""
+"""Binds a template to a tokenizer, and checks that the two fit together before any example is made."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ _QUESTION = [Message("user", "question")]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
-    """Return the tokenizer's BOS, if it puts one before a text by itself, and its EOS."""
+    """Return the tokenizer's BOS, if the tokenizer puts one before a text, and its EOS."""
     return SpecialTokens(str(tokenizer.bos_token) if adds_bos(tokenizer) else "", str(tokenizer.eos_token or ""))
 
 
 def bind_template(setting: str, tokenizer: PreTrainedTokenizerFast) -> Template:
-    """Return the template of `data.template`, and make it the tokenizer's own: what is saved is what was trained.
+    """Return the template of `data.template`, and set it as the tokenizer's chat template.
+
+    So the tokenizer that is saved with the model serves the template that was trained.
 
     Args:
         setting: A named template, `chat_template`, or the path of a `.jinja` file.
-        tokenizer: Gets the template as its `chat_template`.
+        tokenizer: The tokenizer; its `chat_template` is set.
 
     Raises:
-        UserError: If there is no such template, or its stop token is not one token of the tokenizer.
+        UserError: If the template does not exist or cannot be read, or its stop token is not one token of the
+            tokenizer.
     """
     template: Template
     if setting == "chat_template" or setting.endswith(".jinja"):
         if setting != "chat_template":
             tokenizer.chat_template = _read_template(setting)
         if not tokenizer.chat_template:
-            raise UserError("data.template: the tokenizer has no chat_template; name a template, such as vicuna_v1.1")
+            raise UserError("data.template: the tokenizer has no chat_template; name a template such as vicuna_v1.1")
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         template = jinja_template(setting, _applier(setting, tokenizer), tokenizer.get_added_vocab(), special)
         if "strftime_now" in str(tokenizer.chat_template):
             logger.warning(
-                "data.template: %s writes the date into every conversation; all are prepared with the date of now",
+                "data.template: %s writes the current date into every conversation; all examples get today's date",
                 setting,
             )
     else:
@@ -59,8 +62,8 @@ def bind_template(setting: str, tokenizer: PreTrainedTokenizerFast) -> Template:
     stop_token_id(template, tokenizer)
     if adds_bos(tokenizer) and not template.generation_prompt(_QUESTION).startswith(str(tokenizer.bos_token)):
         logger.warning(
-            "data.template: %s writes no %s, which this tokenizer puts before other texts; training and serving go "
-            "without it",
+            "data.template: %s does not write %s, which this tokenizer puts before other texts; training and serving "
+            "go without it",
             setting,
             tokenizer.bos_token,
         )
@@ -68,14 +71,18 @@ def bind_template(setting: str, tokenizer: PreTrainedTokenizerFast) -> Template:
 
 
 def stop_token_id(template: Template, tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the id of the token that ends an answer.
+    """Return the id of the stop token, which ends an answer.
+
+    Args:
+        template: The template.
+        tokenizer: The tokenizer.
 
     Raises:
-        UserError: If it is not exactly one token.
+        UserError: If the stop token is not exactly one token of the tokenizer.
     """
     if not template.stop:
         raise UserError(
-            f"data.template: {template.name} ends answers with the tokenizer's EOS, but it has none; set "
+            f"data.template: {template.name} ends answers with the tokenizer's EOS, but the tokenizer has none; set "
             "`eos_token` in its tokenizer_config.json"
         )
     ids: list[int] = tokenizer(template.stop, add_special_tokens=False).input_ids
@@ -90,16 +97,16 @@ def stop_token_id(template: Template, tokenizer: PreTrainedTokenizerFast) -> int
 
 
 def check_serving(template: Template, tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> None:
-    """Prove on a conversation that what is served is the prompt that training taught.
+    """Check that `apply_chat_template` serves a conversation as the prompt that was trained.
 
     Args:
         template: The run's template.
-        tokenizer: With that template as its own.
-        messages: A conversation up to the turn to answer.
+        tokenizer: The tokenizer, with that template as its chat template.
+        messages: A conversation up to the message to answer.
 
     Raises:
-        RuntimeError: If `apply_chat_template` makes another prompt; a named template and its Jinja export, or our way
-            of rendering Jinja and transformers' own, have drifted apart.
+        RuntimeError: If `apply_chat_template` makes another prompt: a named template and its Jinja export, or this
+            package's way and transformers' way to render Jinja, differ.
     """
     trained = template.generation_prompt(messages)
     tools: list[Any] = []
@@ -108,7 +115,7 @@ def check_serving(template: Template, tokenizer: PreTrainedTokenizerFast, messag
     elif isinstance(template, NamedTemplate) and all(message.context is None for message in messages):
         chat = [{"role": message.role, "content": message.content} for message in messages]
     else:
-        return  # documents are not served as chats, and Alpaca's `input` has no place in chat messages
+        return  # documents are not served as chats, and chat messages cannot hold Alpaca's `input`
     served = tokenizer.apply_chat_template(chat, tools=tools or None, tokenize=False, add_generation_prompt=True)
     if served != trained and "strftime_now" not in str(tokenizer.chat_template):
         raise RuntimeError(f"template {template.name}: trained on {trained!r}, but its chat template serves {served!r}")
@@ -118,7 +125,7 @@ def _read_template(path: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UserError(f"data.template: cannot read {path!r}: {reason}") from error
 
 

@@ -1,4 +1,4 @@
-"""Named templates: a `TurnFormat` bound to a tokenizer's special tokens, and the same template in Jinja for serving."""
+"""Named templates: a `TurnFormat` with a tokenizer's special tokens, and the same template in Jinja for serving."""
 
 from __future__ import annotations
 
@@ -13,37 +13,46 @@ from sft_lightning.errors import UserError, one_of
 from sft_lightning.types import LossOn, Message, Segment
 
 _UNWRITABLE = ("tool_calls", "reasoning_content")
-"""What a message may hold besides its content that named templates have no words for."""
+"""Parts of a message that named templates cannot write."""
 
 
 @dataclass(frozen=True)
 class NamedTemplate:
-    """A `TurnFormat` bound to a tokenizer's special tokens."""
+    """A `TurnFormat` with a tokenizer's special tokens."""
 
     name: str
+    """The name in `TURN_FORMATS`."""
+
     format: TurnFormat
+    """The strings of the template."""
+
     tokens: SpecialTokens
+    """BOS and EOS of the tokenizer."""
 
     @cached_property
     def stop(self) -> str:
-        """The token that ends an answer, as text."""
+        """The stop token: the token that ends an answer, as text."""
         return self.format.stop.replace("{eos}", self.tokens.eos)
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Every token that may end an answer."""
+        """The stop token alone."""
         return (self.stop,)
 
     @cached_property
     def bos(self) -> str:
-        """What stands before everything; may be empty."""
+        """The beginning of every text; may be empty."""
         return self.format.bos.replace("{bos}", self.tokens.bos)
 
     def render(self, messages: Sequence[Message], loss_on: LossOn) -> list[list[Segment]]:
-        """Render a conversation as one training text.
+        """Return the training text of a conversation.
+
+        Args:
+            messages: The conversation.
+            loss_on: Which messages are supervised.
 
         Raises:
-            UserError: If the template has no place for something: a system message, tools, their calls and results.
+            UserError: If the template cannot write a part of it: a system message, tools, tool calls, tool results.
         """
         system, first = self._system(messages)
         flags = supervision(messages, loss_on)
@@ -72,11 +81,11 @@ class NamedTemplate:
         return "".join([segment.text for segment in self.render(messages, "assistant")[0]])
 
     def chat_template(self) -> str:
-        """Return the same template in Jinja, as a tokenizer's `chat_template`: what is served is what was trained."""
+        """Return the same template in Jinja, for the tokenizer's `chat_template`."""
         return _in_jinja(self.format, self.bos, self.stop)
 
     def _system(self, messages: Sequence[Message]) -> tuple[str, int]:
-        """Return the rendered system block, and the index of the first message after the system's own."""
+        """Return the rendered system block, and the index of the first message after the system message."""
         own, form = messages[0], self.format
         first = 1 if own.role == "system" else 0
         if first:
@@ -117,7 +126,7 @@ class NamedTemplate:
         return before + (message.content.strip() if self.format.strip else message.content) + after
 
     def _check_writable(self, message: Message) -> None:
-        """Refuse what would otherwise be left out in silence."""
+        """Refuse a part of a message that the template would silently leave out."""
         found = [key for key in _UNWRITABLE if message.extras.get(key)]
         if message.tools:
             found.append("tools")
@@ -126,12 +135,12 @@ class NamedTemplate:
         if found:
             raise UserError(
                 f"data.template: {self.name} has no place for {', '.join(found)}; use chat_template (the tokenizer's "
-                "own) or a .jinja file that has"
+                "own) or a .jinja file that writes them"
             )
         if message.role == "text":
-            raise UserError(f"data.template: {self.name} is for conversations, not for a message of role 'text'")
+            raise UserError(f"data.template: {self.name} is for conversations and cannot write the role 'text'")
 
-    # Split once, not for every message; not `str.format`, because contents hold braces.
+    # Split once, not for every message; without `str.format`, because contents contain braces.
     @cached_property
     def _user_parts(self) -> tuple[str, str]:
         return _around(self.format.user)
@@ -155,7 +164,11 @@ class NamedTemplate:
 
 
 def named_template(name: str, tokens: SpecialTokens) -> NamedTemplate:
-    """Return the named template.
+    """Return a named template.
+
+    Args:
+        name: A key of `TURN_FORMATS`.
+        tokens: BOS and EOS of the tokenizer.
 
     Raises:
         UserError: If the name is unknown.
@@ -197,24 +210,24 @@ def _in_jinja(form: TurnFormat, bos: str, stop: str) -> str:
 
 
 def _refusal_of_system(form: TurnFormat) -> str:
-    """Return what keeps serving from leaving a system text out in silence."""
+    """Return the Jinja statement that refuses a system text where the template has no place for one."""
     if form.system is not None:
         return ""
     return "{%- if system is not none -%}{{- raise_exception('no place for a system message') -}}{%- endif -%}"
 
 
 _ROUND = "(messages[:loop.index] | selectattr('role', 'equalto', 'user') | list | length | string)"
-"""The number of a user's turn, from 1."""
+"""The number of a user message, from 1."""
 
 
 def _expression(text: str, content: str) -> str:
-    """Return `text` in Jinja, with the expression `content` in the place of `{content}`."""
+    """Return `text` as a Jinja expression, with `content` in the place of `{content}`."""
     before, after = _around(text)
     literal = f" + {_ROUND} + ".join(json.dumps(part) for part in before.split("{round}"))
     return f"{literal} + {content} + {json.dumps(after)}"
 
 
 def _around(text: str) -> tuple[str, str]:
-    """Return what stands before and after `{content}`."""
+    """Return the text before and after `{content}`."""
     before, after = text.split("{content}")
     return before, after

@@ -1,8 +1,8 @@
 """The named templates, as data, with the exact strings of the systems that they come from.
 
-A model trained with a template must be served with the same one, so nothing here may change once released. Ids without a
-prefix are the field's common templates; `firefly/…`, `vigogne/…` and `chinese_alpaca/…` are those systems' own, which
-differ from common ones of the same name.
+A model must be served with the template that it was trained with, so nothing here may change once released. Names without
+a prefix are the field's common templates; `firefly/…`, `vigogne/…` and `chinese_alpaca/…` are the templates of those
+systems, which differ from the common ones of the same name.
 """
 
 from __future__ import annotations
@@ -13,45 +13,49 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class TurnFormat:
-    """A named template. `{content}` stands for the message, `{context}` for Alpaca's `input`.
+    """The strings of a named template. `{content}` stands for a message's content, `{context}` for Alpaca's `input`.
 
-    In `user`, `{round}` before the content stands for the number of the user's turn, from 1.
+    In `user`, `{round}` before the content stands for the number of the user message, from 1.
     """
 
     user: str
+    """A user message, up to where the answer begins."""
+
     assistant: str
-    """The answer as written after the user's turn, without the stop token."""
+    """The answer after a user message, without the stop token."""
 
     stop: str
-    """The stop token; `{eos}` for the tokenizer's own."""
+    """The stop token; `{eos}` for the tokenizer's EOS."""
 
     system: str | None = None
-    """`None`: the template has no place for a system message."""
+    """The system block; `None` if the template has no place for a system message."""
 
     bos: str = "{bos}"
-    """Before everything; `{bos}` is the tokenizer's own, where the tokenizer puts one before a text."""
+    """The beginning of the text; `{bos}` for the tokenizer's BOS, if the tokenizer puts one before a text."""
 
     default_system: str | None = None
-    """System text of a conversation that brings none; `None`: no system block at all."""
+    """System text of a conversation without a system message; `None` for no system block."""
 
     default_system_with_context: str | None = None
+    """The same, if the first question has a `context`; `None` for `default_system`."""
+
     system_in_user: bool = False
-    """Whether the system block stands inside the first user turn, before its content."""
+    """Whether the system block is part of the first user message, before its content."""
 
     user_with_context: str | None = None
-    """The user's turn with a `context`; without one, the context follows the content on a line of its own."""
+    """A user message with a `context`; `None` to put the context on a line of its own after the content."""
 
     strip_before_context: str = ""
-    """Characters taken off the end of a content that a context follows."""
+    """Characters to remove from the end of a content that a context follows."""
 
     separator: str = ""
-    """Between an answer and the next user turn."""
+    """Text between an answer and the next user message."""
 
     trailer: str = ""
-    """After every stop token; never supervised."""
+    """Text after every stop token; never supervised."""
 
     strip: bool = False
-    """Whether contents lose their surrounding white space; a system text within the user's turn keeps it."""
+    """Whether contents lose their surrounding white space; a system text within a user message keeps it."""
 
 
 _VIGOGNE_SYSTEM = (

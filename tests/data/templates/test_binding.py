@@ -58,7 +58,7 @@ def test_a_named_template_is_served_as_it_was_trained(
 
 
 @pytest.mark.parametrize("name", TURN_FORMATS)
-def test_the_whole_conversation_is_rendered_alike_too(name: str, own: PreTrainedTokenizerFast) -> None:
+def test_a_named_template_and_its_export_render_the_same_conversation(name: str, own: PreTrainedTokenizerFast) -> None:
     template = bound(name, own)
     turns = [*CONVERSATIONS[2], Message("assistant", "See you")]
     dicts = [{"role": m.role, "content": m.content} for m in turns]
@@ -66,7 +66,7 @@ def test_the_whole_conversation_is_rendered_alike_too(name: str, own: PreTrained
     assert own.apply_chat_template(dicts, tokenize=False) == trained
 
 
-def test_a_drifted_export_is_found(own: PreTrainedTokenizerFast) -> None:
+def test_an_export_that_differs_from_its_template_is_found(own: PreTrainedTokenizerFast) -> None:
     template = bind_template("alpaca", own)
     own.chat_template = str(own.chat_template).replace("### Instruction", "### Question")
     with pytest.raises(RuntimeError, match="trained on"):
@@ -84,12 +84,12 @@ def test_a_stop_text_of_several_tokens_is_refused(own: PreTrainedTokenizerFast) 
         bind_template("vicuna_v1.1", gpt2_like)
 
 
-def test_a_tokenizer_without_a_chat_template_asks_for_a_named_one(own: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_without_a_chat_template_requires_a_named_one(own: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match="has no chat_template"):
         bind_template("chat_template", own)
 
 
-def test_bos_is_the_tokenizers_own_habit(own: PreTrainedTokenizerFast) -> None:
+def test_the_bos_is_empty_if_the_tokenizer_does_not_write_one(own: PreTrainedTokenizerFast) -> None:
     assert special_tokens(own) == ("<s>", "</s>")
 
 
@@ -99,16 +99,16 @@ def test_a_role_that_a_named_template_does_not_have_is_refused_at_serving(own: P
         own.apply_chat_template([{"role": "user", "content": "q"}, {"role": "tool", "content": "r"}], tokenize=False)
 
 
-def test_a_stop_text_of_several_tokens_names_templates_that_end_with_the_eos() -> None:
+def test_a_stop_text_of_several_tokens_is_refused_with_the_templates_that_end_with_the_eos() -> None:
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate("</s>!a")}, []))
     mamba_like = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="!")
     with pytest.raises(UserError, match=r"the tokenizer's EOS '!': alpaca, human_assistant, .*firefly/default"):
         bind_template("firefly/mamba", mamba_like)
 
 
-def test_a_tokenizer_without_an_eos_is_told_of_it() -> None:
+def test_a_tokenizer_without_an_eos_is_refused() -> None:
     backend = Tokenizer(models.BPE({"a": 0}, []))
-    with pytest.raises(UserError, match="but it has none; set `eos_token`"):
+    with pytest.raises(UserError, match="but the tokenizer has none; set `eos_token`"):
         bind_template("alpaca", PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
@@ -124,7 +124,7 @@ def jinja(tmp_path: Path, source: str) -> str:
     return str(path)
 
 
-def test_a_jinja_file_becomes_the_tokenizers_own(tmp_path: Path, own: PreTrainedTokenizerFast) -> None:
+def test_a_jinja_file_becomes_the_tokenizers_chat_template(tmp_path: Path, own: PreTrainedTokenizerFast) -> None:
     template = bind_template(jinja(tmp_path, CHATML), own)
     assert own.chat_template == CHATML
     check_serving(template, own, CONVERSATIONS[2])
@@ -142,34 +142,34 @@ def test_a_jinja_file_becomes_the_tokenizers_own(tmp_path: Path, own: PreTrained
         ("{{ messages | length + 'a' }}", "refuses a conversation: unsupported operand"),
     ],
 )
-def test_a_broken_jinja_file_is_told_of(
+def test_a_broken_jinja_file_is_refused(
     source: str, message: str, tmp_path: Path, own: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(UserError, match=message):
         bind_template(jinja(tmp_path, source), own)
 
 
-def test_a_jinja_file_that_cannot_be_read_is_named(tmp_path: Path, own: PreTrainedTokenizerFast) -> None:
+def test_a_jinja_file_that_cannot_be_read_is_refused(tmp_path: Path, own: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UserError, match=r"cannot read 'nowhere\.jinja': No such file"):
         bind_template("nowhere.jinja", own)
     path = tmp_path / "latin.jinja"
     path.write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match="it is not UTF-8"):
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
         bind_template(str(path), own)
 
 
-def test_a_template_with_the_time_renders_one_time(
+def test_a_template_with_the_date_renders_one_date(
     tmp_path: Path, own: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "sft_lightning"):
         template = bind_template(jinja(tmp_path, "{{ strftime_now('%Y %f') }}" + CHATML), own)
-    assert "writes the date into every conversation" in caplog.text
+    assert "writes the current date into every conversation" in caplog.text
     prompts = {template.generation_prompt(CONVERSATIONS[0]) for _ in range(20)}
     assert len(prompts) == 1
     assert abs(int(prompts.pop()[:4]) - datetime.now().year) <= 1
 
 
-def test_a_template_without_the_bos_that_the_tokenizer_puts_before_texts_is_told_of(
+def test_a_template_without_the_bos_that_the_tokenizer_writes_is_warned_about(
     own: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
     own.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
@@ -177,10 +177,12 @@ def test_a_template_without_the_bos_that_the_tokenizer_puts_before_texts_is_told
         bind_template("alpaca", own)
         assert not caplog.records
         bind_template("chatml", own)
-    assert "chatml writes no <s>" in caplog.text
+    assert "chatml does not write <s>" in caplog.text
 
 
-def test_a_tokenizer_with_a_template_for_tools_uses_it_for_them(own: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizers_template_for_tools_renders_conversations_with_tools(
+    own: PreTrainedTokenizerFast,
+) -> None:
     own.chat_template = {"default": CHATML, "tool_use": "{{ tools[0].name }}" + CHATML}
     template = bind_template("chat_template", own)
     assert template.generation_prompt([Message("user", "q")]).startswith("<s>user")

@@ -81,7 +81,7 @@ def test_an_answer_that_contains_the_templates_own_markers_keeps_an_exact_mask()
     assert supervised(segments) == ["user\nassistant\n<|im_end|>\n!<|im_end|>"]
 
 
-def test_only_rewritten_turns_become_examples_of_their_own() -> None:
+def test_only_rewritten_answers_become_examples_of_their_own() -> None:
     turns = [
         Message("user", "1"), Message("assistant", "<think>a</think>A"),
         Message("user", "2"), Message("assistant", "B"),
@@ -117,23 +117,23 @@ def test_a_template_without_a_stop_token_is_refused() -> None:
         jinja_template("endless", endless, CHATML_TOKENS)
 
 
-def test_a_template_whose_prompt_is_not_how_it_renders_answers_is_refused() -> None:
+def test_a_generation_prompt_that_is_not_the_beginning_of_the_answer_is_refused() -> None:
     def drifting(chat: Chat, add_generation_prompt: bool, tools: Tools) -> str:
         return chatml(chat, False) + ("<|im_start|>bot\n" if add_generation_prompt else "")
 
-    with pytest.raises(UserError, match="generation prompt of turn 1"):
+    with pytest.raises(UserError, match="generation prompt of message 1"):
         jinja_template("drifting", drifting, CHATML_TOKENS).render(TURNS, "assistant")
 
 
-def test_supervised_text_has_the_weight_of_its_message() -> None:
+def test_a_supervised_segment_has_the_weight_of_its_message() -> None:
     turns = [Message("user", "q"), Message("assistant", "a", weight=0.5)]
     [segments] = jinja_template("chatml", chatml, CHATML_TOKENS).render(turns, "assistant")
     assert [segment.weight for segment in segments if segment.supervised] == [0.5]
 
 
-def test_flags_that_a_jinja_template_cannot_keep_are_refused() -> None:
+def test_train_and_weight_of_a_message_are_refused_with_loss_on_all() -> None:
     turns = [Message("user", "q"), Message("assistant", "a", train=False)]
-    with pytest.raises(UserError, match="do not go with loss_on: all"):
+    with pytest.raises(UserError, match="with loss_on: all does not support `train` and `weight`"):
         jinja_template("chatml", chatml, CHATML_TOKENS).render(turns, "all")
 
 
@@ -148,30 +148,30 @@ TOOL_TURNS = [
 ]
 
 
-def test_a_call_is_supervised_whole_and_ends_with_the_token_that_the_template_ends_calls_with() -> None:
+def test_a_tool_call_is_supervised_up_to_the_token_that_ends_calls() -> None:
     template = jinja_template("calling", calling, CHATML_TOKENS, call_stops=CHATML_TOKENS)
     [segments] = template.render(TOOL_TURNS, "assistant")
     assert supervised(segments) == ["weather({'city': 'Bern'})<|eom|>", "Cold and wet.<|im_end|>"]
     assert text(segments) == calling(template.chat(TOOL_TURNS), False, [WEATHER])
 
 
-def test_results_in_a_row_that_the_template_merges_are_not_supervised() -> None:
+def test_consecutive_tool_results_that_the_template_merges_are_not_supervised() -> None:
     [segments] = jinja_template("calling", calling, CHATML_TOKENS, CHATML_TOKENS).render(TOOL_TURNS, "assistant")
     assert [s.text for s in segments if not s.supervised][1] == (
         "\n<|im_start|>tool\n3 degrees;rain<|im_end|><|im_start|>assistant\n"
     )
 
 
-def test_a_call_that_ends_with_no_stop_token_is_refused() -> None:
-    with pytest.raises(UserError, match=r"answer of turn 1 does not end with '<\|im_end\|>'"):
+def test_a_tool_call_that_does_not_end_with_a_stop_token_is_refused() -> None:
+    with pytest.raises(UserError, match=r"answer in message 1 does not end with '<\|im_end\|>'"):
         jinja_template("calling", calling, CHATML_TOKENS).render(TOOL_TURNS, "assistant")
 
 
-def test_only_a_call_may_end_with_another_token() -> None:
+def test_only_a_tool_call_may_end_with_another_token() -> None:
     def other_end(chat: Chat, add_generation_prompt: bool, tools: Tools) -> str:
         return chatml(chat, add_generation_prompt).replace("See you<|im_end|>", "See you<|eom|>")
 
-    with pytest.raises(UserError, match="answer of turn 3 does not end"):
+    with pytest.raises(UserError, match="answer in message 3 does not end"):
         jinja_template("other_end", other_end, CHATML_TOKENS, CHATML_TOKENS).render(TURNS, "assistant")
 
 
@@ -179,22 +179,22 @@ def test_only_a_call_may_end_with_another_token() -> None:
 @pytest.mark.parametrize(
     ("turns", "what"),
     [
-        ([Message("user", "q", tools=[WEATHER]), Message("assistant", "a")], "the tools on offer"),
-        ([Message("user", "q"), Message("assistant", "", extras=CALL)], "the call of 'weather' in turn 1"),
+        ([Message("user", "q", tools=[WEATHER]), Message("assistant", "a")], "the tools"),
+        ([Message("user", "q"), Message("assistant", "", extras=CALL)], "the call of 'weather' in message 1"),
     ],
 )
-def test_what_a_template_leaves_out_is_an_error(turns: list[Message], what: str, loss_on: LossOn) -> None:
+def test_a_template_that_leaves_out_a_part_is_refused(turns: list[Message], what: str, loss_on: LossOn) -> None:
     with pytest.raises(UserError, match=f"chatml leaves out {what}"):
         jinja_template("chatml", chatml, CHATML_TOKENS).render(turns, loss_on)
 
 
-def test_reasoning_that_a_template_leaves_out_is_an_error() -> None:
+def test_a_template_that_leaves_out_the_reasoning_is_refused() -> None:
     turns = [Message("user", "q"), Message("assistant", "a", extras={"reasoning_content": "because"})]
-    with pytest.raises(UserError, match="leaves out `reasoning_content` of turn 1"):
+    with pytest.raises(UserError, match="leaves out `reasoning_content` of message 1"):
         jinja_template("chatml", chatml, CHATML_TOKENS).render(turns, "assistant")
 
 
-def test_thoughts_that_a_template_leaves_out_of_the_answer_itself_are_an_error() -> None:
+def test_a_template_that_leaves_out_the_thoughts_of_the_answer_is_refused() -> None:
     def thoughtless(chat: Chat, add_generation_prompt: bool, tools: Tools) -> str:
         return chatml([{**m, "content": m["content"].split("</think>")[-1]} for m in chat], add_generation_prompt)
 
@@ -203,11 +203,11 @@ def test_thoughts_that_a_template_leaves_out_of_the_answer_itself_are_an_error()
         jinja_template("thoughtless", thoughtless, CHATML_TOKENS).render(turns, "assistant")
 
 
-def test_a_role_that_a_template_passes_over_is_an_error() -> None:
+def test_a_template_that_leaves_out_a_role_is_refused() -> None:
     def two_roles(chat: Chat, add_generation_prompt: bool, tools: Tools) -> str:
         return chatml([m for m in chat if m["role"] in ("user", "assistant")], add_generation_prompt)
 
-    with pytest.raises(UserError, match=r"leaves out 'Be brief\.', the content of turn 0 \(system\)"):
+    with pytest.raises(UserError, match=r"leaves out 'Be brief\.', the content of message 0 \(system\)"):
         jinja_template("two_roles", two_roles, CHATML_TOKENS).render([Message("system", "Be brief."), *TURNS], "all")
 
 
@@ -230,7 +230,7 @@ def test_contents_may_be_trimmed_or_quoted() -> None:
 
 @pytest.mark.parametrize(
     ("role", "message"),
-    [("tool", "what a tool answers is not for the model to write"), ("user", "needs a named template")],
+    [("tool", "the model does not write the results of tools"), ("user", "requires a named template")],
 )
 def test_only_answers_can_be_supervised(role: Any, message: str) -> None:
     turns = [*TURNS[:2], Message(role, "r", train=True), Message("assistant", "a")]
@@ -241,7 +241,7 @@ def test_only_answers_can_be_supervised(role: Any, message: str) -> None:
 # --- typed parts ------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_that_reads_typed_parts_only_gets_them() -> None:
+def test_a_template_that_reads_only_typed_parts_gets_them() -> None:
     template = jinja_template("typed", typed, CHATML_TOKENS)
     assert template.typed_parts
     [segments] = template.render(TURNS, "assistant")

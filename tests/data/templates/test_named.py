@@ -63,19 +63,19 @@ def test_a_system_message_replaces_the_default() -> None:
     assert text(segments).startswith("<s>Be brief. USER: Hi")
 
 
-def test_braces_in_contents_stay_as_they_are() -> None:
+def test_braces_in_contents_are_not_changed() -> None:
     turns = [Message("user", "{content} {x}"), Message("assistant", "{}")]
     [segments] = named_template("alpaca", TOKENS).render(turns, "assistant")
     assert "### Instruction:\n{content} {x}\n\n" in text(segments)
     assert supervised(segments) == ["{}</s>"]
 
 
-def test_an_unknown_template_names_the_nearest() -> None:
+def test_an_unknown_template_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"Did you mean 'vicuna_v1\.1'"):
         named_template("vicuna_v1", TOKENS)
 
 
-def test_a_system_messages_own_train_flag_wins() -> None:
+def test_a_system_messages_own_train_is_kept() -> None:
     turns = [Message("system", "S", train=True, weight=0.5), *TURNS]
     [segments] = named_template("vicuna_v1.1", TOKENS).render(turns, "assistant")
     assert segments[1] == Segment("S ", True, 0.5)
@@ -92,24 +92,22 @@ def test_a_system_messages_own_train_flag_wins() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["chatml", "vicuna_v1.1", "llama2"])
-def test_what_a_named_template_has_no_words_for_is_refused_with_the_way_out(
-    name: str, turns: list[Message], what: str
-) -> None:
+def test_parts_that_a_named_template_cannot_write_are_refused(name: str, turns: list[Message], what: str) -> None:
     with pytest.raises(UserError, match=rf"has no place for {what}; use chat_template"):
         named_template(name, TOKENS).render(turns, "assistant")
 
 
-def test_extras_that_say_nothing_are_no_obstacle() -> None:
+def test_empty_extras_are_accepted() -> None:
     turns = [Message("user", "q", extras={"name": "Ann"}), Message("assistant", "a", extras={"tool_calls": []})]
     [segments] = named_template("chatml", TOKENS).render(turns, "assistant")
     assert supervised(segments) == ["a<|im_end|>"]
 
 
-def test_a_document_is_no_conversation() -> None:
+def test_a_document_is_refused() -> None:
     with pytest.raises(UserError, match="is for conversations"):
         named_template("chatml", TOKENS).render([Message("text", "Once.")], "assistant")
 
 
-def test_an_empty_system_message_is_one() -> None:
+def test_an_empty_system_message_replaces_the_default() -> None:
     [segments] = named_template("qwen", TOKENS).render([Message("system", ""), *TURNS], "assistant")
     assert text(segments).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi")

@@ -18,17 +18,17 @@ def test_loss_on_says_which_messages_are_supervised(loss_on: LossOn, expected: l
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
-def test_a_messages_own_train_flag_wins(loss_on: LossOn) -> None:
+def test_a_messages_own_train_is_kept(loss_on: LossOn) -> None:
     turns = [Message("user", "q", train=True), Message("assistant", "a", train=False)]
     assert supervision(turns, loss_on) == [True, False]
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "last_turn", "all"])
-def test_a_document_is_supervised_whole(loss_on: LossOn) -> None:
+def test_the_whole_of_a_document_is_supervised(loss_on: LossOn) -> None:
     assert supervision([Message("text", "a")], loss_on) == [True]
 
 
-def test_of_a_prompt_and_its_completion_the_completion_is_supervised_or_with_all_both() -> None:
+def test_a_completion_is_supervised_and_its_prompt_only_with_loss_on_all() -> None:
     pieces = [Message("text", "2+2="), Message("text", "4")]
     assert supervision(pieces, "assistant") == [False, True]
     assert supervision(pieces, "last_turn") == [False, True]

@@ -75,13 +75,13 @@ def test_a_template_renders_its_golden_string(name: str) -> None:
     assert "".join(segment.text for segment in segments) == golden
 
 
-def test_vigogne_folds_the_input_into_the_instruction() -> None:
+def test_vigogne_appends_the_input_to_the_instruction() -> None:
     turns = [Message("user", "Traduis ce mot ?!", context="chat"), Message("assistant", "cat")]
     [segments] = named_template("vigogne/instruct_fr", SpecialTokens("", "</s>")).render(turns, "assistant")
     assert "### Instruction:\nTraduis ce mot : chat\n\n### Response:\n" in segments[1].text
 
 
-def test_chinese_alpaca_joins_the_input_by_a_line_feed() -> None:
+def test_chinese_alpaca_joins_the_input_with_a_line_feed() -> None:
     turns = [Message("user", "Q", context="I"), Message("assistant", "A")]
     [segments] = named_template("chinese_alpaca/1", SpecialTokens("", "</s>")).render(turns, "assistant")
     assert "### Instruction:\nQ\nI\n\n### Response: " in segments[0].text
@@ -100,7 +100,7 @@ FIREFLY = [
 
 
 @pytest.mark.parametrize("name", FIREFLY)
-def test_fireflys_contents_are_stripped_and_nothing_else(name: str) -> None:
+def test_firefly_strips_contents_and_nothing_else(name: str) -> None:
     template = named_template(f"firefly/{name}", SpecialTokens("<s>", "</s>"))
     has_system = template.format.system is not None
     plain = [*([Message("system", "S")] if has_system else []), *TURNS]
@@ -108,7 +108,7 @@ def test_fireflys_contents_are_stripped_and_nothing_else(name: str) -> None:
     assert template.render(spaced, "assistant") == template.render(plain, "assistant")
 
 
-def test_the_words_round_and_context_in_a_question_stay_as_they_are() -> None:
+def test_the_placeholders_round_and_context_in_a_question_are_not_replaced() -> None:
     turns = [Message("user", "{round} {context}", context="{round}"), Message("assistant", "{round}")]
     [segments] = named_template("firefly/chatglm2", SpecialTokens("", "</s>")).render(turns, "assistant")
     assert [segment.text for segment in segments] == [
