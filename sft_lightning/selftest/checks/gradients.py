@@ -20,7 +20,7 @@ _SPLITS = (1, 2, 4)
 """Rows per micro-batch of the splits that are compared."""
 
 _ENTRIES = 1 << 16
-"""Most entries of a tensor that are compared."""
+"""Most entries of a tensor that are compared; those of a larger one are evenly spaced."""
 
 _FLOAT32_TOLERANCE = 1e-4
 _ROUNDINGS = 8
@@ -29,7 +29,7 @@ _ROUNDINGS = 8
 
 @dataclass
 class Gradient:
-    """A gradient, or of large tensors 65,536 evenly spaced entries."""
+    """A gradient, or at most 65,536 evenly spaced entries of each tensor."""
 
     entries: list[torch.Tensor] = field(default_factory=list)
     """Entries of each parameter, (n,) float32 on the CPU."""
@@ -64,7 +64,7 @@ class GradientRecorder(torch.optim.Optimizer):
 
 def _sampled(parameter: torch.Tensor) -> torch.Tensor:
     values = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    stride = max(1, values.numel() // _ENTRIES)
+    stride = max(1, math.ceil(values.numel() / _ENTRIES))
     return values.detach().flatten()[::stride].float().cpu()
 
 
@@ -149,7 +149,7 @@ def check_gradients(session: GradientSession, packing: Packing) -> Iterator[Chec
     reference = f"{_SPLITS[0]} × {accumulate}"
     for batch_size in _SPLITS[1:]:
         other, accumulate = session.gradient(batch_size, packing)
-        what = f"relative difference from {reference} (batch × accumulation)"
+        what = f"compared with {reference} (batch × accumulation): relative difference"
         yield within(f"gradient {batch_size} × {accumulate}", first.difference(other), session.tolerance, what)
 
 
@@ -161,5 +161,5 @@ def check_packed_gradient(session: GradientSession, separate: Gradient) -> Check
         separate: The gradient with one example per row.
     """
     packed, _ = session.gradient(1, "best_fit")
-    what = "relative difference from one example per row"
+    what = "compared with one example per row: relative difference"
     return within("gradient packed", separate.difference(packed), session.tolerance, what)

@@ -43,7 +43,7 @@ def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Ch
         yield Check("packing isolation", False, f"{leak}; set data.packing: none")
         return
     figure = (
-        f"logits move by {isolation.leak:.1e} with another document in the row, by {isolation.difference:.1e} without "
+        f"logits change by {isolation.leak:.1e} with another neighbour, by {isolation.difference:.1e} alone "
         f"(at most {isolation.tolerance:.1e})"
     )
     yield Check("packing isolation", True, figure)

@@ -55,7 +55,7 @@ def compare(expected: Mapping[str, str], found: Mapping[str, str], before: Mappi
     """
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     changed = sum(found.get(name) != digest for name, digest in before.items())
-    what = f"{steps} optimizer steps, and {_STEPS // 2} + {steps - _STEPS // 2} with a checkpoint between"
+    what = f"{steps} steps against {_STEPS // 2} + {steps - _STEPS // 2} from a checkpoint"
     if different:
         figure = f"{what}: {len(different)} of {len(expected)} tensors differ, such as {different[0]}"
         return Check("resume", False, figure)

@@ -31,6 +31,15 @@ def test_the_recorder_keeps_the_gradient_and_changes_no_weight() -> None:
     assert used.tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.parametrize(("size", "entries"), [(65_536, 65_536), (100_000, 50_000), (131_073, 43_691)])
+def test_at_most_65536_evenly_spaced_entries_are_kept(size: int, entries: int) -> None:
+    parameter, gradient = torch.nn.Parameter(torch.ones(size)), Gradient()
+    parameter.grad = torch.arange(size, dtype=torch.float32)
+    GradientRecorder([parameter], gradient).step()
+    assert len(gradient.entries[0]) == entries
+    assert gradient.entries[0][1] == -(-size // 65_536)
+
+
 def test_randomness_is_disabled_in_every_layer() -> None:
     config = MixtralConfig(
         hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
