@@ -1,4 +1,4 @@
-"""How a run is spread over processes: sharded strategies made for adapters and quantized bases, on CPU and GPU."""
+"""Strategies that shard a model over processes: full fine-tuning, adapters and quantized bases, on CPU and GPU."""
 
 from sft_lightning.strategies.fsdp2.strategy import FSDP2
 from sft_lightning.strategies.registry import register_strategies

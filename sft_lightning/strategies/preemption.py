@@ -1,7 +1,7 @@
-"""SIGTERM, as schedulers send it before they take a machine away: a checkpoint, and the end of the run.
+"""SIGTERM, which schedulers send before they take a machine away: write a checkpoint and end the run.
 
-Lightning's own handler broadcasts inside the handler, whatever its process was about to send, and saves nothing. Here a
-handler only takes note; all processes agree once per optimizer step, and save together.
+Lightning's own handler broadcasts inside the signal handler, between any two messages of its process, and saves
+nothing. Here the handler only sets a flag; all processes compare flags once per optimizer step, and save together.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from sft_lightning.compat.lightning.loops import is_accumulating
 
 EXIT_STATUS = 128 + int(signal.SIGTERM)
-"""What a process ends with that SIGTERM has ended, as shells count it: 143."""
+"""Exit status of a process that SIGTERM has ended, as shells count it: 143."""
 
 
 class Preemption(Callback):
     """On SIGTERM to any process: finish the optimizer step, write `checkpoints/last.ckpt`, exit with status 143.
 
-    `--ckpt_path last` continues the run. The step under way is finished first, so the grace period has to be longer
-    than a step (and than a validation, which is not interrupted) and the writing of a checkpoint.
+    `--ckpt_path last` continues the run. The grace period must be longer than an optimizer step (or a validation, which
+    is not interrupted) and the writing of a checkpoint together.
     """
 
     def __init__(self) -> None:
@@ -34,15 +34,15 @@ class Preemption(Callback):
         self._leaving = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signal over; Lightning gives it back when the run ends."""
+        """Install the signal handler; Lightning restores the former one when the run ends."""
         self._signalled = self._leaving = False
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)
+            signal.signal(signal.SIGTERM, self._set_flag)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if a process has been told to leave."""
+        """Save a checkpoint at the end of an optimizer step if any process has been signalled."""
         if is_accumulating(trainer):
             return
         if not trainer.strategy.reduce_boolean_decision(self._signalled, all=False):
@@ -51,29 +51,32 @@ class Preemption(Callback):
         trainer.save_checkpoint(path)
         trainer.strategy.barrier()
         rank_zero_info(
-            f"SIGTERM: {path} holds the run after optimizer step {trainer.global_step}; continue with --ckpt_path last"
+            f"SIGTERM: saved {path} after optimizer step {trainer.global_step}; continue with --ckpt_path last"
         )
-        self._leaving = True  # once this step is logged, which comes after callbacks
+        self._leaving = True  # at the next hook: this step is logged after the callbacks
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Exit, if a checkpoint has been saved."""
         self._leave(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exit, if a checkpoint has been saved."""
         self._leave(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exit, if a checkpoint has been saved."""
         self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
         if self._leaving:
-            raise SystemExit(EXIT_STATUS if _is_seen_from_outside(trainer) else 0)
+            raise SystemExit(EXIT_STATUS if _is_started_by_scheduler(trainer) else 0)
 
-    def _note(self, signum: int, frame: Any) -> None:
+    def _set_flag(self, signum: int, frame: Any) -> None:
         self._signalled = True
 
 
 def last_checkpoint(trainer: Trainer) -> Path:
-    """Return where `--ckpt_path last` looks."""
+    """Return the file that `--ckpt_path last` continues from."""
     callback = trainer.checkpoint_callback
     folder = callback.dirpath if isinstance(callback, ModelCheckpoint) else None
     return (
@@ -81,6 +84,6 @@ def last_checkpoint(trainer: Trainer) -> Path:
     )
 
 
-def _is_seen_from_outside(trainer: Trainer) -> bool:
-    """Whether a scheduler started this process; one that Lightning started would be taken for a crash."""
+def _is_started_by_scheduler(trainer: Trainer) -> bool:
+    """Whether a scheduler, not Lightning, started this process; Lightning takes another status than 0 for a crash."""
     return bool(getattr(trainer.strategy, "launcher", None) is None or int(os.environ.get("LOCAL_RANK", "0")) == 0)

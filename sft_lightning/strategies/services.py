@@ -32,7 +32,7 @@ class ModuleServices:
         return None
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Return the optimizer to train with: the given one, or one that takes the same steps elsewhere.
+        """Return the optimizer to train with: the given one, or one that takes the same steps on another device.
 
         Raises:
             UserError: If it cannot step on this strategy's shards.

@@ -1,4 +1,4 @@
-"""Checkpoints and exports of a sharded model: those of a single process, written by rank 0 from whole weights."""
+"""What FSDP2 and ZeRO share: checks, loading, checkpoints of a single process's form, full weights for exports."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sft_lightning.strategies.services import ModuleServices
 from sft_lightning.strategies.sharding import ShardingSpec
 
 TIMEOUT = timedelta(hours=2)
-"""How long a process that has its shard waits in a collective for those whose turn to load comes last."""
+"""How long a process waits in a collective for the processes that load after it."""
 
 
 class ShardedStrategy(ModuleServices, Strategy):
-    """What sharded strategies have in common; stands before Lightning's strategy in the list of bases."""
+    """Base class of the sharded strategies; to be listed before Lightning's strategy."""
 
     @property
     def sharding(self) -> ShardingSpec:
@@ -50,21 +50,21 @@ class ShardedStrategy(ModuleServices, Strategy):
     @property
     def _module(self) -> Any:
         if self.lightning_module is None:
-            raise RuntimeError("the strategy has no module yet; the trainer connects it")
+            raise RuntimeError("the strategy has no module before the trainer connects it")
         return self.lightning_module
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Weights are loaded while they are whole."""
+        """Whether weights are loaded after `setup`: no, before it, while they are not sharded."""
         return False
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """The optimizer's state is Lightning's to restore."""
+        """Whether Lightning restores the optimizer's state: yes, by `load_optimizer_state_dict`."""
         return True
 
     def connect(self, model: LightningModule) -> None:
-        """Refuse, before any weight is read, what cannot be trained."""
+        """Refuse, before any weight is read, a model that this strategy cannot train."""
         module, processes = cast("Any", model), cast("Any", self)  # both subclasses are parallel strategies
         self.check(
             RunFacts(
@@ -79,28 +79,28 @@ class ShardedStrategy(ModuleServices, Strategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write one file on rank 0, whose module holds the full weights meanwhile, for an export beside the file."""
+        """Write one file on rank 0; meanwhile its module holds the full weights, for an export beside the file."""
         gathered = checkpoint.get("state_dict", {}) if self.shards_weights else {}
         with full_parameters(self._module, gathered):
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file; every process its own."""
+        """Read the file in every process."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Return the optimizer, if it can step on shards.
+        """Return the optimizer unchanged.
 
         Raises:
-            UserError: If it cannot.
+            UserError: If it cannot step on shards.
         """
         check_optimizer(optimizer, self.sharding)
         return optimizer
 
     @contextmanager
     def full_weights(self) -> Iterator[None]:
-        """Gather the weights to rank 0's CPU: of an adapted model those that train, otherwise all."""
+        """Gather the weights to the CPU of rank 0: those that train, or all of a model without an adapter."""
         if not self.shards_weights:
             yield
             return
@@ -112,21 +112,21 @@ class ShardedStrategy(ModuleServices, Strategy):
 
 @contextmanager
 def one_process_at_a_time(*, wanted: bool) -> Iterator[None]:
-    """Let the processes of this run that share a host into the block one after the other.
+    """Let the processes of this run on one machine into the block one after the other.
 
     Args:
-        wanted: Do so at all; weights that are only mapped are shared by all processes as it is.
+        wanted: Whether to; not needed for weights that are only mapped, which the processes share anyway.
     """
     if not wanted:
         yield
         return
     rank_zero_info(
-        "loading: one process of a host after the other, because each makes a copy of the weights for a while"
+        "loading: one process of a machine after the other, because each holds a copy of the weights while it loads"
     )
-    with FileLock(_lock_file()):  # a process that dies gives it back
+    with FileLock(_lock_file()):  # the system releases it if the process dies
         yield
 
 
 def _lock_file() -> Path:
-    """Return a file of this host, this user and this run, whose processes meet at one port."""
+    """Return a file that the processes of this user's run on this machine share; they meet at one port."""
     return Path(tempfile.gettempdir()) / f"sft_lightning_{os.getuid()}_{os.environ.get('MASTER_PORT', 0)}.lock"

@@ -15,7 +15,7 @@ from sft_lightning.models.spec import ModelSpec
 from sft_lightning.strategies import FSDP2, DeepSpeedZeRO, register_strategies
 from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.registry import check_strategy, sharding_of
-from sft_lightning.strategies.sharded_strategy import is_sharded
+from sft_lightning.strategies.services import services_of
 from sft_lightning.strategies.sharding import REPLICATED, SHORT_NAMES, fsdp2_sharding, zero_sharding
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
@@ -33,7 +33,7 @@ def test_a_registered_strategy_shards_what_its_short_name_says(name: str) -> Non
     register_strategies()  # a second time changes nothing
     strategy: Any = StrategyRegistry.get(name)
     assert strategy.sharding == SHORT_NAMES[name] == sharding_of(strategy) == sharding_of(name)
-    assert is_sharded(strategy) is SHORT_NAMES[name].shards_weights
+    assert services_of(strategy).shards_weights is SHORT_NAMES[name].shards_weights
 
 
 def test_lightnings_own_strategies_have_what_they_shard() -> None:
@@ -42,7 +42,6 @@ def test_lightnings_own_strategies_have_what_they_shard() -> None:
     assert sharding_of(ModelParallelStrategy()) == fsdp2_sharding()
     assert sharding_of("deepspeed") == zero_sharding(2)
     assert sharding_of("deepspeed_stage_3_offload_nvme").offloads_weights
-    assert not is_sharded(StrategyRegistry.get("ddp"))
 
 
 @needs_deepspeed

@@ -1,7 +1,7 @@
-"""Which parameters of a model are sharded together, and sharding them (FSDP2: `torch.distributed.fsdp.fully_shard`).
+"""The groups of parameters that FSDP2 shards and gathers together (`torch.distributed.fsdp.fully_shard`).
 
-A decoder layer is a group: its parameters are gathered just before it runs and dropped behind it. An untied input
-embedding is a group too; what is left (final norm, head, tied embedding) is gathered for the whole forward pass.
+Each decoder layer is a group: its parameters are gathered just before it runs and freed after it. An untied input
+embedding is a group, too. The rest (final norm, head, tied embedding) stays gathered during the whole forward pass.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sft_lightning.compat.bitsandbytes import keep_quantization_states
 from sft_lightning.errors import UserError
+from sft_lightning.strategies.names import DDP, FSDP2
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Return a transformer's layers, in order.
+    """Return a transformer's decoder layers, in order.
 
-    They are the longest list of modules whose members can be recomputed one by one (transformers'
-    `GradientCheckpointingLayer`), or simply the longest list where a model's code is older than that class.
+    They are the longest module list whose members are all of transformers' `GradientCheckpointingLayer`, or the longest
+    list of all in a model whose code is older than that class.
 
     Raises:
         UserError: If the model has no list of modules.
@@ -31,14 +32,15 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     ]
     if not lists:
         raise UserError(
-            f"trainer.strategy: fsdp2 shards layer by layer, and {type(model).__name__} has no list of layers; use ddp"
+            f"trainer.strategy: {FSDP2} shards layer by layer, but {type(model).__name__} has no list of layers; use "
+            f"{DDP}"
         )
     checkpointed = [each for each in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in each)]
     return max(([*each] for each in checkpointed or lists), key=len)
 
 
 def shard_groups(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules that are sharded one by one, inner ones first; the last is the model itself."""
+    """Return the modules to shard one by one, inner modules first; the last one is the model itself."""
     groups = decoder_layers(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", None)
@@ -48,16 +50,17 @@ def shard_groups(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, *, offload: bool = False) -> None:
-    """Shard a transformers model, adapters inside it included, in place; a model that is sharded already is left alone.
+    """Shard a transformers model in place, adapters inside it included; a sharded model stays as it is.
 
     Args:
         model: The base model; its parameters become DTensors, sharded by their first axis.
-        mesh: One axis: fully sharded over it. Two: replicated over the first, sharded over the second.
+        mesh: Of shape (P,), the model is sharded over all P processes. Of shape (R, P / R), it is replicated over the
+            first axis and sharded over the second.
         device: Where this process computes.
-        offload: Keep shards, gradients and the optimizer's state in host memory.
+        offload: Keep shards, gradients and the optimizer's state in CPU memory.
 
     Raises:
-        UserError: If weights of two types train in one group, whose gradients are reduced together.
+        UserError: If weights of two types train in one group.
     """
     if isinstance(model, FSDPModule):
         return
@@ -71,15 +74,15 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, 
 
 
 def check_one_trainable_type(module: nn.Module) -> None:
-    """Check that all weights that train in a module have one type.
+    """Check that all weights that train in a module have one type, because their gradients are reduced together.
 
     Raises:
-        UserError: If not; FSDP2 would only say so within the first backward pass.
+        UserError: If they have several; FSDP2 itself fails only in the first backward pass.
     """
     found = {parameter.dtype: name for name, parameter in module.named_parameters() if parameter.requires_grad}
     if len(found) > 1:
         types = ", ".join(f"{str(dtype).removeprefix('torch.')} ({name})" for dtype, name in found.items())
         raise UserError(
-            f"trainer.strategy: fsdp2 reduces the gradients of a layer together, and weights of several types train "
-            f"in one: {types}; set model.dtype: float32 (with trainer.precision: bf16-mixed), or use ddp"
+            f"trainer.strategy: {FSDP2} reduces all gradients of a layer in one type, but this layer trains weights of "
+            f"several: {types}; set model.dtype: float32 (with trainer.precision: bf16-mixed), or use {DDP}"
         )

@@ -1,7 +1,7 @@
 """Fully sharded data parallelism (FSDP2) on Lightning's `ModelParallelStrategy`.
 
-Shards are an affair of the strategy: the module loads its model as always, checkpoints are those of a single process
-(so a run continues on any number of processes, sharded or not), and exports see whole weights.
+Only the strategy knows about shards: the module loads its model as in a single process, checkpoints have the form of a
+single process's (so a run continues on any number of processes, sharded or not), and exports find full weights.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from sft_lightning.strategies.sharding import ShardingSpec, fsdp2_sharding
 
 
 class FSDP2(ShardedStrategy, MeshStrategy):
-    """Shards weights, gradients and optimizer state over all processes, layer by layer; `--trainer.strategy fsdp2`.
+    """Shard weights, gradients and optimizer state over all processes, layer by layer (`--trainer.strategy fsdp2`).
 
-    Zhao et al., 2023, arXiv:2304.11277; the per-parameter design is torch's `fully_shard`. Losses are those of a single
-    process. Works with full fine-tuning, adapters over a base of another type, and 4-bit bases.
+    Zhao et al., 2023, arXiv:2304.11277, in torch's per-parameter form (`fully_shard`). The losses are those of a single
+    process. Trains full models, adapters over a base of another type, and adapters over 4-bit bases.
 
     Args:
-        offload: Keep shards and optimizer state in host memory; `fsdp2_offload`.
-        replicas: Copies of the model that data parallelism runs over, each sharded over its part of the processes
-            (hybrid sharding); the number of nodes keeps gathering within a node.
-        process_group_backend: Default: NCCL for GPUs (beside gloo with `offload`), gloo for the CPU.
+        offload: Keep shards and optimizer state in CPU memory (`fsdp2_offload`).
+        replicas: Copies of the model, each sharded over its part of the processes (hybrid sharding). With one replica
+            per node, weights are gathered within a node.
+        process_group_backend: Default: NCCL on GPUs (with `offload`, gloo too), gloo on CPUs.
 
     Raises:
         UserError: If `replicas` is below 1.
@@ -64,7 +64,7 @@ class FSDP2(ShardedStrategy, MeshStrategy):
     # --- setting up ------------------------------------------------------------------------------------------------
 
     def setup_environment(self) -> None:
-        """Make the mesh: all processes in one line, or `replicas` lines of them."""
+        """Make the device mesh, (processes,) or (replicas, processes / replicas)."""
         world_size = self.num_nodes * self.num_processes
         self.use_one_mesh_axis(world_size)
         if self.process_group_backend is None and self.offload and self.root_device.type == "cuda":
@@ -78,17 +78,17 @@ class FSDP2(ShardedStrategy, MeshStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Let the module load its model whole, and shard it."""
+        """Let the module load the full model, and shard it."""
         if self._sharding_mesh is None:
-            raise RuntimeError("setup_environment, which the trainer calls, comes before a model is loaded")
+            raise RuntimeError("the trainer must call setup_environment before a model is loaded")
         with one_process_at_a_time(wanted=self.world_size > 1 and self._module.copies_weights):
             yield
             model = self._language_model
-            self.precision_plugin.convert_module(model)  # a type is changed before it is sharded
+            self.precision_plugin.convert_module(model)  # types are changed before sharding
             shard_model(base_model(model), self._sharding_mesh, self.root_device, offload=self.offload)
 
     def model_to_device(self) -> None:
-        """Move what sharding has not moved; with `offload`, only what is not a parameter."""
+        """Move what sharding has left on the CPU; with `offload`, only buffers."""
         if not self.offload:
             super().model_to_device()
             return
@@ -100,24 +100,24 @@ class FSDP2(ShardedStrategy, MeshStrategy):
     def _language_model(self) -> Any:
         return self._module.language_model
 
-    # --- checkpoints: those of a single process --------------------------------------------------------------------
+    # --- checkpoints, in the form of a single process's ------------------------------------------------------------
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gather what trains; empty but on rank 0."""
+        """Gather the weights that train to rank 0; other ranks get an empty dict."""
         return dict(gather_parameters(self._module, keep=self.is_global_zero, trainable_only=True))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Gather the optimizer's state; empty but on rank 0."""
+        """Gather the optimizer's state to rank 0; other ranks get an empty dict."""
         return gather_optimizer_state(inner_optimizer(optimizer), keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the weights, which are sharded only if an earlier stage has sharded them."""
+        """Load full weights; where an earlier stage has sharded the model, each process loads its shard."""
         parameters = dict(self._module.named_parameters())
         state = checkpoint["state_dict"]
         state = {name: shard_like(parameters.get(name, tensor), tensor) for name, tensor in state.items()}
         self._module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Shard the optimizer's state and load it."""
+        """Load this process's shard of the optimizer's state."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(shard_optimizer_state(state, optimizer))

@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration as a dict: read from a user's JSON, filled in from the YAML, or refused where they differ.
+"""DeepSpeed's configuration as a dict: read from a user's JSON, checked against the YAML, and filled in from it.
 
-The YAML decides on optimizer, schedule, batch sizes, clipping and precision; a JSON may repeat what it says or leave it
-to us (`auto`, as the Hugging Face Trainer writes it), and may not say otherwise. Keys: DeepSpeed's docs/config-json.
+The YAML decides optimizer, schedule, batch sizes, clipping and precision. A JSON may repeat these settings or leave
+them open (`auto`, as for the Hugging Face Trainer); any other value is an error. Keys: DeepSpeed's docs/config-json.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.zero.options import OFFLOAD_OPTIMIZER, ZeroOptions, from_options, offload_of
+from sft_lightning.strategies.zero.options import OFFLOAD_OPTIMIZER, ZeroOptions, config_of, offload_block
 
 AUTO = "auto"
 
@@ -24,21 +26,12 @@ _PRECISIONS = {
 }
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _ADAMS = {"adam": "adamw", "adamw": "adamw", "fusedadam": "adamw", "deepspeedcpuadam": "adamw"}
-"""DeepSpeed's Adam decays weights as AdamW does, unless `adam_w_mode` says no."""
+"""Names of DeepSpeed's Adam, which decays weights as AdamW does unless `adam_w_mode` is false."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromYaml:
-    """What the YAML says of things that a DeepSpeed JSON can say too."""
-
-    optimizer: str
-    """Class name of `model.optimizer`, such as `AdamW`."""
-
-    lr: float
-    """Its learning rate."""
-
-    weight_decay: float
-    """Its weight decay."""
+class YamlSettings:
+    """The settings that both the YAML and a DeepSpeed JSON can have."""
 
     schedule: str
     """`model.lr_scheduler.name`."""
@@ -50,20 +43,39 @@ class FromYaml:
     """`trainer.accumulate_grad_batches`."""
 
     world_size: int
-    """Processes."""
+    """Number of processes."""
 
     gradient_clip_val: float
-    """`trainer.gradient_clip_val`; 0 for none."""
+    """`trainer.gradient_clip_val`; 0 for no clipping."""
 
     precision: str
-    """`trainer.precision`."""
+    """`trainer.precision` in its long form, such as `bf16-mixed`."""
+
+    optimizer: str | None = None
+    """Class name of `model.optimizer`, such as `AdamW`; `None` before it is made."""
+
+    lr: float = 0.0
+    """Its learning rate."""
+
+    weight_decay: float = 0.0
+    """Its weight decay."""
+
+    def with_optimizer(self, optimizer: Optimizer) -> YamlSettings:
+        """Return the settings with those of the optimizer that the YAML has made."""
+        values = optimizer.defaults
+        return replace(
+            self,
+            optimizer=type(optimizer).__name__,
+            lr=values.get("lr", 0.0),
+            weight_decay=values.get("weight_decay", 0.0),
+        )
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
     Raises:
-        UserError: If there is no such file, or it is not a JSON object.
+        UserError: If the file does not exist, or does not hold a JSON object.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -71,43 +83,59 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}, column {error.colno}: broken JSON: {error.msg}") from error
+        raise UserError(f"{file}, line {error.lineno}, column {error.colno}: invalid JSON: {error.msg}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: must hold a JSON object, found a {type(content).__name__}")
+        raise UserError(f"{file}: must hold a JSON object (found a {type(content).__name__})")
     return content
 
 
-def asked_config(options: ZeroOptions, config: str | dict[str, Any] | None) -> dict[str, Any]:
-    """Return the configuration that our keys describe, or the JSON or dict that stands in their place.
+def user_config(options: ZeroOptions, config: str | dict[str, Any] | None) -> dict[str, Any]:
+    """Return the configuration that the keys under `trainer.strategy` describe, or `config` if it is given.
+
+    Args:
+        options: The keys.
+        config: Path of a DeepSpeed JSON, or its content.
 
     Raises:
-        UserError: If there are both.
+        UserError: If `config` is combined with other keys.
     """
     if config is None:
-        return from_options(options)
-    beside = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
-    if beside:
-        raise UserError(f"trainer.strategy.config: says it all, so there is no place for {', '.join(beside)}")
+        return config_of(options)
+    others = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    if others:
+        names = ", ".join(f"`{name}`" for name in others)
+        raise UserError(
+            f"trainer.strategy.config: cannot be combined with {names}; set {'it' if len(others) == 1 else 'them'} in "
+            "the DeepSpeed config"
+        )
     return read_config(config) if isinstance(config, str) else config
 
 
-def resolve(config: Mapping[str, Any], yaml: FromYaml, *, source: str) -> dict[str, Any]:
-    """Return the configuration that DeepSpeed gets: all that the YAML says filled in, every `auto` resolved.
+def resolve(config: Mapping[str, Any], yaml: YamlSettings, *, source: str) -> dict[str, Any]:
+    """Return the configuration for DeepSpeed: the settings of the YAML filled in, and every `auto` resolved.
 
     Args:
-        config: The user's JSON, or `zero_options.from_options`.
-        yaml: What the YAML says.
+        config: The user's configuration.
+        yaml: The settings of the YAML.
         source: Name of the JSON, for errors.
 
     Raises:
-        UserError: If the two contradict each other; all contradictions at once.
+        UserError: If the two contradict each other; the message names all contradictions.
     """
-    conflicts = [*_optimizer(config, yaml), *_schedule(config, yaml), *_sizes(config, yaml), *_precision(config, yaml)]
+    conflicts = [
+        *_optimizer_conflicts(config, yaml),
+        *_schedule_conflicts(config, yaml),
+        *_size_conflicts(config, yaml),
+        *_precision_conflicts(config, yaml),
+    ]
     if conflicts:
-        raise UserError(f"{source} contradicts the YAML: {'; '.join(conflicts)}; change one of the two, or remove it")
+        raise UserError(
+            f"{source} contradicts the YAML: {'; '.join(conflicts)}; use the same values, or remove them from the "
+            "DeepSpeed config"
+        )
     resolved = copy.deepcopy(dict(config))
     for key in ("optimizer", "scheduler", "fp16", "bf16", *_size_values(yaml)):
-        resolved.pop(key, None)  # the YAML's, which are the same
+        resolved.pop(key, None)  # the YAML has the same values
     resolved |= {"train_micro_batch_size_per_gpu": yaml.batch_size, "gradient_accumulation_steps": yaml.accumulate}
     if yaml.gradient_clip_val:
         resolved["gradient_clipping"] = yaml.gradient_clip_val
@@ -116,7 +144,7 @@ def resolve(config: Mapping[str, Any], yaml: FromYaml, *, source: str) -> dict[s
             given = {key: value for key, value in config.get(block, {}).items() if value != AUTO}
             resolved[block] = {**given, "enabled": True}
     resolved.setdefault("zero_allow_untested_optimizer", True)
-    if offload_of(resolved, OFFLOAD_OPTIMIZER):
+    if offload_block(resolved, OFFLOAD_OPTIMIZER):
         resolved.setdefault("zero_force_ds_cpu_optimizer", True)
     cleaned: dict[str, Any] = _without_auto(resolved)
     return cleaned
@@ -126,9 +154,9 @@ def _differs(value: Any, expected: float) -> bool:
     return value is not None and value != AUTO and float(value) != float(expected)
 
 
-def _optimizer(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
+def _optimizer_conflicts(config: Mapping[str, Any], yaml: YamlSettings) -> list[str]:
     section = config.get("optimizer")
-    if section is None:
+    if section is None or yaml.optimizer is None:
         return []
     params = section.get("params", {})
     name, wanted = str(section.get("type", AUTO)), yaml.optimizer.lower()
@@ -142,7 +170,7 @@ def _optimizer(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
     return found
 
 
-def _schedule(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
+def _schedule_conflicts(config: Mapping[str, Any], yaml: YamlSettings) -> list[str]:
     section = config.get("scheduler")
     if section is None or section.get("type", AUTO) == AUTO:
         return []
@@ -153,8 +181,8 @@ def _schedule(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
     return [f"scheduler.type is {name}{same}, model.lr_scheduler.name is {yaml.schedule!r}"]
 
 
-def _size_values(yaml: FromYaml) -> dict[str, tuple[str, float]]:
-    """Key of the JSON → key of the YAML, and its value."""
+def _size_values(yaml: YamlSettings) -> dict[str, tuple[str, float]]:
+    """Return key of the JSON → key of the YAML, and its value."""
     rows = yaml.batch_size * yaml.accumulate * yaml.world_size
     return {
         "train_micro_batch_size_per_gpu": ("data.batch_size", yaml.batch_size),
@@ -164,7 +192,7 @@ def _size_values(yaml: FromYaml) -> dict[str, tuple[str, float]]:
     }
 
 
-def _sizes(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
+def _size_conflicts(config: Mapping[str, Any], yaml: YamlSettings) -> list[str]:
     return [
         f"{key} is {config[key]}, {name} is {expected}"
         for key, (name, expected) in _size_values(yaml).items()
@@ -172,7 +200,7 @@ def _sizes(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
     ]
 
 
-def _precision(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
+def _precision_conflicts(config: Mapping[str, Any], yaml: YamlSettings) -> list[str]:
     found = []
     for block, precisions in _PRECISIONS.items():
         enabled = config.get(block, {}).get("enabled", AUTO)
@@ -182,7 +210,7 @@ def _precision(config: Mapping[str, Any], yaml: FromYaml) -> list[str]:
 
 
 def _without_auto(value: Any) -> Any:
-    """Leave out every key whose value is `auto`: DeepSpeed knows only numbers, and has defaults."""
+    """Remove every key whose value is `auto`, which DeepSpeed does not know; it has defaults."""
     if isinstance(value, Mapping):
         return {key: _without_auto(each) for key, each in value.items() if each != AUTO}
     return value

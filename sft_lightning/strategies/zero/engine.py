@@ -1,4 +1,4 @@
-"""What DeepSpeed's engine is given: the optimizer, and the types of weights, batches and losses."""
+"""The precision plugin and the CPU optimizer that DeepSpeed's engine gets."""
 
 from __future__ import annotations
 
@@ -14,24 +14,33 @@ from torch.optim import Optimizer
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """Lightning's, which would make float32 of a bfloat16 base under `precision: 32-true`, round the weights of the
-    loss, and divide it by the number of micro-batches a second time."""
+    """Lightning's plugin without three conversions.
+
+    Lightning's converts a bfloat16 base to float32 under `precision: 32-true`, rounds the loss weights in a batch, and
+    lets DeepSpeed divide the loss by the number of micro-batches a second time.
+    """
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Leave the types alone, unless all is to be in half precision."""
+        """Convert the model only if the precision is 16-bit."""
         return module if self.precision == "32-true" else super().convert_module(module)
 
     def convert_input(self, data: Any) -> Any:
-        """Leave a batch as it is: its only floating-point values are the weights of the loss."""
+        """Return the batch unchanged: its only floating-point values are loss weights."""
         return data
 
     def backward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Let DeepSpeed run the backward pass of a loss that is divided already."""
+        """Run the backward pass without dividing the loss again.
+
+        Args:
+            tensor: The loss, a scalar.
+            args: Passed on to Lightning's plugin.
+            kwargs: Passed on to Lightning's plugin.
+        """
         super().backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
 def cpu_adam(optimizer: Optimizer) -> Optimizer:
-    """Return DeepSpeed's CPU Adam with the groups and hyper-parameters of a torch Adam, for an offloaded optimizer.
+    """Return DeepSpeed's CPU Adam with the groups and hyper-parameters of a torch Adam.
 
     Args:
         optimizer: `torch.optim.Adam` or `AdamW`, which `refusals.check_optimizer` has checked.

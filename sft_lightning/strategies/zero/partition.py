@@ -1,7 +1,7 @@
-"""Cutting a loaded model into ZeRO-3's partitions before DeepSpeed's engine is made.
+"""Partition a loaded model for ZeRO-3 before DeepSpeed's engine is made.
 
-The engine would move the whole model to every device first. Cut up parameter by parameter, none holds more than one of
-them whole (`deepspeed.zero.Init` on a module; Rajbhandari et al., 2019, arXiv:1910.02054).
+The engine would first move the full model to every device. Partitioned parameter by parameter, a device holds at most
+one full parameter at a time (`deepspeed.zero.Init` on a module; Rajbhandari et al., 2019, arXiv:1910.02054).
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Blocks of a DeepSpeed configuration → the type that its engine casts weights to."""
 
 
-def keep_what_is_sent(module: nn.Module, config: Mapping[str, Any]) -> None:
-    """Leave the weights to rank 0, which sends them when they are partitioned, in the type that they train in.
+def keep_weights_on_rank_0(module: nn.Module, config: Mapping[str, Any]) -> None:
+    """Convert the weights to the training type on rank 0, which sends them, and free them in the other processes.
 
-    The others give their memory back, and take it again for one parameter at a time.
+    The other processes have empty tensors of the same shapes, whose memory is taken one parameter at a time when they
+    are partitioned.
 
     Args:
-        module: Loaded, alike in all processes; what is partitioned already is left alone.
-        config: DeepSpeed's.
+        module: A loaded module, the same in all processes; partitioned parameters stay as they are.
+        config: DeepSpeed's configuration.
     """
     half = _half_precision(config)
     for parameter in _not_partitioned(module):
@@ -47,12 +48,12 @@ def keep_what_is_sent(module: nn.Module, config: Mapping[str, Any]) -> None:
 
 
 def partition_model(module: nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
-    """Leave every process its part of every parameter; all processes call this, and rank 0's weights are taken.
+    """Send every process its part of every parameter of rank 0; every process must call this.
 
     Args:
-        module: As `keep_what_is_sent` left it; what is partitioned already is left alone.
-        config: DeepSpeed's.
-        device: Where the process computes: buffers are moved there, and parts unless they are offloaded.
+        module: A module from `keep_weights_on_rank_0`; partitioned parameters stay as they are.
+        config: DeepSpeed's configuration.
+        device: Where this process computes: buffers are moved there, and parts unless they are offloaded.
     """
     if not _not_partitioned(module):
         return
@@ -71,38 +72,41 @@ def _half_precision(config: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def load_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """Put this process's part of a whole tensor into a partitioned parameter; return what loading then finds to do.
+    """Copy this process's part of a full tensor into a partitioned parameter.
 
     Args:
-        parameter: It, or one that is not partitioned, or `None` where a name has none.
-        value: The same whole tensor in every process.
+        parameter: A parameter, partitioned or not, or `None` if the module has none of the name.
+        value: The same full tensor in every process, in the shape of the parameter.
+
+    Returns:
+        The tensor for `load_state_dict`: the empty one that a partitioned parameter has, otherwise `value`.
     """
     if parameter is None or not is_partitioned(parameter):
         return value
     with own_part_in_memory(parameter) as part:
         part.copy_(cut_own_part(parameter, value))
-    nothing: torch.Tensor = parameter.data
-    return nothing
+    empty: torch.Tensor = parameter.data
+    return empty
 
 
 @contextmanager
 def gathered_in_forward(module: nn.Module) -> Iterator[None]:
-    """Let forward passes run before DeepSpeed's engine does this: the weights a module uses are whole while it runs."""
+    """Gather the weights of each module while it runs, for forward passes before DeepSpeed's engine exists."""
     gathered: Any = importlib.import_module("deepspeed").zero.GatheredParameters
     open_contexts: list[Any] = []
 
     def gather(owner: nn.Module, args: Any) -> None:
         used = [*owner.parameters(recurse=False), *external_weights(owner)]
-        cut_up = [parameter for parameter in used if is_partitioned(parameter) and not is_gathered(parameter)]
-        open_contexts.append(gathered(cut_up, enabled=bool(cut_up)))
+        partitioned = [parameter for parameter in used if is_partitioned(parameter) and not is_gathered(parameter)]
+        open_contexts.append(gathered(partitioned, enabled=bool(partitioned)))
         open_contexts[-1].__enter__()
 
-    def cut(owner: nn.Module, args: Any, output: Any) -> None:
+    def release(owner: nn.Module, args: Any, output: Any) -> None:
         open_contexts.pop().__exit__(None, None, None)
 
     hooks = []
     for each in module.modules():
-        hooks += [each.register_forward_pre_hook(gather), each.register_forward_hook(cut, always_call=True)]
+        hooks += [each.register_forward_pre_hook(gather), each.register_forward_hook(release, always_call=True)]
     try:
         yield
     finally:
@@ -110,11 +114,11 @@ def gathered_in_forward(module: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def name_external_weights(model: nn.Module) -> None:
-    """Let ZeRO-3 gather for every module, beside its own weights, those that it uses of others.
+def register_external_weights(model: nn.Module) -> None:
+    """Make ZeRO-3 gather for every module, beside its own weights, the weights of other modules that it reads.
 
-    Those are weights in a list or a dict of parameters, which is a module that never runs (PEFT keeps those of IA3,
-    VeRA and of LoRA on embeddings so); and what DoRA takes the norms of (Liu et al., 2024, arXiv:2402.09353).
+    Those are weights in parameter lists and dicts, which are modules that never run (PEFT keeps the weights of IA3,
+    VeRA and LoRA on embeddings in them), and the weights whose norms DoRA takes (Liu et al., 2024, arXiv:2402.09353).
     """
     register: Any = importlib.import_module("deepspeed").zero.register_external_parameter
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""An optimizer's whole state out of ZeRO's partitions and back, parameter by parameter, in a single process's form."""
+"""Gather an optimizer's state from ZeRO's partitions, in the form of a single process's, and load it back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from sft_lightning.compat.deepspeed import flat_partitions, gather, link_states, partitions_in_memory, scatter
+from sft_lightning.strategies.full_tensors import indices_in_state
 
 Groups = Sequence[Sequence[nn.Parameter]]
-"""The parameters of each group of the optimizer, as it was made."""
+"""The parameters of each group of the optimizer, before ZeRO replaces them by partitions."""
 
 
 def gather_weights(zero: Any, names: Mapping[nn.Parameter, str], *, keep: bool) -> dict[str, torch.Tensor]:
@@ -19,15 +20,18 @@ def gather_weights(zero: Any, names: Mapping[nn.Parameter, str], *, keep: bool) 
 
     Args:
         zero: ZeRO's optimizer.
-        names: What trains, and what it is called.
-        keep: Whether this process wants them; another takes part and gets nothing.
+        names: The parameters that train → their names.
+        keep: Keep the weights in this process. The other processes take part and get an empty dict.
+
+    Returns:
+        Name → full tensor on the CPU, in the shape of the parameter.
     """
     found: dict[str, torch.Tensor] = {}
     for _, parameters in partitions_in_memory(zero, names):
         for parameter in parameters:
-            whole = gather(zero, parameter, None)
+            full = gather(zero, parameter, None)
             if keep:
-                found[names[parameter]] = whole.cpu()
+                found[names[parameter]] = full.cpu()
     return {name: found[name] for name in names.values() if name in found}
 
 
@@ -36,23 +40,23 @@ def gather_state(zero: Any, groups: Groups, *, keep: bool) -> dict[str, Any]:
 
     Args:
         zero: ZeRO's optimizer.
-        groups: The parameters it was made with.
-        keep: Whether this process wants it; another takes part and gets an empty dict.
+        groups: The parameters that it was made with.
+        keep: Keep the state in this process. The other processes take part and get an empty dict.
     """
     inner = zero.optimizer
     state = inner.state.get(flat_partitions(zero)[0], {})
     if state:
         link_states(zero)
     sharded = sorted(key for key, value in state.items() if _is_sharded(value))
-    single = {key: _as_tensor(value) for key, value in state.items() if not _is_sharded(value)}
+    counters = {key: _as_tensor(value) for key, value in state.items() if not _is_sharded(value)}
     places = {parameter: index for index, parameter in enumerate(parameter for group in groups for parameter in group)}
     found: dict[int, dict[str, Any]] = {}
     for _, parameters in partitions_in_memory(zero, places if state else ()):
         for parameter in parameters:
-            whole = {key: gather(zero, parameter, key) for key in sharded}
+            full = {key: gather(zero, parameter, key) for key in sharded}
             if keep:
-                counts = {key: value.clone() for key, value in single.items()}  # each parameter counts its own steps
-                found[places[parameter]] = {**counts, **{key: value.cpu() for key, value in whole.items()}}
+                own = {key: value.clone() for key, value in counters.items()}  # each parameter counts its own steps
+                found[places[parameter]] = {**own, **{key: value.cpu() for key, value in full.items()}}
     found = {index: found[index] for index in sorted(found)}
     described = [
         {**{key: value for key, value in group.items() if key != "params"}, "params": indices}
@@ -62,26 +66,26 @@ def gather_state(zero: Any, groups: Groups, *, keep: bool) -> dict[str, Any]:
 
 
 def load_state(zero: Any, groups: Groups, saved: Mapping[str, Any]) -> None:
-    """Put a whole state, of any number of processes, into this process's partitions; needs no communication.
+    """Load this process's partitions from a full state; needs no communication.
+
+    Args:
+        zero: ZeRO's optimizer.
+        groups: The parameters that it was made with.
+        saved: State dict with full tensors, saved by any number of processes under any strategy.
 
     Raises:
         RuntimeError: If it is the state of another number of parameters.
     """
-    indices = [index for group in saved["param_groups"] for index in group["params"]]
     parameters = [parameter for group in groups for parameter in group]
-    if len(indices) != len(parameters):
-        raise RuntimeError(
-            f"the checkpoint's optimizer has {len(indices)} parameters, and this run's has {len(parameters)}"
-        )
+    places = indices_in_state(saved, parameters)
     inner = zero.optimizer
     for mine, theirs in zip(inner.param_groups, saved["param_groups"], strict=True):
         mine.update({key: value for key, value in theirs.items() if key != "params" and key in mine})
     if not saved["state"]:
         return
-    places = dict(zip(parameters, indices, strict=True))
     example = next(iter(saved["state"].values()))
     for flats, together in partitions_in_memory(zero, parameters, changed=True):
-        _make_room(zero, flats, example)
+        _make_zero_state(zero, flats, example)
         for parameter in together:
             for key, value in saved["state"].get(places[parameter], {}).items():
                 if _is_sharded(value):
@@ -89,14 +93,19 @@ def load_state(zero: Any, groups: Groups, saved: Mapping[str, Any]) -> None:
 
 
 def load_weights(zero: Any, weights: Mapping[nn.Parameter, torch.Tensor]) -> None:
-    """Put whole weights into the float32 partitions; needs no communication."""
+    """Load this process's float32 partitions from full weights; needs no communication.
+
+    Args:
+        zero: ZeRO's optimizer.
+        weights: Parameter → full tensor, in the shape of the parameter.
+    """
     for _, parameters in partitions_in_memory(zero, weights, changed=True):
         for parameter in parameters:
             scatter(zero, parameter, weights[parameter], None)
 
 
-def _make_room(zero: Any, flats: Iterable[torch.Tensor], example: Mapping[str, Any]) -> None:
-    """Give partitions a state of zeros: optimizers make theirs only in their first step."""
+def _make_zero_state(zero: Any, flats: Iterable[torch.Tensor], example: Mapping[str, Any]) -> None:
+    """Give partitions a state of zeros; optimizers make their state only in the first step."""
     inner = zero.optimizer
     on_device = bool(inner.defaults.get("fused") or inner.defaults.get("capturable"))
     counts_in_python = type(inner).__name__ == "DeepSpeedCPUAdam"

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration: the JSONs that users have, filled in from the YAML, and where they contradict it."""
+"""DeepSpeed JSONs as other trainers ship them: filled in from the YAML, and refused where they contradict it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sft_lightning.errors import UserError
-from sft_lightning.strategies.zero.config import FromYaml, read_config, resolve
-from sft_lightning.strategies.zero.options import stage_of
+from sft_lightning.strategies.zero.config import YamlSettings, read_config, resolve, user_config
+from sft_lightning.strategies.zero.options import ZeroOptions, stage_of
 
 
-def yaml(**changes: Any) -> FromYaml:
+def yaml(**changes: Any) -> YamlSettings:
     values: dict[str, Any] = {
         "optimizer": "AdamW",
         "lr": 2e-4,
@@ -25,7 +26,7 @@ def yaml(**changes: Any) -> FromYaml:
         "gradient_clip_val": 1.0,
         "precision": "bf16-mixed",
     }
-    return FromYaml(**{**values, **changes})
+    return YamlSettings(**{**values, **changes})
 
 
 FP16_AUTO = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1}
@@ -35,7 +36,7 @@ SIZES_AUTO = {
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
 }
-# The shapes that the systems we take over from ship, with their figures; `auto` is for the Hugging Face Trainer.
+# The JSONs that other trainers ship; `auto` is for the Hugging Face Trainer.
 FASTCHAT_S2 = {
     "zero_optimization": {
         "stage": 2,
@@ -98,7 +99,7 @@ SHIPPED = [
 
 
 @pytest.mark.parametrize(("config", "schedule", "stage"), SHIPPED)
-def test_the_jsons_that_users_have_resolve_to_numbers_and_the_yamls_precision(
+def test_shipped_jsons_resolve_to_numbers_and_the_precision_of_the_yaml(
     config: dict[str, Any], schedule: str, stage: int
 ) -> None:
     resolved = resolve(config, yaml(schedule=schedule), source="ds.json")
@@ -115,7 +116,7 @@ def test_the_jsons_that_users_have_resolve_to_numbers_and_the_yamls_precision(
     assert resolved["zero_optimization"] == kept
 
 
-def test_a_json_keeps_its_loss_scaling_where_the_yaml_asks_for_fp16() -> None:
+def test_a_json_keeps_its_loss_scaling_if_the_yaml_has_float16() -> None:
     resolved = resolve(VIGOGNE_ZERO2, yaml(schedule="linear", precision="16-mixed"), source="ds.json")
     assert resolved["fp16"] == {
         "enabled": True, "loss_scale": 0, "loss_scale_window": 1000, "hysteresis": 2, "min_loss_scale": 1,
@@ -124,7 +125,7 @@ def test_a_json_keeps_its_loss_scaling_where_the_yaml_asks_for_fp16() -> None:
     assert "bf16" not in resolved
 
 
-def test_float32_needs_no_block() -> None:
+def test_float32_has_no_precision_block() -> None:
     resolved = resolve(FASTCHAT_S2, yaml(precision="32-true"), source="ds.json")
     assert not {"fp16", "bf16"} & resolved.keys()
 
@@ -156,14 +157,14 @@ def test_float32_needs_no_block() -> None:
         ({"bf16": {"enabled": False}}, "bf16.enabled is false, trainer.precision is 'bf16-mixed'"),
     ],
 )
-def test_a_json_that_says_otherwise_than_the_yaml_is_refused_naming_both(config: dict[str, Any], said: str) -> None:
+def test_a_json_that_contradicts_the_yaml_is_refused_with_both_values(config: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         resolve(config, yaml(), source="ds.json")
     assert str(error.value).startswith("ds.json contradicts the YAML: ")
     assert said in str(error.value)
 
 
-def test_all_contradictions_are_said_at_once() -> None:
+def test_all_contradictions_are_in_one_message() -> None:
     config = {"scheduler": {"type": "WarmupLR"}, "train_batch_size": 1, "bf16": {"enabled": False}}
     with pytest.raises(UserError, match=r"scheduler\.type.*; train_batch_size.*; bf16\.enabled"):
         resolve(config, yaml(), source="ds.json")
@@ -180,21 +181,47 @@ def test_a_json_may_repeat_the_yaml() -> None:
     assert resolve(config, yaml(), source="ds.json")["bf16"] == {"enabled": True}
 
 
-def test_resolving_leaves_the_users_dict_alone() -> None:
+def test_resolving_does_not_change_the_users_dict() -> None:
     before = json.dumps(FIREFLY_Z3)
     resolve(FIREFLY_Z3, yaml(schedule="constant"), source="ds.json")
     assert json.dumps(FIREFLY_Z3) == before
 
 
-def test_a_file_is_read_and_a_wrong_one_is_named(tmp_path: Path) -> None:
+def test_a_file_is_read_and_errors_name_it(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(FASTCHAT_S2))
     assert read_config(file) == FASTCHAT_S2
     file.write_text('{"a": 1,\n oops}')
-    with pytest.raises(UserError, match=r"ds\.json, line 2, column 2: broken JSON"):
+    with pytest.raises(UserError, match=r"ds\.json, line 2, column 2: invalid JSON"):
         read_config(file)
     file.write_text("[]")
-    with pytest.raises(UserError, match="must hold a JSON object, found a list"):
+    with pytest.raises(UserError, match=r"must hold a JSON object \(found a list\)"):
         read_config(file)
     with pytest.raises(UserError, match="does not exist"):
         read_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (ZeroOptions(stage=1), "`stage`; set it in the DeepSpeed config"),
+        (
+            ZeroOptions(stage=3, quantized_weights=True),
+            "`stage`, `quantized_weights`; set them in the DeepSpeed",
+        ),
+    ],
+)
+def test_a_config_cannot_be_combined_with_other_keys(options: ZeroOptions, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^trainer\.strategy\.config: cannot be combined with {said}"):
+        user_config(options, {"zero_optimization": {"stage": 2}})
+    assert user_config(ZeroOptions(), FASTCHAT_S2) == FASTCHAT_S2
+
+
+def test_the_optimizer_of_the_yaml_is_read_from_the_object() -> None:
+    adam = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.25)
+    settings = yaml(optimizer=None).with_optimizer(adam)
+    assert (settings.optimizer, settings.lr, settings.weight_decay) == ("AdamW", 0.5, 0.25)
+
+
+def test_an_optimizer_that_is_not_made_yet_is_not_compared() -> None:
+    resolve({"optimizer": {"type": "Lamb"}}, yaml(optimizer=None), source="ds.json")

@@ -1,4 +1,4 @@
-"""What our own keys ask of ZeRO, and what DeepSpeed's configuration says of it."""
+"""The ZeRO keys under `trainer.strategy`, and the same settings in a DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from typing import Any
 import pytest
 
 from sft_lightning.errors import UserError
+from sft_lightning.strategies.sharding import zero_sharding
 from sft_lightning.strategies.zero.options import (
     OFFLOAD_OPTIMIZER,
     OFFLOAD_PARAMETERS,
     ZeroOptions,
-    from_options,
+    config_of,
     nvme_folders,
-    offload_of,
+    offload_block,
+    sharding_of_config,
     stage_of,
 )
 
 
-def test_keys_become_deepspeeds() -> None:
-    assert from_options(ZeroOptions(stage=0))["zero_optimization"] == {"stage": 0}
-    one = from_options(ZeroOptions(stage=1, offload_optimizer="cpu"))
+def test_keys_become_a_deepspeed_configuration() -> None:
+    assert config_of(ZeroOptions(stage=0))["zero_optimization"] == {"stage": 0}
+    one = config_of(ZeroOptions(stage=1, offload_optimizer="cpu"))
     assert one["zero_optimization"][OFFLOAD_OPTIMIZER] == {"device": "cpu", "pin_memory": True}
-    assert offload_of(one, OFFLOAD_OPTIMIZER)
+    assert offload_block(one, OFFLOAD_OPTIMIZER)
     assert stage_of(one) == 1
-    three = from_options(ZeroOptions(stage=3, offload_parameters="nvme", nvme_path="fast"))
-    assert offload_of(three, OFFLOAD_PARAMETERS) == {"device": "nvme", "nvme_path": "fast"}
-    assert not offload_of(three, OFFLOAD_OPTIMIZER)
+    three = config_of(ZeroOptions(stage=3, offload_parameters="nvme", nvme_path="fast"))
+    assert offload_block(three, OFFLOAD_PARAMETERS) == {"device": "nvme", "nvme_path": "fast"}
+    assert not offload_block(three, OFFLOAD_OPTIMIZER)
 
 
-def test_zero_plus_plus_by_our_keys_is_that_of_a_json() -> None:
+def test_zero_plus_plus_keys_are_those_of_a_json() -> None:
     keys = ZeroOptions(stage=3, quantized_weights=True, quantized_gradients=True, hpz_partition_size=8)
-    found = from_options(keys)["zero_optimization"]
+    found = config_of(keys)["zero_optimization"]
     assert found["zero_quantized_weights"] is found["zero_quantized_gradients"] is True
     assert found["zero_hpz_partition_size"] == 8
 
@@ -40,28 +42,34 @@ def test_zero_plus_plus_by_our_keys_is_that_of_a_json() -> None:
     ("options", "said"),
     [
         ({"stage": 4}, "must be 0, 1, 2 or 3 (got 4)"),
-        ({"stage": 0, "offload_optimizer": "cpu"}, "stage 0 shards no optimizer state"),
-        ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters: is of ZeRO-3, and stage is 2"),
-        ({"stage": 2, "offload_optimizer": "nvme"}, "offload_optimizer: nvme: is of ZeRO-3, and stage is 2"),
-        ({"stage": 2, "quantized_weights": True}, "quantized_weights: is of ZeRO-3"),
-        ({"stage": 2, "hpz_partition_size": 8}, "hpz_partition_size: is of ZeRO-3"),
+        ({"stage": 0, "offload_optimizer": "cpu"}, "offload_optimizer: requires stage 1 or above (got 0)"),
+        ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters: requires stage 3 (got 2)"),
+        ({"stage": 2, "offload_optimizer": "nvme"}, "offload_optimizer: nvme: requires stage 3 (got 2)"),
+        ({"stage": 2, "quantized_weights": True}, "quantized_weights: requires stage 3"),
+        ({"stage": 2, "hpz_partition_size": 8}, "hpz_partition_size: requires stage 3"),
         ({"stage": 3, "hpz_partition_size": 0}, "hpz_partition_size: must be at least 1"),
-        ({"stage": 3, "offload_optimizer": "nvme"}, "nvme_path: needed"),
+        ({"stage": 3, "offload_optimizer": "nvme"}, "nvme_path: required"),
     ],
 )
-def test_keys_that_do_not_go_together_are_refused(options: dict[str, Any], said: str) -> None:
+def test_contradicting_keys_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as error:
         ZeroOptions(**options)
     assert said in str(error.value)
 
 
 @pytest.mark.parametrize("block", [None, {}, {"device": "none"}, {"device": None}])
-def test_what_stays_is_not_offloaded(block: Any) -> None:
-    assert offload_of({"zero_optimization": {"offload_param": block}}, OFFLOAD_PARAMETERS) == {}
+def test_a_block_without_a_device_offloads_nothing(block: Any) -> None:
+    assert offload_block({"zero_optimization": {"offload_param": block}}, OFFLOAD_PARAMETERS) == {}
 
 
-def test_nvme_is_seen_in_either_place() -> None:
-    parameters = from_options(ZeroOptions(stage=3, offload_parameters="nvme", nvme_path="/nvme"))
+def test_nvme_folders_of_both_blocks_are_found() -> None:
+    parameters = config_of(ZeroOptions(stage=3, offload_parameters="nvme", nvme_path="/nvme"))
     assert nvme_folders(parameters) == {OFFLOAD_PARAMETERS: "/nvme"}
     assert nvme_folders({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}) == {OFFLOAD_OPTIMIZER: None}
-    assert nvme_folders(from_options(ZeroOptions(stage=2, offload_optimizer="cpu"))) == {}
+    assert nvme_folders(config_of(ZeroOptions(stage=2, offload_optimizer="cpu"))) == {}
+
+
+def test_a_configuration_has_what_it_shards_and_offloads() -> None:
+    assert sharding_of_config({}) == zero_sharding(0)
+    config = config_of(ZeroOptions(stage=3, offload_optimizer="cpu", offload_parameters="nvme", nvme_path="/nvme"))
+    assert sharding_of_config(config) == zero_sharding(3, offload_optimizer=True, offload_weights=True)
