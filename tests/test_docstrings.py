@@ -67,7 +67,6 @@ UNFINISHED: tuple[str, ...] = (
     "cli",
     "data/tokens",
     "estimation",
-    "strategies",
     "training",
     "views",
 )

@@ -79,14 +79,25 @@ class ShardedStrategy(ModuleServices, Strategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write one file on rank 0; meanwhile its module holds the full weights, for an export beside the file."""
+        """Write one file on rank 0; meanwhile its module holds the full weights, for an export beside the file.
+
+        Args:
+            checkpoint: The checkpoint, with full tensors.
+            filepath: Path of the file.
+            storage_options: Passed on to the checkpoint plugin.
+        """
         gathered = checkpoint.get("state_dict", {}) if self.shards_weights else {}
         with full_parameters(self._module, gathered):
             if self.is_global_zero:
                 self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file in every process."""
+        """Read the file in every process.
+
+        Args:
+            checkpoint_path: Path of the file.
+            weights_only: Passed on to `torch.load`.
+        """
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> Optimizer:

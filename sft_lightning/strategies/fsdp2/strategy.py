@@ -111,7 +111,12 @@ class FSDP2(ShardedStrategy, MeshStrategy):
         return gather_optimizer_state(inner_optimizer(optimizer), keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load full weights; where an earlier stage has sharded the model, each process loads its shard."""
+        """Load full weights; where an earlier stage has sharded the model, each process loads its shard.
+
+        Args:
+            checkpoint: A checkpoint whose `state_dict` has full tensors.
+            strict: Passed on to the module.
+        """
         parameters = dict(self._module.named_parameters())
         state = checkpoint["state_dict"]
         state = {name: shard_like(parameters.get(name, tensor), tensor) for name, tensor in state.items()}

@@ -211,7 +211,12 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
         return gather_state(self._zero, self._groups, keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load full weights, before DeepSpeed's optimizer copies them."""
+        """Load full weights, before DeepSpeed's optimizer copies them.
+
+        Args:
+            checkpoint: A checkpoint whose `state_dict` has full tensors.
+            strict: Passed on to the module.
+        """
         parameters = dict(self._module.named_parameters())
         state = {name: load_part(parameters.get(name), value) for name, value in checkpoint["state_dict"].items()}
         self._module.load_state_dict(state, strict=strict)

@@ -31,9 +31,7 @@ EVERY_3 = (
 
 def test_without_deepspeed_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"pip install 'sft-lightning\[deepspeed\]', or use trainer\.strategy: fsdp2"
-    ):
+    with pytest.raises(UserError, match=r"pip install 'sft-lightning\[deepspeed\]', or use trainer\.strategy: fsdp2"):
         DeepSpeedZeRO()
 
 
