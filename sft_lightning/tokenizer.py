@@ -40,7 +40,8 @@ def load_tokenizer(
     """
     if name_or_path is None:
         raise UserError(
-            "model.tokenizer_name_or_path: needed with model.from_config; name a tokenizer's folder or Hub id"
+            "model.model_name_or_path: required; name a model's folder or Hub id (with model.from_config, name a "
+            "tokenizer's in model.tokenizer_name_or_path)"
         )
     key = "model.tokenizer_name_or_path (or model_name_or_path)"
     with clear_load_errors(key, "tokenizer", name_or_path, ("tokenizer.json", "tokenizer.model", "vocab.json")):

@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from sft_lightning.cli.arguments import names_another_optimizer, names_classes, shows_help, value_of
+from sft_lightning.cli.arguments import GivenArguments
 from sft_lightning.cli.parsing import CommandParser, clear_message
 from sft_lightning.compat.jsonargparse import is_about_a_value, known_keys
 from sft_lightning.compat.lightning.cli import CommandLine
@@ -67,12 +67,13 @@ class SFTCommandLine(CommandLine):
             )
         self._command = command
         self._add_options = add_options
-        self._names_another_optimizer = names_another_optimizer(args)
-        self._specs = (PreferenceSpec, PairDataSpec) if value_of(args, "task") == "dpo" else (TrainingSpec, DataSpec)
-        if names_classes(args):
+        given = GivenArguments(args)
+        self._names_another_optimizer = given.names_another_optimizer()
+        self._specs = (PreferenceSpec, PairDataSpec) if given.value_of("task") == "dpo" else (TrainingSpec, DataSpec)
+        if given.names_classes():
             import sft_lightning.cli.trainer  # noqa: F401 (our callbacks and strategies may be named without a package)
         # Reading the docstrings of keys takes a quarter of a second, and only help shows them.
-        set_parsing_settings(docstring_parse_attribute_docstrings=shows_help(args))
+        set_parsing_settings(docstring_parse_attribute_docstrings=given.shows_help())
         super().__init__(
             command,
             args,

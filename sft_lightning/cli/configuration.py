@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
+from sft_lightning.cli.arguments import asks_for_help
 from sft_lightning.cli.parsing import command_parser
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def parse_configuration(
         SystemExit: With status 0, after the help.
         UserError: If there is no argument, a key is unknown, or a value is wrong.
     """
-    if "-h" in args or "--help" in args:
+    if asks_for_help(args):
         _print_help(command, description, args, add_options)
         raise SystemExit(0)
     from sft_lightning.cli.app import SFTCommandLine

@@ -1,4 +1,4 @@
-"""A parser whose errors are one message: the key, the value, and the way out."""
+"""Parsers whose errors are one line: the key, the value, and what to do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from sft_lightning.cli.arguments import shows_help
-from sft_lightning.compat.jsonargparse import known_keys, missing_package, rejected_key, short_reason, unknown_key
+from sft_lightning.cli.arguments import asks_for_help
+from sft_lightning.compat.jsonargparse import (
+    known_keys,
+    missing_package,
+    option_without_value,
+    rejected_key,
+    required_keys,
+    short_reason,
+    stray_words,
+    unknown_key,
+)
 from sft_lightning.errors import UserError, did_you_mean
 
 
 class CommandParser(ArgumentParser):
-    """A parser whose errors are one message with the nearest valid key."""
+    """A parser whose errors are a `UserError` of one line, with the nearest valid key."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the message as a UserError."""
@@ -29,22 +38,22 @@ def command_parser(command: str, description: str | None, args: Sequence[str]) -
         description: What it does.
         args: What follows it on the command line; if they ask for help, the docstrings of options are read.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=shows_help(args))
+    set_parsing_settings(docstring_parse_attribute_docstrings=asks_for_help(args))
     return CommandParser(prog=f"python -m sft_lightning {command}", description=description)
 
 
 _SAID_BEFORE = re.compile(r"(?P<key>[\w.]+): no such key\.(?P<near>( Did you mean '[^']+'\?)?)")
-"""A message of ours, by a nested parser."""
+"""A message of ours, from a nested parser."""
 
 _EXTRAS = ("wandb", "deepspeed")
 
 
 def clear_message(message: str, keys: Sequence[str]) -> str:
-    """Shorten what jsonargparse says to the key, the value and the way out.
+    """Return jsonargparse's error as one line: the key, the value, and what to do.
 
     Args:
-        message: As jsonargparse composed it.
-        keys: The valid keys, dotted; the nearest to an unknown one is named.
+        message: jsonargparse's message.
+        keys: The valid keys, dotted; the one nearest to an unknown key is named.
     """
     rejected = rejected_key(message)
     prefix = f"{rejected}." if rejected else ""
@@ -62,4 +71,13 @@ def clear_message(message: str, keys: Sequence[str]) -> str:
         endings = sorted({known.rsplit(".", 1)[-1] for known in keys})
         near = did_you_mean(unknown, keys) or did_you_mean(unknown.rsplit(".", 1)[-1], endings)
         return f"{unknown if unknown.startswith(prefix) else prefix + unknown}: no such key.{near}"
+    option = option_without_value(message)
+    if option:
+        return f"{option}: requires a value"
+    required = required_keys(message)
+    if required:
+        return f"{', '.join(f'--{key}' for key in required)}: required; --help describes the options"
+    stray = stray_words(message)
+    if stray:
+        return f"{stray}: not an option; options start with --, and a configuration file follows --config"
     return short_reason(message)

@@ -34,6 +34,11 @@ _EXPECTED = re.compile(r"Expected a (?:<class '(?P<type>\w+)'>|typing\.Literal\[
 _CHOICES = re.compile(r"Expected a typing\.Literal\[(?P<choices>[^\]]*)\]\. Got value: (?P<value>.*)")
 _TYPE = re.compile(r"Expected a <class '(?P<type>\w+)'>\. Got value: (?P<value>.*)")
 _WRONG_VALUE = re.compile("Parser key|Does not validate")
+_NOT_A_PATH = re.compile(r"\s*- Expected a path but .*? either not accessible or invalid\s*- ", re.S)
+"""Any value might be the path of a file with it, so this precedes what is wrong with it."""
+_NO_VALUE = re.compile(r"argument (?:-\w/)?(?P<option>--[^\s:]+): expected (?:one|at least one) argument")
+_REQUIRED = re.compile(r"the following arguments are required: (?P<keys>[\w., ]+)")
+_STRAY = re.compile(r"unrecognized arguments: (?P<words>.+)")
 
 _FEATURE = "short messages for errors on the command line"
 _SINCE = "4.40"
@@ -76,12 +81,33 @@ def missing_package(message: str) -> MissingPackage | None:
 
 
 @uses(feature=_FEATURE, since=_SINCE, replacement=_INSTEAD)
+def option_without_value(message: str) -> str | None:
+    """Return the option that lacks its value, such as `--config`; `None` for another error."""
+    found = _NO_VALUE.search(message)
+    return found["option"] if found else None
+
+
+@uses(feature=_FEATURE, since=_SINCE, replacement=_INSTEAD)
+def required_keys(message: str) -> list[str]:
+    """Return the keys that are required and missing; none for another error."""
+    found = _REQUIRED.search(message)
+    return found["keys"].split(", ") if found else []
+
+
+@uses(feature=_FEATURE, since=_SINCE, replacement=_INSTEAD)
+def stray_words(message: str) -> str | None:
+    """Return the words on the command line that belong to no option; `None` for another error."""
+    found = _STRAY.search(message)
+    return found["words"] if found else None
+
+
+@uses(feature=_FEATURE, since=_SINCE, replacement=_INSTEAD)
 def short_reason(message: str) -> str:
     """Return a message in one line, each key before what is wrong with its value.
 
     A value that fits none of several types has a reason for each; one that is more than the name of a type wins.
     """
-    text = _UNION.sub(_reason_of_union, message)
+    text = _UNION.sub(_reason_of_union, _NOT_A_PATH.sub(" ", message))
     owner = _OWNER.search(message)
     if owner and text.replace(owner[0], "").lstrip().startswith(owner["key"]):
         text = text.replace(owner[0], "")  # a message of ours, which names the key already

@@ -10,7 +10,7 @@ from sft_lightning.__main__ import main
 
 
 def wrong(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run what must end with status 2, and return the one message."""
+    """Run a command that must end with status 2, and return its one message."""
     assert main(args) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
@@ -48,12 +48,45 @@ def wrong(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--model.adapter=null", "--model.quantization.bits=4"], ["model.quantization", "model.adapter"]),
     ],
 )
-def test_what_the_user_got_wrong_is_said_once_with_status_2(
+def test_a_user_error_is_one_message_with_status_2(
     options: list[str], said: list[str], fit_args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = wrong(["fit", *fit_args, *options], capsys)
     for part in said:
         assert part in message
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "prepare", "preview", "plan", "selftest"])
+def test_a_command_without_a_configuration_asks_for_one(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = wrong([command], capsys)
+    assert f"error: {command}: no configuration given; add --config FILE" in message
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["chat"], "--model: required"),
+        (["compare"], "--baseline: required"),
+        (["merge"], "--adapter, --output_dir: required"),
+        (["migrate", "fastchat"], "migrate: after the name of the system, give"),
+    ],
+)
+def test_a_command_without_its_required_options_names_them(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in wrong(args, capsys)
+
+
+def test_a_config_file_without_its_option_is_recognized(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "mine.yaml: not an option" in wrong(["fit", "mine.yaml"], capsys)
+    assert "--config: requires a value" in wrong(["fit", "--config"], capsys)
+
+
+def test_a_callback_may_be_named_without_its_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["prepare", "--trainer.callbacks+=Throughput", "--print_config"])
+    [callback] = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert callback["class_path"].endswith("Throughput")
 
 
 def test_a_folder_that_is_not_a_model_is_named(
@@ -73,7 +106,8 @@ def test_debug_adds_the_traceback(fit_args: list[str], capsys: pytest.CaptureFix
 
 def test_a_broken_yaml_names_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.yaml").write_text("data:\n  sources: {a: [\n")
-    assert "line" in wrong(["fit", f"--config={tmp_path / 'broken.yaml'}"], capsys)
+    message = wrong(["fit", f"--config={tmp_path / 'broken.yaml'}"], capsys)
+    assert "broken.yaml', line 3" in message
 
 
 def test_several_configs_and_options_are_merged_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

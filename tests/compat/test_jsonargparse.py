@@ -118,3 +118,28 @@ def test_every_key_is_known_those_of_subcommands_and_of_what_is_null_too() -> No
     made.add_subcommands().add_subcommand("fit", parser())
     keys = set(compat.known_keys(made) or ())
     assert {"outer.inner.count", "outer.inner.kind", "outer.maybe", "outer.maybe.ratio"} <= keys
+
+
+def test_an_option_without_its_value_is_found() -> None:
+    assert compat.option_without_value(error_of("--outer.inner.count")) == "--outer.inner.count"
+    assert compat.option_without_value(error_of("--outer.inner.count=many")) is None
+
+
+def test_required_keys_and_words_that_are_no_option_are_found() -> None:
+    made = parser()
+    made.add_argument("--name", required=True)
+    made.add_argument("--folder", required=True)
+    with pytest.raises(ArgumentError) as error:
+        made.parse_args([])
+    assert compat.required_keys(str(error.value)) == ["name", "folder"]
+    assert compat.stray_words(error_of("mine.yaml")) == "mine.yaml"
+    assert compat.required_keys(error_of("mine.yaml")) == []
+
+
+def test_that_a_value_is_no_file_is_not_the_reason() -> None:
+    made = ArgumentParser(exit_on_error=False)
+    made.add_class_arguments(Outer, "outer", sub_configs=True)
+    with pytest.raises(ArgumentError) as error:
+        made.parse_args(["--outer.maybe=nothing"])
+    assert "Expected a path" in str(error.value)
+    assert "Expected a path" not in compat.short_reason(str(error.value))

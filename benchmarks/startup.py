@@ -1,0 +1,130 @@
+"""How long commands take to answer: help and listings, beside the imports that they cannot do without.
+
+    python benchmarks/startup.py            # ours, and the peers whose environments exist
+    python benchmarks/startup.py --peers    # makes the peers' environments first
+
+Each command runs in a new process, several times, in turn with the others; the fastest run counts. CPU seconds are less
+disturbed by other work on the machine than wall-clock seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+_HERE = Path(__file__).parent
+sys.path.insert(0, str(_HERE / "peers"))
+
+from environments import PEERS, environment  # noqa: E402
+from processes import use_two_cores  # noqa: E402
+from results import print_table, write_results  # noqa: E402
+
+OURS = {
+    "import tokenizers": ["-c", "import tokenizers"],
+    "import torch, lightning.pytorch": ["-c", "import torch, lightning.pytorch"],
+    "--help": ["-m", "sft_lightning", "--help"],
+    "preview --list_templates": ["-m", "sft_lightning", "preview", "--list_templates"],
+    "prepare --help": ["-m", "sft_lightning", "prepare", "--help"],
+    "chat --help": ["-m", "sft_lightning", "chat", "--help"],
+    "fit --help": ["-m", "sft_lightning", "fit", "--help"],
+}
+"""Name → arguments of our Python."""
+
+THEIRS = {"trl": ["trl", "sft", "--help"], "llamafactory": ["llamafactory-cli", "version"]}
+"""Peer → a command of its environment that answers without work."""
+
+
+class Timing(NamedTuple):
+    """Seconds of the fastest run."""
+
+    wall: float
+    """From start to exit."""
+
+    cpu: float
+    """Of all threads, user and system."""
+
+
+def time_once(command: Sequence[str]) -> Timing:
+    """Run a command in a new process, and return its seconds.
+
+    Raises:
+        SystemExit: If it fails; what it printed last is shown.
+    """
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    return Timing(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+
+def time_all(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, Timing]:
+    """Time each command in turn, several times over, and return its fastest seconds.
+
+    Args:
+        commands: Name → command line.
+        repeats: Runs of each.
+    """
+    runs: dict[str, list[Timing]] = {name: [] for name in commands}
+    for number in range(repeats):
+        for name, command in commands.items():
+            print(f"{number + 1}/{repeats} {name} …", flush=True)
+            runs[name].append(time_once(command))
+    return {name: Timing(min(t.wall for t in each), min(t.cpu for t in each)) for name, each in runs.items()}
+
+
+def peer_commands(envs: Path, *, make: bool) -> dict[str, list[str]]:
+    """Return the commands of the peers whose environments exist.
+
+    Args:
+        envs: Folder of the environments.
+        make: Make those that are missing.
+    """
+    commands = {}
+    for name, (program, *args) in THEIRS.items():
+        if make:
+            environment(PEERS[name], envs)
+        path = (envs / name / "bin" / program).resolve()
+        if path.exists():
+            commands[" ".join([program, *args])] = [str(path), *args]
+        else:
+            print(f"{name}: no environment in {envs}; --peers makes it")
+    return commands
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that start-up imports."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("jsonargparse", "lightning", "tokenizers", "torch", "transformers")}
+
+
+def main() -> None:
+    """Measure, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="Runs of each command; the fastest counts.")
+    parser.add_argument("--peers", action="store_true", help="Make the peers' environments if they are missing.")
+    parser.add_argument("--envs", type=Path, default=_HERE.parent / ".bench-envs", help="Environments of the peers.")
+    args = parser.parse_args()
+    commands = {name: [sys.executable, *arguments] for name, arguments in OURS.items()}
+    commands |= peer_commands(args.envs, make=args.peers)
+    use_two_cores()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    timings = time_all(commands, args.repeats)
+    print_table(
+        ["command", "wall, s", "CPU, s"],
+        [[f"`{name}`", f"{each.wall:.2f}", f"{each.cpu:.2f}"] for name, each in timings.items()],
+    )
+    seconds = {name: timing._asdict() for name, timing in timings.items()}
+    write_results("startup_cpu", repeats=args.repeats, versions=versions(), seconds=seconds)
+
+
+if __name__ == "__main__":
+    main()
