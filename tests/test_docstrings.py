@@ -65,7 +65,6 @@ def is_dataclass(node: ast.ClassDef) -> bool:
 UNFINISHED: tuple[str, ...] = (
     "callbacks",
     "cli",
-    "data/tokens",
     "estimation",
     "training",
     "views",

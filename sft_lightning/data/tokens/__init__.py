@@ -1,1 +1,1 @@
-"""Segments become tokens with loss weights; token stores on disk and their cache."""
+"""Segments → tokens with loss weights; token stores on disk, found by what they were made of."""

@@ -1,7 +1,7 @@
-"""What a template and a tokenizer make of the first conversations of a source, checked before training.
+"""Checks of the first conversations of a source, with the run's template and tokenizer, before training.
 
-The masks are exact by construction; this proves on the user's own data that nothing around them is broken: the BOS, the
-stop tokens, and that what is served is what is trained, token for token.
+The masks are exact by construction. These checks verify on the user's data what the masks rely on: the BOS, the stop
+tokens, and that prompts are served as they are trained, token for token.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ def check_examples(
     conversations: Sequence[tuple[str, Sequence[Message]]],
     loss_on: LossOn,
 ) -> None:
-    """Check what becomes of conversations: some 32 of each source are enough, at about a millisecond each.
+    """Check the examples of conversations; about 32 conversations of each source are enough, at a millisecond each.
 
     Args:
         template: The source's template, bound to `tokenizer`.
-        tokenizer: What serves.
-        encoder: The same tokenizer as examples are made with.
-        conversations: Where each one stands (`data/chat.jsonl, line 12`), and its messages.
+        tokenizer: The tokenizer as it serves.
+        encoder: The same tokenizer as it makes examples.
+        conversations: Location (`data/chat.jsonl, line 12`) and messages of each conversation.
         loss_on: Which messages are supervised.
 
     Raises:
-        UserError: If an example has no supervised token though a message is to be learned; if its BOS is there twice or
-            is no special token; if a supervised answer does not end with its stop token, supervised; or if a prompt as
-            it is served is not, token for token, what precedes the answer in training.
-        RuntimeError: If a template renders for serving something else than for training, which is our mistake.
+        UserError: If an example has no supervised token although a message should be learned; if its BOS is missing,
+            doubled, or not a special token; if a supervised answer does not end with its stop token; or if a prompt is
+            served as other tokens than it is trained as.
+        RuntimeError: If a template renders a prompt for serving differently than for training, which is a bug of this
+            package.
     """
     checks = _Checks(template, tokenizer, encoder, loss_on)
     for location, messages in conversations:
@@ -57,7 +58,7 @@ class _Checks:
         self._stops = {first: stop_token_id(template, tokenizer)}
         ids_of = tokenizer.get_added_vocab()
         self._stops |= {stop: ids_of[stop] for stop in others}
-        self._bos = self._opening()
+        self._bos = self._expected_bos()
 
     def check(self, messages: Sequence[Message]) -> None:
         rendered = self._template.render(messages, self._loss_on)
@@ -66,18 +67,18 @@ class _Checks:
         for example in examples:
             self._check_bos(example)
         if any(flag and message.weight > 0 for flag, message in zip(flags, messages, strict=True)) and not any(
-            example.owners for example in examples
+            example.learned for example in examples
         ):
-            raise UserError("no token of it is supervised, though a message is to be learned")
+            raise UserError("no token of the example is supervised, although a message should be learned")
         answers = [i for i, message in enumerate(messages) if flags[i] and message.role == "assistant"]
         self._check_stops(examples, len(answers))
         if not isinstance(self._template, DocumentTemplate):
-            for turn in sorted({*answers[:1], *answers[-1:]} - {0}):
-                check_serving(self._template, self._tokenizer, messages[:turn])
-                self._check_prompt(examples, self._template.generation_prompt(messages[:turn]))
+            for index in sorted({*answers[:1], *answers[-1:]} - {0}):
+                check_serving(self._template, self._tokenizer, messages[:index])
+                self._check_prompt(examples, self._template.generation_prompt(messages[:index]))
 
-    def _opening(self) -> list[int]:
-        """Return the ids of what the template's name says stands first; none where nothing has to."""
+    def _expected_bos(self) -> list[int]:
+        """Return the ids with which every example of a named or document template must begin; empty for Jinja."""
         template, tokenizer = self._template, self._tokenizer
         if isinstance(template, NamedTemplate):
             text = template.bos
@@ -88,19 +89,21 @@ class _Checks:
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids if text else []
         if any(index not in tokenizer.added_tokens_decoder for index in ids):
             raise UserError(
-                f"data.template: {template.name} begins with {text!r}, which is no special token of this tokenizer "
-                f"({tokenizer.convert_ids_to_tokens(ids)}); use chat_template, or a template of the model's own family"
+                f"data.template: {template.name} begins with {text!r}, which is not a special token of this tokenizer "
+                f"({tokenizer.convert_ids_to_tokens(ids)}); use chat_template, or a template of the model's family"
             )
         return ids
 
     def _check_bos(self, example: _Example) -> None:
         bos = self._tokenizer.bos_token_id
         if example.ids[: len(self._bos)] != self._bos:
-            raise UserError(f"it does not begin with the BOS of template {self._template.name}: {example.text[:40]!r}")
+            raise UserError(
+                f"the example does not begin with the BOS of template {self._template.name}: {example.text[:40]!r}"
+            )
         if bos is not None and example.ids[:2] == [bos, bos]:
             raise UserError(
-                f"it begins with two BOS tokens: {example.text[:40]!r}; template {self._template.name} writes one, so "
-                "take the other out of the template, or out of the text"
+                f"the example begins with two BOS tokens: {example.text[:40]!r}; template {self._template.name} writes "
+                "one, so remove the other from the template or from the text"
             )
 
     def _check_stops(self, examples: Sequence[_Example], num_answers: int) -> None:
@@ -112,8 +115,8 @@ class _Checks:
                 tokens = example.tokens_of(n)
                 if segment.supervised and expected and (not tokens or tokens[-1] not in expected):
                     raise UserError(
-                        f"the answer {segment.text[-40:]!r} does not end with its stop token, but with the tokens "
-                        f"{self._tokenizer.convert_ids_to_tokens(tokens[-3:])}; the tokenizer joins it with its text"
+                        f"the answer {segment.text[-40:]!r} does not end with its stop token but with the tokens "
+                        f"{self._tokenizer.convert_ids_to_tokens(tokens[-3:])}; the tokenizer merges it with the text"
                     )
         if num_stops < num_answers:
             raise UserError(
@@ -128,17 +131,17 @@ class _Checks:
             if num_before is None or example.ids[: len(served)] == served:
                 continue
             if num_before > 0 and example.ids != self._encoder.encode([example.text]).ids.tolist():
-                continue  # a cut at an earlier answer's border, which serving does not make in the history
+                continue  # the text was cut before an earlier answer, which serving does not do in the history
             raise UserError(
-                f"the prompt {prompt[-40:]!r} is served as other tokens than it is trained as: "
-                f"{self._tokenizer.convert_ids_to_tokens(served)[-5:]} against "
+                f"the prompt {prompt[-40:]!r} is served as the tokens "
+                f"{self._tokenizer.convert_ids_to_tokens(served)[-5:]} but trained as "
                 f"{self._tokenizer.convert_ids_to_tokens(example.ids[: len(served)])[-5:]}; use a template whose "
                 "prompt ends with a special token or a line feed"
             )
 
 
 class _Example:
-    """A tokenized example whose tokens know their segment: the weights that are tokenized along are segment numbers."""
+    """A tokenized example with the segment of each token: the loss weights are replaced by segment numbers."""
 
     def __init__(self, segments: Sequence[Segment], encoder: Encoder) -> None:
         self.segments = segments
@@ -147,8 +150,8 @@ class _Example:
         [example] = tokenize([numbered], encoder)
         self.ids: list[int] = example.input_ids.tolist()
         self._numbers = [int(number) - 1 for number in example.loss_weights.tolist()]
-        self.owners = {n for n in self._numbers if n >= 0 and segments[n].weight > 0}
-        """The segments that have supervised tokens."""
+        self.learned = {n for n in self._numbers if n >= 0 and segments[n].weight > 0}
+        """Indices of the segments that have tokens with a loss."""
 
     def supervised(self) -> Iterator[int]:
         """Yield the ids of supervised tokens."""
@@ -159,7 +162,7 @@ class _Example:
         return [index for index, n in zip(self.ids, self._numbers, strict=True) if n == segment]
 
     def borders_before(self, prompt: str) -> int | None:
-        """Return how many supervised segments precede the one right after `prompt`; `None` if there is none there."""
+        """Return how many supervised segments precede the one after `prompt`; `None` if none begins there."""
         if not self.text.startswith(prompt):
             return None
         position = num_supervised = 0

@@ -120,8 +120,8 @@ class ExampleBuilder:
         name = find_format(configured, record, path)
         if isinstance(self.template, DocumentTemplate) and name != "text":
             raise UserError(
-                f"data.sources.{record.source}: the format is {name}, but pretraining takes text; use task: sft, or "
-                "data with a `text` key"
+                f"data.sources.{record.source}: the format is {name}, but task: pretrain requires text; use task: sft, "
+                "or data with a `text` key"
             )
         return name
 

@@ -1,12 +1,13 @@
-"""A tokenizer as a function on many texts, saying where each token ends.
+"""Tokenizes many texts at once and finds where each token ends in its text.
 
-Tokenizers report offsets, but reading them into Python costs as much again as half the tokenizing. A byte-level
-vocabulary (GPT-2, Llama 3, Qwen, …) does not need them: every token stands for a fixed number of bytes, so running sums
-of a table say where tokens end. Whether the sums come out at the length of the text is checked for every text; one for
-which they do not (a special token that swallows spaces) is asked for its offsets.
+Tokenizers report offsets, but reading them into Python takes half as long as tokenizing. A byte-level vocabulary
+(GPT-2, Llama 3, Qwen, …) does not need them: every token stands for a fixed number of bytes, so running sums over a
+table give the end of each token. For every text, the sum is compared with the length of the text; where they differ (a
+special token that swallows spaces), the offsets are read.
 
-Two more things cost time without changing an id, a fifth of it together: bringing texts to NFC that are in NFC, and a
-cache of words that is soon full. Such vocabularies are used through a copy that does neither.
+Two more steps take a fifth of the time without changing an id: normalizing texts to NFC that are in NFC, and a word
+cache that is full after a thousand rows. Byte-level tokenizers are used through a copy without the first and with a
+larger cache.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from sft_lightning.errors import UserError
 from sft_lightning.types import Longs
 
 _ANCHORS = ("\n", "a", ".", "0")
-"""Characters to stand before a text that continues another, so that the tokenizer adds no prefix space to it."""
+"""Characters to put before a text that continues another, so that the tokenizer adds no prefix space to it."""
 
 
 class TextEncoder:
-    """A fast tokenizer's `encode` on texts.
+    """Tokenizes texts, without adding special tokens.
 
     Args:
-        tokenizer: The tokenizer; no special tokens are added.
+        tokenizer: The tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -47,13 +48,13 @@ class TextEncoder:
         return self._by_offsets(texts) if self._bytes_of is None else self._by_lengths(list(texts), self._bytes_of)
 
     def encode_continuations(self, texts: Sequence[str]) -> Tokens:
-        """Tokenize texts that continue others.
+        """Tokenize texts that continue others: without the space that some tokenizers put before a text.
 
         Raises:
-            UserError: If there is no way to keep the tokenizer from treating one as the beginning of a text.
+            UserError: If the tokenizer cannot tokenize one of them as a continuation.
         """
         if self._bytes_of is not None:
-            return self.encode(texts)  # a byte-level tokenizer without a prefix space adds nothing to a text
+            return self.encode(texts)  # a byte-level tokenizer without a prefix space adds nothing
         found: dict[int, Tokens] = {}
         for anchor in _ANCHORS:
             missing = [i for i in range(len(texts)) if i not in found]
@@ -74,7 +75,7 @@ class TextEncoder:
         return bytes_of_tokens(self._backend)
 
     def _by_lengths(self, texts: list[str], bytes_of: npt.NDArray[np.int64]) -> Tokens:
-        """Let a table of token lengths say where tokens end."""
+        """Tokenize, and find where tokens end from a table of their lengths."""
         encodings = self._fast.encode_batch_fast(texts, add_special_tokens=False)
         counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
         ids = np.fromiter(
@@ -90,8 +91,8 @@ class TextEncoder:
         wrong = np.flatnonzero((lengths != expected) | ~np.fromiter(map(_in_nfc, texts), bool, len(texts)))
         if not len(wrong):
             return tokens
-        asked = split(self._by_offsets([texts[i] for i in wrong]))
-        return replace_texts(tokens, dict(zip(wrong.tolist(), asked, strict=True)))
+        read = split(self._by_offsets([texts[i] for i in wrong]))
+        return replace_texts(tokens, dict(zip(wrong.tolist(), read, strict=True)))
 
     @functools.cached_property
     def _fast(self) -> Tokenizer:
@@ -99,7 +100,7 @@ class TextEncoder:
         return without_normalizer(self._backend)
 
     def _by_offsets(self, texts: Sequence[str]) -> Tokens:
-        self._whole()
+        self._disable_truncation_and_padding()
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return concatenate(
             [
@@ -108,9 +109,9 @@ class TextEncoder:
             ]
         )
 
-    def _whole(self) -> None:
-        # transformers leaves in the backend whatever truncation and padding its last caller asked for. Asked first,
-        # because a tokenizer that another thread tokenizes with cannot be changed.
+    def _disable_truncation_and_padding(self) -> None:
+        # transformers leaves the truncation and padding of the last call in the backend. Changed only where needed:
+        # a tokenizer that another thread is using cannot be changed.
         if self._backend.truncation is not None:
             self._backend.no_truncation()
         if self._backend.padding is not None:
@@ -118,28 +119,28 @@ class TextEncoder:
 
 
 def _in_nfc(text: str) -> bool:
-    """Whether bringing a text to NFC leaves it as it is.
+    """Whether a text is in NFC.
 
-    Python's tables of Unicode are at least as new as the tokenizer's, and no new version undoes what was normalized.
+    Python's Unicode tables are at least as new as the tokenizer's, and newer versions keep normalized text as it is.
     """
     return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 
 _WORDS_CACHED = 1 << 17
-"""Words whose tokens are remembered, about 20 MB; the 10,000 of the default are spent after a thousand rows."""
+"""Words whose tokens are cached, about 20 MB; the default of 10,000 is used up after a thousand rows."""
 
 
 def without_normalizer(backend: Tokenizer) -> Tokenizer:
-    """Return a tokenizer that does the same to texts that its normalizer would not change, in less time.
+    """Return a faster tokenizer that gives the same ids for texts that the normalizer would not change.
 
-    The model is shared, not copied.
+    The two share one model.
     """
     copy = Tokenizer(backend.model)
     copy.pre_tokenizer = backend.pre_tokenizer
     added = backend.get_added_tokens_decoder()
     copy.add_tokens([added[index] for index in sorted(added)])
     copy.encode_special_tokens = backend.encode_special_tokens
-    if copy.get_added_tokens_decoder() != added:  # ids with gaps between them cannot be given again
+    if copy.get_added_tokens_decoder() != added:  # added tokens whose ids have gaps do not get the same ids again
         copy = Tokenizer.from_str(backend.to_str())
         copy.normalizer = None
         copy.no_truncation()
@@ -149,10 +150,10 @@ def without_normalizer(backend: Tokenizer) -> Tokenizer:
 
 
 def _from_offsets(text: str, ids: list[int], offsets: Longs) -> Tokens:
-    """Turn offsets in characters into ends in bytes.
+    """Return the tokens of a text from their offsets in characters, (T, 2).
 
-    The tokens tile the text, so a token starts where the one before it ends. The offsets' own starts would not do:
-    byte-level tokenizers leave leading spaces out of them.
+    Each token starts where the one before it ends. The starts of the offsets are not used, because byte-level
+    tokenizers leave leading spaces out of them.
     """
     ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
     covers_none = (offsets[:, 0] >= offsets[:, 1]) & (np.concatenate([[0], ends[:-1]]) == ends)
@@ -169,7 +170,7 @@ def _bytes_before(text: str) -> Longs:
 
 
 def _without(anchor: Tokens, joined: Tokens) -> Tokens | None:
-    """Return the tokens after the anchor's, if the anchor's come out as they do alone."""
+    """Return the tokens after the anchor; `None` if the anchor is tokenized differently than alone."""
     if not len(anchor.ids):
         return None
     skip, end = len(anchor.ids), int(anchor.ends[-1])
@@ -181,20 +182,20 @@ def _without(anchor: Tokens, joined: Tokens) -> Tokens | None:
 
 
 def bytes_of_tokens(backend: Tokenizer) -> npt.NDArray[np.int64] | None:
-    """Return how many bytes of text each token stands for, (vocabulary,); `None` if the vocabulary does not say."""
+    """Return how many bytes of text each token stands for, (vocabulary,); `None` without a byte-level vocabulary."""
     if not _is_byte_level(backend):
         return None
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table = np.zeros(max(vocabulary.values(), default=0) + 1, np.int64)
     for token, index in vocabulary.items():
-        table[index] = len(token)  # a byte-level vocabulary writes each byte as one character
+        table[index] = len(token)  # a byte-level vocabulary writes each byte as a character
     for index, added in backend.get_added_tokens_decoder().items():
         table[index] = byte_length(added.content)
     return table
 
 
 def _is_byte_level(backend: Tokenizer) -> bool:
-    """Whether every token of the model stands for bytes of the text, and nothing is put before a text."""
+    """Whether every token stands for a fixed number of bytes, and the tokenizer puts nothing before a text."""
     normalizer, splitter = _settings(backend.normalizer), _settings(backend.pre_tokenizer)
     if normalizer is not None and normalizer.get("type") != "NFC":
         return False

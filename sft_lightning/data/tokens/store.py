@@ -1,8 +1,8 @@
-"""Tokenized examples as flat arrays: in memory, or memory-mapped from a folder that is whole or is not there.
+"""Token stores: tokenized examples as flat arrays, memory-mapped from a folder.
 
-A folder holds one file an array and a manifest with the size and checksum of each. It is written beside its place and
-renamed into it when complete, so a build that was killed leaves nothing that looks like a store. Checksums are compared
-whenever a store is opened: one that was torn or altered is not used.
+The folder has one file per array and a manifest with the size and checksum of each. It is written under another name
+and renamed when complete, so a build that is killed leaves nothing that looks like a store. The checksums are compared
+whenever a store is opened, so a truncated or altered store is not used.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ MANIFEST = "manifest.json"
 
 
 class DamagedStoreError(Exception):
-    """A store's files are not those that its manifest speaks of."""
+    """The files of a store are not those that its manifest lists."""
 
 
 @dataclass(frozen=True)
 class TokenStore(FlatExamples):
-    """All examples of a source, the records they were made from, and what became of every record."""
+    """All examples of a source, the record of each example, and what happened to every record."""
 
     records: Longs
-    """The record that each example was made of, counted from 0 in the order of reading, (N,)."""
+    """Index of the record of each example, from 0 in reading order, (N,)."""
 
     marks: npt.NDArray[np.uint32]
-    """What happened to each record when examples were made of it, a bit for each of the log's codes, (records,)."""
+    """What happened to each record, one bit for each code of its `RecordLog`, (records,)."""
 
 
 _TYPES: Mapping[str, type[np.generic]] = {
@@ -48,14 +48,14 @@ _TYPES: Mapping[str, type[np.generic]] = {
     "weights": np.float64,
     "marks": np.uint32,
 }
-"""The arrays of a store on disk; `starts` follows from `lengths`."""
+"""The arrays of a store on disk; `starts` is computed from `lengths`."""
 
 
 class StoreWriter:
     """Writes a store batch by batch, so that it may be larger than memory.
 
     Args:
-        folder: Where to write; a new folder.
+        folder: The folder to write, which must not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +66,12 @@ class StoreWriter:
         self.num_tokens = 0
 
     def append(self, batch: TokenizedBatch, records: Longs) -> None:
-        """Write examples, and the records that they were made of, (N,)."""
+        """Write examples.
+
+        Args:
+            batch: The examples.
+            records: Index of the record of each example, (N,).
+        """
         lengths, supervised, weights = summarize(batch)
         columns: dict[str, npt.NDArray[Any]] = {
             "input_ids": batch.input_ids,
@@ -86,7 +91,7 @@ class StoreWriter:
 
         Args:
             marks: What happened to each record, (records,).
-            facts: What the store was made of and how; read back by `open_store`.
+            facts: What the store was made of and what happened to the records; `open_store` returns them.
         """
         self._files["marks"].write(marks)
         files = {_file_of(name): file.close() for name, file in self._files.items()}
@@ -123,7 +128,7 @@ def open_store(folder: Path) -> tuple[TokenStore, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: If there is no store.
-        DamagedStoreError: If its files are not those that were written.
+        DamagedStoreError: If the files are not those that were written.
     """
     if not folder.is_dir():
         raise FileNotFoundError(folder)
@@ -176,8 +181,10 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 def _map(path: Path, dtype: type[np.generic]) -> npt.NDArray[Any]:
     if not path.stat().st_size:
-        return np.zeros(0, dtype)  # nothing cannot be mapped
-    return np.memmap(path, dtype, mode="r").view(np.ndarray)  # slices of a memmap cost ten times those of an array
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, mode="r").view(
+        np.ndarray
+    )  # slicing a memmap takes ten times as long as slicing an array
 
 
 def _file_of(name: str) -> str:

@@ -24,7 +24,7 @@ from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.record_log import RecordLog
 from sft_lightning.data.tokens.store import MANIFEST, DamagedStoreError, StoreWriter, TokenStore, open_store
-from sft_lightning.data.tokens.store_key import differences, key_of, key_parts, source_identity, source_places
+from sft_lightning.data.tokens.store_key import differences, key_of, key_parts, source_identity, source_paths
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def prepare_source(
     made_of = {
         "source": source_identity(name, config),
         "parts": parts,
-        "places": source_places(name, config),
+        "paths": source_paths(name, config),
     }
     folder = root / key_of(parts)
     root.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def prepare_source(
         if not rebuild:
             try:
                 store, facts = open_store(folder)
-                return Prepared(folder, store, facts, built=False, moved=facts["places"] != made_of["places"])
+                return Prepared(folder, store, facts, built=False, moved=facts.get("paths") != made_of["paths"])
             except FileNotFoundError:
                 reason = _changes(root, made_of)
             except DamagedStoreError as error:
@@ -139,10 +139,10 @@ def _changes(root: Path, made_of: dict[str, Any]) -> str:
     nearest: list[str] = []
     for manifest in _manifests(root):
         if manifest.get("source") == made_of["source"]:
-            told = differences(manifest["parts"], made_of["parts"], manifest["places"], made_of["places"])
+            told = differences(manifest["parts"], made_of["parts"], manifest.get("paths", []), made_of["paths"])
             if told and (not nearest or len(told) < len(nearest)):
                 nearest = told
-        elif "source" not in manifest and manifest.get("places") == made_of["places"]:
+        elif "source" not in manifest and manifest.get("places") == made_of["paths"]:
             old_version = True
     if nearest:
         return "; ".join(nearest)

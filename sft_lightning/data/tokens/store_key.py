@@ -71,7 +71,7 @@ def key_of(parts: Parts) -> str:
 
 
 def source_identity(name: str, config: SourceConfig) -> dict[str, str | None]:
-    """Return what makes two stores those of one source, though their keys differ.
+    """Return what two stores of one source have in common although their keys differ.
 
     Args:
         name: The source's name in the YAML.
@@ -82,8 +82,8 @@ def source_identity(name: str, config: SourceConfig) -> dict[str, str | None]:
     return {"name": name, "path": where, "subset": config.subset, "split": config.split}
 
 
-def source_places(name: str, config: SourceConfig) -> list[str]:
-    """Return what the locations of a source's records begin with: its files, or its path.
+def source_paths(name: str, config: SourceConfig) -> list[str]:
+    """Return the paths that the locations of a source's records begin with: its files, or its own path.
 
     Args:
         name: The source's name in the YAML, for messages.
@@ -93,14 +93,14 @@ def source_places(name: str, config: SourceConfig) -> list[str]:
     return [str(file) for file in source_files(name, config)] if _is_files(path) else [config.path]
 
 
-def differences(old: Parts, new: Parts, old_places: Sequence[str], new_places: Sequence[str]) -> list[str]:
+def differences(old: Parts, new: Parts, old_paths: Sequence[str], new_paths: Sequence[str]) -> list[str]:
     """Return what changed between two stores of one source: `template changed: alpaca → vicuna_v1.1`.
 
     Args:
         old: The parts of the earlier store.
         new: The parts now.
-        old_places: The `source_places` of the earlier store.
-        new_places: The `source_places` now.
+        old_paths: The `source_paths` of the earlier store.
+        new_paths: The `source_paths` now.
     """
     changed = [part for part in new if old.get(part) != new[part]]
     if _TEMPLATE in changed or _TOKENIZER in changed:
@@ -111,7 +111,7 @@ def differences(old: Parts, new: Parts, old_places: Sequence[str], new_places: S
     for part in changed:
         before, now = old.get(part), new[part]
         if part == _DATA:
-            told.append(_data_difference(before or [], now, old_places, new_places))
+            told.append(_data_difference(before or [], now, old_paths, new_paths))
         elif part == _SOFTWARE:
             told += [f"{name} changed: {_shown(was)} → {_shown(is_)}" for name, was, is_ in _changes(before, now)]
         elif part == _CODE_OF_FORMAT:
@@ -123,14 +123,12 @@ def differences(old: Parts, new: Parts, old_places: Sequence[str], new_places: S
     return told
 
 
-def _data_difference(
-    old: Sequence[str], new: Sequence[str], old_places: Sequence[str], new_places: Sequence[str]
-) -> str:
-    if list(old_places) != list(new_places):
-        return f"data changed: {', '.join(old_places[:3])} → {', '.join(new_places[:3])}"
-    if len(old) != len(new) or len(new) != len(new_places):  # a data set of `datasets`, in files of its own
+def _data_difference(old: Sequence[str], new: Sequence[str], old_paths: Sequence[str], new_paths: Sequence[str]) -> str:
+    if list(old_paths) != list(new_paths):
+        return f"data changed: {', '.join(old_paths[:3])} → {', '.join(new_paths[:3])}"
+    if len(old) != len(new) or len(new) != len(new_paths):  # a data set of `datasets`, in files of its own
         return "data changed"
-    files = [place for place, was, is_ in zip(new_places, old, new, strict=True) if was != is_]
+    files = [path for path, was, is_ in zip(new_paths, old, new, strict=True) if was != is_]
     return f"data changed: {', '.join(files[:3])}{', …' if len(files) > 3 else ''}"
 
 

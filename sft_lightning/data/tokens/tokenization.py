@@ -1,11 +1,11 @@
-"""Segments → tokens with loss weights: exact loss masks by construction.
+"""Segments → tokens with loss weights; the loss masks are exact by construction.
 
-The segments of an example are joined and the whole text is tokenized once, so the ids are those that serving makes of
-the same text. Where each token ends in the text says which segment it belongs to; nothing is searched for. One thing is
-added: no token may straddle the border between a prompt and its answer, because at serving the prompt is tokenized
-alone. Where the tokenizer would merge across it, the text is cut at that border.
+The segments of an example are joined and the whole text is tokenized once, so the ids are those of serving the same
+text. The end of each token in the text gives its segment, so nothing is searched for. At serving the prompt is
+tokenized without its answer, so no token may cross the border between the two: where the tokenizer would merge across
+it, the text is cut there.
 
-Everything is done for many examples at once, on flat arrays: a Python loop over tokens would cost more than tokenizing.
+All arrays hold many examples: a Python loop over tokens would take longer than tokenizing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sft_lightning.types import Longs, Segment, TokenizedExample
 
 
 class Tokens(NamedTuple):
-    """Tokens of several texts, one text after the other."""
+    """The tokens of several texts, one text after the other."""
 
     ids: npt.NDArray[np.int32]
     """Token ids of all texts, (T,)."""
@@ -30,14 +30,14 @@ class Tokens(NamedTuple):
     """Tokens of each text, (N,)."""
 
     ends: Longs
-    """Where each token ends in its own text, in UTF-8 bytes, (T,); never falling within a text."""
+    """The end of each token in its text, in UTF-8 bytes, (T,); does not decrease within a text."""
 
     last: Longs
-    """The last byte that each token covers; of a token that covers none, the byte after it, (T,)."""
+    """The last byte of each token, (T,); for a token without bytes, the byte after it."""
 
 
 class Encoder(Protocol):
-    """A tokenizer as functions on texts. No special tokens are added; those written in a text are recognised."""
+    """Tokenizes texts without adding special tokens; those written in a text are recognised."""
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Tokenize texts."""
@@ -48,7 +48,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class TokenizedBatch:
-    """Tokenized examples, one after the other; iterating takes them apart."""
+    """Tokenized examples, one after the other; iterating yields each of them."""
 
     input_ids: npt.NDArray[np.int32]
     """Token ids, (T,)."""
@@ -69,14 +69,14 @@ class TokenizedBatch:
 
 
 def tokenize(examples: Sequence[Sequence[Segment]], encoder: Encoder) -> TokenizedBatch:
-    """Tokenize examples, each a list of segments.
+    """Tokenize examples.
 
     Args:
-        examples: Segments whose texts, joined, are the example.
+        examples: The segments of each example.
         encoder: The tokenizer.
 
     Raises:
-        UserError: If a text cannot be cut at the border of an answer.
+        UserError: If a text cannot be cut before an answer.
     """
     return weigh(examples, encoder.encode(join(examples)), encoder)
 
@@ -90,65 +90,68 @@ def weigh(examples: Sequence[Sequence[Segment]], tokens: Tokens, encoder: Encode
     """Give each token of tokenized examples the weight of its segment.
 
     Args:
-        examples: Segments of each example.
+        examples: The segments of each example.
         tokens: The tokens of the joined texts.
-        encoder: What made them; asked again for the examples that must be cut.
+        encoder: The tokenizer; tokenizes again the examples that must be cut.
+
+    Raises:
+        UserError: If a text cannot be cut before an answer.
     """
     pieces = _Pieces(examples)
     tokens = _cut(examples, tokens, pieces, encoder)
     tokens_before = np.searchsorted(tokens.last + np.repeat(pieces.text_starts, tokens.counts), pieces.ends)
-    tokens_before[pieces.last_of_text] = np.cumsum(tokens.counts)  # a token at a text's end that covers nothing, too
+    tokens_before[pieces.last_of_text] = np.cumsum(tokens.counts)  # with tokens at the end that have no bytes
     weights = np.repeat(pieces.weights, np.diff(tokens_before, prepend=0))
     return TokenizedBatch(tokens.ids, weights, tokens.counts)
 
 
 class _Pieces:
-    """The segments of many examples as flat arrays; positions are bytes in all texts joined together."""
+    """The segments of many examples as flat arrays; positions are bytes in the concatenation of all texts."""
 
     def __init__(self, examples: Sequence[Sequence[Segment]]) -> None:
         self.segments = flat = [segment for segments in examples for segment in segments]
         self.counts = np.array([len(segments) for segments in examples], np.int64)
         self.weights = np.array([weight if supervised else 0.0 for _, supervised, weight in flat], np.float32)
         self.ends = np.cumsum([byte_length(text) for text, _, _ in flat], dtype=np.int64)
-        """Where each segment ends."""
+        """End of each segment, (segments,)."""
         self.last_of_text = np.cumsum(self.counts) - 1
-        """The last segment of each text."""
+        """Index of the last segment of each text, (N,)."""
         starts = np.concatenate([[0], self.ends[self.last_of_text[:-1]]])[: len(self.counts)]
         self.text_starts = starts.astype(np.int64)
-        """Where each text starts."""
+        """Start of each text, (N,)."""
         self.text_of_segment = np.repeat(np.arange(len(self.counts)), self.counts)
 
     def borders(self) -> tuple[Longs, Longs]:
-        """Return after which segments the weight changes within a text, and in which text, both (borders,)."""
+        """Return the segments after which the weight changes within a text, and their texts, both (borders,)."""
         same_text = self.text_of_segment[1:] == self.text_of_segment[:-1]
         changes = np.flatnonzero(same_text & (self.weights[1:] != self.weights[:-1]))
         texts = self.text_of_segment[changes]
-        inside = self.ends[changes] > self.text_starts[texts]  # nothing stands before a border at 0 to straddle it
+        inside = self.ends[changes] > self.text_starts[texts]  # no token can cross a border at 0
         return changes[inside], texts[inside]
 
 
 def _cut(examples: Sequence[Sequence[Segment]], tokens: Tokens, pieces: _Pieces, encoder: Encoder) -> Tokens:
-    """Tokenize again, in pieces, the texts in which a token straddles a border."""
+    """Tokenize again, in pieces, the texts in which a token crosses a border."""
     changes, texts = pieces.borders()
     if not len(changes):
         return tokens
     positions = pieces.ends[changes]
     ends = tokens.ends + np.repeat(pieces.text_starts, tokens.counts)
     found = np.searchsorted(ends, positions)
-    straddled = ends[np.minimum(found, len(ends) - 1)] != positions if len(ends) else np.ones(len(positions), bool)
-    straddled |= _split_elsewhere(pieces.segments, changes, encoder)
-    if not straddled.any():
+    crossed = ends[np.minimum(found, len(ends) - 1)] != positions if len(ends) else np.ones(len(positions), bool)
+    crossed |= _split_elsewhere(pieces.segments, changes, encoder)
+    if not crossed.any():
         return tokens
     local = positions - pieces.text_starts[texts]
-    cuts = {int(text): set[int]() for text in texts[straddled]}
-    for text, position in zip(texts[straddled].tolist(), local[straddled].tolist(), strict=True):
+    cuts = {int(text): set[int]() for text in texts[crossed]}
+    for text, position in zip(texts[crossed].tolist(), local[crossed].tolist(), strict=True):
         cuts[text].add(position)
     whole = {text: "".join([segment.text for segment in examples[text]]).encode() for text in cuts}
     borders = {text: set(local[texts == text].tolist()) for text in cuts}
     mended: dict[int, Tokens] = {}
     waiting = sorted(cuts)
     while waiting:
-        # A cut can move tokens so that another border is straddled; each round cuts at least one border more.
+        # A cut can move tokens so that one of them crosses another border; each round cuts at least one more border.
         pieces_of = _encode_cut([whole[t] for t in waiting], [sorted(cuts[t]) for t in waiting], encoder)
         mended |= dict(zip(waiting, pieces_of, strict=True))
         still = {t: borders[t] - cuts[t] - set(mended[t].ends.tolist()) for t in waiting}
@@ -159,10 +162,10 @@ def _cut(examples: Sequence[Sequence[Segment]], tokens: Tokens, pieces: _Pieces,
 
 
 def _split_elsewhere(segments: Sequence[Segment], changes: Longs, encoder: Encoder) -> npt.NDArray[np.bool_]:
-    """Return the borders before which white space is split another way when the text ends there, (borders,).
+    """Return whether the white space before a border is split differently when the text ends there, (borders,).
 
-    GPT-2's rule makes one token of "\\n\\n" at the end of a text, but two of it before a "0"; no token straddles the
-    border, and yet the prompt of training is not that of serving. What stands on both sides of a border is tried out.
+    GPT-2's splitter makes one token of "\\n\\n" at the end of a text, but two before a "0". No token crosses the
+    border, and yet the prompt of training is not that of serving. So the text around a border is tokenized both ways.
     """
     sides = []
     for change in changes.tolist():
@@ -183,7 +186,7 @@ def _split_elsewhere(segments: Sequence[Segment], changes: Longs, encoder: Encod
 
 
 def _encode_cut(texts: Sequence[bytes], cuts: Sequence[Sequence[int]], encoder: Encoder) -> list[Tokens]:
-    """Tokenize each text in the pieces that its cuts make of it."""
+    """Tokenize each text in pieces, cut at the given bytes."""
     first = encoder.encode([text[: at[0]].decode() for text, at in zip(texts, cuts, strict=True)])
     spans = [list(zip(at, [*at[1:], len(text)], strict=True)) for text, at in zip(texts, cuts, strict=True)]
     rest = encoder.encode_continuations(
@@ -194,13 +197,13 @@ def _encode_cut(texts: Sequence[bytes], cuts: Sequence[Sequence[int]], encoder: 
 
 
 def split(tokens: Tokens) -> list[Tokens]:
-    """Take tokens of several texts apart into those of each."""
+    """Return the tokens of each text."""
     bounds = np.concatenate([[0], np.cumsum(tokens.counts)]).tolist()
     return [_slice(tokens, i, i + 1, bounds) for i in range(len(tokens.counts))]
 
 
 def _joined(parts: Sequence[tuple[int, Tokens]]) -> Tokens:
-    """Join the pieces of one text, each with the byte at which it starts."""
+    """Return the tokens of one text from those of its pieces, each with the byte at which it starts."""
     return Tokens(
         np.concatenate([part.ids for _, part in parts]),
         np.array([sum(len(part.ids) for _, part in parts)]),
@@ -210,7 +213,12 @@ def _joined(parts: Sequence[tuple[int, Tokens]]) -> Tokens:
 
 
 def replace_texts(tokens: Tokens, mended: Mapping[int, Tokens]) -> Tokens:
-    """Put other tokens of some texts, by their index, where the old ones stood."""
+    """Return tokens with those of some texts replaced.
+
+    Args:
+        tokens: The tokens of all texts.
+        mended: The new tokens of some texts, by the index of the text.
+    """
     bounds = np.concatenate([[0], np.cumsum(tokens.counts)]).tolist()
     parts, done = [], 0
     for text in sorted(mended):
@@ -220,13 +228,13 @@ def replace_texts(tokens: Tokens, mended: Mapping[int, Tokens]) -> Tokens:
 
 
 def _slice(tokens: Tokens, first: int, end: int, bounds: Sequence[int]) -> Tokens:
-    """Return the texts from `first` up to `end`; text i has the tokens from `bounds[i]` up to `bounds[i + 1]`."""
+    """Return the tokens of the texts from `first` up to `end`; those of text i are `bounds[i]` to `bounds[i + 1]`."""
     part = slice(bounds[first], bounds[end])
     return Tokens(tokens.ids[part], tokens.counts[first:end], tokens.ends[part], tokens.last[part])
 
 
 def concatenate(parts: Sequence[Tokens]) -> Tokens:
-    """Put the texts of several `Tokens` one after the other."""
+    """Return the tokens of all texts of several `Tokens`."""
     if not parts:
         return Tokens(np.zeros(0, np.int32), *(np.zeros(0, np.int64),) * 3)
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))

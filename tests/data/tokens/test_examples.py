@@ -52,7 +52,7 @@ def build(made: ExampleBuilder, rows: Sequence[dict[str, Any]], format_name: str
 
 
 @pytest.mark.parametrize("limit", [{"_EXAMPLES_AT_ONCE": 7}, {"_CHARACTERS_AT_ONCE": 300}, {"_EXAMPLES_AT_ONCE": 1}])
-def test_many_batches_give_the_tokens_of_one_in_the_order_of_the_records(
+def test_small_batches_give_the_tokens_of_one_batch_in_the_order_of_the_records(
     limit: dict[str, int], builder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = build(builder(), ALPACA)
@@ -79,19 +79,19 @@ def test_supervised_tokens_are_the_answers(builder: Any) -> None:
     ]  # fmt: skip
 
 
-def test_nothing_is_made_of_nothing(builder: Any) -> None:
+def test_no_records_give_no_examples(builder: Any) -> None:
     assert build(builder(), [])[:3] == ([], [], [])
 
 
 BROKEN = [chat("user: a", "assistant: b"), chat("user: a", "user: b"), chat("user: c", "assistant: d")]
 
 
-def test_a_wrong_record_stops_the_build_with_its_place(builder: Any) -> None:
+def test_a_malformed_record_stops_the_build_with_its_location(builder: Any) -> None:
     with pytest.raises(UserError, match=r"f\.json, record 1: messages 0 and 1 are both from the user"):
         build(builder(), BROKEN)
 
 
-def test_a_wrong_record_can_be_dropped_under_its_reason(builder: Any) -> None:
+def test_a_malformed_record_can_be_dropped_under_its_reason(builder: Any) -> None:
     _, _, records, log = build(builder(malformed="drop"), BROKEN)
     assert records == [0, 2]
     assert log.dropped == ["consecutive_turns"]
@@ -99,7 +99,7 @@ def test_a_wrong_record_can_be_dropped_under_its_reason(builder: Any) -> None:
     assert log.marks_array().tolist() == [0, 1 << log.codes.index("consecutive_turns"), 0]
 
 
-def test_what_teaches_nothing_is_dropped_whatever_malformed_says(builder: Any) -> None:
+def test_a_record_with_nothing_to_learn_is_dropped_although_malformed_is_error(builder: Any) -> None:
     rows = [chat("user: a", "assistant: b"), chat("user: a"), chat("assistant: b"), chat("user: a", "assistant: ")]
     _, _, records, log = build(builder(malformed="error"), rows)
     assert records == [0]
@@ -109,7 +109,7 @@ def test_what_teaches_nothing_is_dropped_whatever_malformed_says(builder: Any) -
     }
 
 
-def test_the_log_remembers_the_first_places_of_each_reason_and_marks_all(builder: Any) -> None:
+def test_the_log_keeps_the_first_locations_of_each_reason_and_marks_all_records(builder: Any) -> None:
     _, _, records, log = build(builder(), [chat("user: a")] * 50)
     assert records == []
     assert log.dropped_at["no_answer"] == [(i, f"f.json, record {i}") for i in range(20)]
@@ -139,7 +139,7 @@ REWRITING = (
 """Drops what stands before `|` in earlier answers, as Qwen3 drops earlier thoughts."""
 
 
-def test_a_conversation_that_the_template_rewrites_makes_an_example_a_turn_and_is_marked(
+def test_a_conversation_that_the_template_rewrites_gives_one_example_per_answer_and_is_marked(
     builder: Any, tmp_path: Any
 ) -> None:
     (tmp_path / "own.jinja").write_text(REWRITING)
@@ -152,7 +152,7 @@ def test_a_conversation_that_the_template_rewrites_makes_an_example_a_turn_and_i
     assert [made.tokenizer.decode(answer) for answer in answers] == ["thought|b</s>", "thought|d</s>", "b</s>"]
 
 
-def test_the_format_found_is_logged(builder: Any) -> None:
+def test_the_detected_format_is_logged(builder: Any) -> None:
     assert build(builder(), ALPACA[:1])[3].format == "alpaca"
     assert build(builder(), ALPACA[:1], "alpaca")[3].format == "alpaca"
     assert build(builder("text"), [{"text": "a", "messages": 1}])[3].format == "text"
@@ -184,8 +184,8 @@ def test_a_dropped_record_is_rendered_as_its_reason_and_the_next_has_no_repairs_
     assert (second.dropped, second.repairs) == (None, ())
 
 
-def test_conversations_are_not_pretrained_on(builder: Any) -> None:
-    with pytest.raises(UserError, match=r"data\.sources\.s: the format is alpaca, but pretraining takes text"):
+def test_conversations_are_refused_in_pretraining(builder: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.sources\.s: the format is alpaca, but task: pretrain requires text"):
         build(builder("text"), ALPACA[:1])
 
 
@@ -197,7 +197,7 @@ def test_documents_among_conversations_have_no_template(builder: Any) -> None:
     assert sum(weights[0]) == 2
 
 
-def test_a_template_that_refuses_a_conversation_names_the_record(builder: Any, tmp_path: Any) -> None:
+def test_the_error_of_a_template_names_the_record(builder: Any, tmp_path: Any) -> None:
     (tmp_path / "own.jinja").write_text(
         "{% for m in messages %}{% if 'forbidden' in m.content %}{{ raise_exception('no such thing') }}{% endif %}"
         "{{ m.content }}{{ eos_token }}{% endfor %}"

@@ -53,7 +53,7 @@ def check_same(fast: Tokens, slow: Tokens, texts: list[str]) -> None:
 
 
 @given(texts=st.lists(TEXT | st.sampled_from(HARD), max_size=5))
-def test_byte_lengths_say_what_offsets_say(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
+def test_byte_lengths_give_the_same_tokens_as_offsets(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(tokenizer)
     assert encoder._bytes_of is not None
     check_same(encoder.encode(texts), by_offsets(encoder, texts), texts)
@@ -76,7 +76,7 @@ NOT_NFC = ["e\u0301 x", "\u1100\u1161\u11a8", "\u212b", "plain", "a\u0327\u0301 
 
 
 @given(texts=st.lists(TEXT | st.sampled_from(NOT_NFC), max_size=5))
-def test_a_text_that_the_normalizer_changes_is_asked_for_its_offsets(
+def test_the_offsets_of_a_text_that_the_normalizer_changes_are_read(
     texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     encoder = TextEncoder(changed(tokenizer, normalizer=normalizers.NFC()))
@@ -89,7 +89,7 @@ def test_a_text_that_the_normalizer_changes_is_asked_for_its_offsets(
         assert max(one.ends.tolist(), default=0) <= byte_length(text)
 
 
-def test_texts_asked_for_offsets_stay_in_their_place(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_texts_whose_offsets_are_read_keep_their_position(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(changed(tokenizer, normalizer=normalizers.NFC()))
     texts = ["one", NOT_NFC[0], "two", NOT_NFC[4], "three"]
     together = split(encoder.encode(texts))
@@ -99,7 +99,7 @@ def test_texts_asked_for_offsets_stay_in_their_place(tokenizer: PreTrainedTokeni
 
 
 @pytest.mark.parametrize("sides", [{"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
-def test_a_special_token_that_swallows_spaces_leaves_no_byte_uncovered(
+def test_a_special_token_that_swallows_spaces_covers_them(
     sides: dict[str, bool], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     own = copy.deepcopy(tokenizer)
@@ -123,7 +123,7 @@ def test_an_added_token_counts_its_own_bytes(tokenizer: PreTrainedTokenizerFast)
     check_same(TextEncoder(own).encode(texts), by_offsets(TextEncoder(own), texts), texts)
 
 
-def test_a_text_with_bytes_that_the_vocabulary_has_not_is_asked_for_its_offsets() -> None:
+def test_the_offsets_of_a_text_with_bytes_outside_the_vocabulary_are_read() -> None:
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "Ġ": 2}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder = TextEncoder(wrapped(backend))
@@ -164,12 +164,12 @@ def test_tokenizers_like_llama_3_and_qwen_need_no_offsets(
         {"normalizer": normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])},
     ],
 )
-def test_any_other_tokenizer_is_asked_for_offsets(parts: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_offsets_of_other_tokenizers_are_read(parts: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
     assert bytes_of_tokens(changed(tokenizer, **parts).backend_tokenizer) is None
 
 
 @pytest.mark.parametrize("normalizer", [None, normalizers.NFKC()], ids=["by lengths", "by offsets"])
-def test_truncation_and_padding_left_in_the_backend_change_nothing(
+def test_truncation_and_padding_of_earlier_calls_change_nothing(
     normalizer: Any, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     own = changed(tokenizer, normalizer=normalizer) if normalizer else copy.deepcopy(tokenizer)
@@ -241,7 +241,7 @@ def test_a_text_gets_its_prefix_space_and_a_continuation_does_not(prefixing: Pre
 
 
 @pytest.mark.parametrize("text", ["world", " world", "Hello world.", "a b", "\nGood", "42 and 4", "  a"])
-def test_the_ends_of_a_continuation_are_places_in_it(text: str, prefixing: PreTrainedTokenizerFast) -> None:
+def test_the_ends_of_a_continuation_are_positions_in_it(text: str, prefixing: PreTrainedTokenizerFast) -> None:
     tokens = TextEncoder(prefixing).encode_continuations([text])
     assert tokens.ends[-1] == len(text)
     assert tokens.ends.tolist() == sorted(tokens.ends.tolist())
@@ -249,7 +249,7 @@ def test_the_ends_of_a_continuation_are_places_in_it(text: str, prefixing: PreTr
     assert whole.translate({ord("▁"): " ", ord("Ġ"): " ", ord("Ċ"): "\n"}).replace("<0x0A>", "\n") == text
 
 
-def test_many_continuations_come_in_order(prefixing: PreTrainedTokenizerFast) -> None:
+def test_continuations_keep_their_order(prefixing: PreTrainedTokenizerFast) -> None:
     encoder = TextEncoder(prefixing)
     texts = ["Hello", "world", "a b", "\nGood", " are"]
     for text, tokens in zip(texts, split(encoder.encode_continuations(texts)), strict=True):
@@ -257,18 +257,18 @@ def test_many_continuations_come_in_order(prefixing: PreTrainedTokenizerFast) ->
     assert len(encoder.encode_continuations([]).ids) == 0
 
 
-def test_a_text_that_no_anchor_can_stand_before_is_an_error() -> None:
+def test_a_text_that_cannot_be_tokenized_as_a_continuation_is_refused() -> None:
     backend = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(UserError, match="cannot tokenize 'zz' as the continuation"):
         TextEncoder(wrapped(backend)).encode_continuations(["zz"])
 
 
-def test_nothing_encodes_to_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_texts_give_no_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [len(column) for column in TextEncoder(tokenizer).encode([])] == [0, 0, 0, 0]
 
 
-def test_the_copy_without_a_normalizer_knows_the_added_tokens_by_the_same_ids(
+def test_the_copy_without_a_normalizer_has_the_same_ids_of_added_tokens(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     own = changed(tokenizer, normalizer=normalizers.NFC())

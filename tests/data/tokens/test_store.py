@@ -44,7 +44,7 @@ def many_batches() -> list[TokenizedBatch]:
     return [batch_of(*examples[i : i + 7]) for i in range(0, 120, 7)]
 
 
-def test_what_was_written_batch_by_batch_is_one_store_mapped_into_memory(tmp_path: Path) -> None:
+def test_batches_that_are_written_become_one_store_mapped_into_memory(tmp_path: Path) -> None:
     batches = many_batches()
     store, manifest = open_store(write(tmp_path / "s", *batches, format="text"))
     ids = np.concatenate([batch.input_ids for batch in batches])
@@ -59,12 +59,12 @@ def test_what_was_written_batch_by_batch_is_one_store_mapped_into_memory(tmp_pat
     assert (manifest["format"], manifest["num_examples"], manifest["num_tokens"]) == ("text", 120, len(ids))
 
 
-def test_a_store_without_examples_comes_back_too(tmp_path: Path) -> None:
+def test_a_store_without_examples_can_be_written_and_opened(tmp_path: Path) -> None:
     store, manifest = open_store(write(tmp_path / "s"))
     assert len(store) == manifest["num_examples"] == manifest["num_tokens"] == 0
 
 
-def test_no_store_is_not_a_damaged_store(tmp_path: Path) -> None:
+def test_a_missing_store_is_not_a_damaged_store(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_store(tmp_path / "nowhere")
 
@@ -83,7 +83,7 @@ def test_a_flipped_bit_in_any_file_is_found(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*FILES, "marks.bin"])
-def test_a_torn_file_is_found(name: str, tmp_path: Path) -> None:
+def test_a_truncated_file_is_found(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "s", *many_batches()) / name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(DamagedStoreError, match=rf"{name} has [\d,]+ bytes instead of"):
@@ -107,14 +107,14 @@ def test_an_altered_manifest_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "1", '{"files": {}}'])
-def test_a_manifest_that_is_none_is_found(content: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_manifest_is_found(content: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "s", BATCH)
     (folder / "manifest.json").write_text(content)
     with pytest.raises(DamagedStoreError, match=r"manifest\.json cannot be read"):
         open_store(folder)
 
 
-def test_every_flipped_byte_of_a_manifest_is_found_or_changes_nothing_it_says(tmp_path: Path) -> None:
+def test_every_flipped_byte_of_a_manifest_is_found_or_changes_no_value(tmp_path: Path) -> None:
     folder = write(tmp_path / "s", BATCH, format="text")
     path = folder / "manifest.json"
     content = path.read_bytes()
@@ -128,7 +128,7 @@ def test_every_flipped_byte_of_a_manifest_is_found_or_changes_nothing_it_says(tm
         assert {**found, "checksum": said["checksum"]} == said
 
 
-def test_a_store_is_written_into_a_new_folder_alone(tmp_path: Path) -> None:
+def test_a_store_is_only_written_into_a_new_folder(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         StoreWriter(tmp_path)
 

@@ -23,7 +23,7 @@ from sft_lightning.errors import UserError
 Prepare = Callable[..., Prepared]
 
 
-def test_a_second_preparation_builds_nothing_and_finds_the_same(
+def test_a_second_preparation_finds_the_store_and_tokenizes_nothing(
     prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = prepare()
@@ -39,7 +39,7 @@ def test_a_second_preparation_builds_nothing_and_finds_the_same(
     assert calls.count(24) == 1  # besides the start-up checks, one conversation at a time
 
 
-def test_a_store_knows_its_records_and_what_it_was_made_of(prepare: Prepare, root: Path) -> None:
+def test_a_store_has_its_number_of_records_and_the_parts_of_its_key(prepare: Prepare, root: Path) -> None:
     prepared = prepare()
     assert prepared.num_records == len(prepared.store) == 24
     assert prepared.folder.parent == root
@@ -56,9 +56,9 @@ def test_a_store_knows_its_records_and_what_it_was_made_of(prepare: Prepare, roo
         (lambda folder: (folder / "lengths.bin").unlink(), "lengths.bin has 0 bytes"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
     ],
-    ids=["flipped byte", "flipped byte of the manifest", "torn", "missing", "no manifest"],
+    ids=["flipped byte", "flipped byte of the manifest", "truncated", "missing", "no manifest"],
 )
-def test_a_damaged_store_is_reported_and_built_again(
+def test_a_damaged_store_is_reported_and_built_anew(
     damage: Callable[[Path], Any], said: str, prepare: Prepare, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = prepare()
@@ -90,7 +90,7 @@ def folders(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if path.is_dir())
 
 
-def test_a_build_that_fails_leaves_nothing_and_keeps_failing(
+def test_a_build_that_fails_leaves_nothing_and_fails_again(
     prepare: Prepare, root: Path, write_json: Callable[..., Path]
 ) -> None:
     path = write_json("bad.json", [{"instruction": "a", "output": "b"}, {"instruction": "c"}])
@@ -101,7 +101,7 @@ def test_a_build_that_fails_leaves_nothing_and_keeps_failing(
     assert prepare(path=str(path), malformed="drop").num_records == 2
 
 
-def test_a_rebuild_that_fails_keeps_the_store_that_was_there(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rebuild_that_fails_keeps_the_earlier_store(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare()
     with monkeypatch.context() as patch:
         patch.setattr(TextEncoder, "encode", lambda *_: 1 / 0)
@@ -111,33 +111,32 @@ def test_a_rebuild_that_fails_keeps_the_store_that_was_there(prepare: Prepare, m
     assert folders(first.folder.parent) == [first.folder.name]
 
 
-def test_a_rebuild_that_was_asked_for_says_so(prepare: Prepare, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_requested_rebuild_is_reported_without_a_warning(prepare: Prepare, caplog: pytest.LogCaptureFixture) -> None:
     prepare()
     assert prepare(rebuild=True).origin == "built anew because --rebuild was given"
     assert not caplog.text
 
 
-def test_a_store_of_a_version_without_the_parts_of_its_key_is_built_anew_with_that_reason(
-    prepare: Prepare, root: Path
-) -> None:
+def test_a_store_of_an_older_version_is_built_anew_with_that_reason(prepare: Prepare, root: Path) -> None:
     first = prepare()
     manifest = json.loads((first.folder / "manifest.json").read_text())
     old = root / "0123"
     old.mkdir()
-    older = {**{key: value for key, value in manifest.items() if key not in ("source", "parts")}, "inputs": {}}
+    older = {**{key: value for key, value in manifest.items() if key not in ("source", "parts", "paths")}, "inputs": {}}
+    older["places"] = manifest["paths"]
     (old / "manifest.json").write_text(json.dumps(older))
     shutil.rmtree(first.folder)
     assert prepare().reason == "the earlier store was built by an older version of sft_lightning"
 
 
-def test_manifests_of_other_stores_that_cannot_be_read_are_passed_over(prepare: Prepare, root: Path) -> None:
+def test_broken_manifests_of_other_stores_are_ignored(prepare: Prepare, root: Path) -> None:
     for name, text in {"a": "{", "b": "[]", "c.partial": "{}"}.items():
         (root / name).mkdir(parents=True)
         (root / name / "manifest.json").write_text(text)
     assert prepare().origin == "built now"
 
 
-def test_stores_lie_in_the_cache_folder_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_of_stores_is_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_store_dir() == tmp_path / "sft_lightning" / "stores"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -195,7 +194,7 @@ def start(prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-def test_two_processes_that_need_one_store_at_once_build_it_once(start: Start, root: Path, tmp_path: Path) -> None:
+def test_two_processes_that_need_the_same_store_build_it_once(start: Start, root: Path, tmp_path: Path) -> None:
     (tmp_path / "ready").mkdir()
     started = [start(READY=str(tmp_path / "ready")) for _ in range(2)]
     (one_built, one_folder, one_ids), (two_built, two_folder, two_ids) = (answer.recv() for _, answer in started)
@@ -206,7 +205,7 @@ def test_two_processes_that_need_one_store_at_once_build_it_once(start: Start, r
     assert folders(root) == [one_folder.name]
 
 
-def test_a_build_that_was_killed_is_not_taken_for_whole_and_the_next_run_builds(
+def test_a_build_that_was_killed_is_no_store_and_the_next_run_builds_it(
     start: Start, root: Path, prepare: Prepare
 ) -> None:
     killed, _ = start(KILL_AFTER_EIGHT="1")

@@ -21,7 +21,7 @@ Prepare = Callable[..., Prepared]
 
 
 @pytest.mark.parametrize("change", [{"weight": 3.0}, {"max_epochs": 2.0}, {"sft_only": True}, {"streaming": True}])
-def test_what_does_not_decide_the_tokens_is_not_in_the_key(change: dict[str, Any], prepare: Prepare) -> None:
+def test_options_that_do_not_decide_the_tokens_are_not_in_the_key(change: dict[str, Any], prepare: Prepare) -> None:
     prepare()
     assert not prepare(**change).built
 
@@ -40,7 +40,7 @@ def test_what_does_not_decide_the_tokens_is_not_in_the_key(change: dict[str, Any
         ({"format": "alpaca"}, "format changed: not set → alpaca"),
     ],
 )
-def test_what_decides_the_tokens_is_in_the_key_and_a_change_is_told(
+def test_options_that_decide_the_tokens_are_in_the_key_and_a_change_is_reported(
     change: dict[str, Any], told: str, prepare: Prepare, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = prepare()
@@ -53,9 +53,7 @@ def test_what_decides_the_tokens_is_in_the_key_and_a_change_is_told(
     assert prepare().origin == "found"  # the first store is still there
 
 
-def test_other_bytes_are_another_source_even_with_the_size_and_time_of_the_old(
-    prepare: Prepare, alpaca_file: Path
-) -> None:
+def test_changed_bytes_change_the_key_although_size_and_time_are_the_same(prepare: Prepare, alpaca_file: Path) -> None:
     prepare()
     before, content = alpaca_file.stat(), alpaca_file.read_bytes()
     alpaca_file.write_bytes(content.replace(b"What is 0", b"What is 9", 1))
@@ -65,9 +63,7 @@ def test_other_bytes_are_another_source_even_with_the_size_and_time_of_the_old(
     assert prepare().reason == f"data changed: {alpaca_file}"
 
 
-def test_a_file_that_was_touched_or_moved_is_the_same_source(
-    prepare: Prepare, alpaca_file: Path, tmp_path: Path
-) -> None:
+def test_a_file_that_was_touched_or_moved_keeps_its_key(prepare: Prepare, alpaca_file: Path, tmp_path: Path) -> None:
     prepare()
     os.utime(alpaca_file, (1, 1))
     assert not prepare().built
@@ -75,7 +71,7 @@ def test_a_file_that_was_touched_or_moved_is_the_same_source(
     assert not prepare(path=str(moved)).built
 
 
-def test_a_file_more_or_other_names_that_change_the_order_are_another_source(
+def test_a_new_file_and_names_in_another_order_change_the_key(
     prepare: Prepare, tmp_path: Path, write_json: Callable[..., Path]
 ) -> None:
     for name in ("d/a.json", "d/b.json"):
@@ -93,7 +89,7 @@ def test_a_file_more_or_other_names_that_change_the_order_are_another_source(
     )  # fmt: skip
 
 
-def test_a_saved_dataset_is_known_by_its_bytes_and_its_split(prepare: Prepare, tmp_path: Path) -> None:
+def test_the_bytes_and_the_split_of_a_saved_data_set_are_in_the_key(prepare: Prepare, tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}]
     both = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}
     for name in ("first", "copy"):
@@ -107,9 +103,7 @@ def test_a_saved_dataset_is_known_by_its_bytes_and_its_split(prepare: Prepare, t
     assert prepare(path=str(tmp_path / "first")).reason == "data changed"
 
 
-def test_a_hub_dataset_is_known_by_the_fingerprint_of_its_files(
-    prepare: Prepare, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fingerprint_of_a_hub_data_set_is_in_the_key(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = datasets.Dataset.from_list([{"instruction": "a", "output": "b"}])
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     assert prepare(path="a/b").built
@@ -118,14 +112,14 @@ def test_a_hub_dataset_is_known_by_the_fingerprint_of_its_files(
     assert prepare(path="a/b").reason == "data changed: a/b"
 
 
-def test_another_tokenizer_is_another_key(prepare: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_tokenizers_vocabulary_is_in_the_key(prepare: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
     prepare()
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["What is"])
     assert prepare(tokenizer=other).reason == "tokenizer changed"
 
 
-def test_another_special_token_is_another_key(prepare: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_tokenizers_special_tokens_are_in_the_key(prepare: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
     first = prepare()
     other = copy.deepcopy(tokenizer)
     other.pad_token = other.eos_token
@@ -133,7 +127,7 @@ def test_another_special_token_is_another_key(prepare: Prepare, tokenizer: PreTr
     assert (first.built, second.built) == (True, True)
 
 
-def test_a_tokenizer_that_was_used_with_truncation_or_padding_is_the_same(
+def test_truncation_and_padding_of_the_tokenizer_are_not_in_the_key(
     prepare: Prepare, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     first = prepare()
@@ -151,7 +145,7 @@ JINJA = (
 )
 
 
-def test_another_text_of_a_jinja_file_is_another_key(prepare: Prepare, tmp_path: Path) -> None:
+def test_the_text_of_a_jinja_file_is_in_the_key(prepare: Prepare, tmp_path: Path) -> None:
     path = tmp_path / "own.jinja"
     path.write_text(JINJA)
     assert prepare(template=str(path)).built
@@ -160,7 +154,7 @@ def test_another_text_of_a_jinja_file_is_another_key(prepare: Prepare, tmp_path:
     assert prepare(template=str(path)).reason == f"text of template {path} changed"
 
 
-def test_a_store_of_an_older_version_of_the_software_is_built_anew_with_the_versions(
+def test_a_store_of_other_software_versions_is_built_anew_with_both_versions(
     prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare()
@@ -170,7 +164,7 @@ def test_a_store_of_an_older_version_of_the_software_is_built_anew_with_the_vers
     assert "transformers changed: " in prepare().reason
 
 
-def test_several_changes_are_all_told_in_one_line(prepare: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_several_changes_are_reported_in_one_line(prepare: Prepare, tokenizer: PreTrainedTokenizerFast) -> None:
     prepare()
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["What is"])
@@ -180,14 +174,14 @@ def test_several_changes_are_all_told_in_one_line(prepare: Prepare, tokenizer: P
     )
 
 
-def test_the_store_that_differs_least_is_compared_with(prepare: Prepare) -> None:
+def test_the_most_similar_store_is_compared(prepare: Prepare) -> None:
     prepare()
     prepare(template="vicuna_v1.1", max_examples=5)
     assert prepare(max_examples=4).reason == "max_examples changed: not set → 4"
 
 
 @pytest.mark.parametrize("other", [{"name": "another"}, {"path": "copy.json"}])
-def test_stores_of_other_sources_are_not_compared_with(
+def test_stores_of_other_sources_are_not_compared(
     other: dict[str, str], prepare: Prepare, alpaca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -44,13 +44,13 @@ def test_supervised_tokens_are_the_answer_and_its_end_token(tokenizer: PreTraine
     assert supervised_text(tokenizer, example) == " Hello</s> See you</s>"
 
 
-def test_weights_reach_the_tokens_of_their_segment(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_each_token_has_the_weight_of_its_segment(tokenizer: PreTrainedTokenizerFast) -> None:
     example = example_of(tokenizer, [Segment("a b c", True, 0.5), Segment(" d e f</s>", True, 2.0)])
     halves = len(tokenizer("a b c", add_special_tokens=False).input_ids)
     assert example.loss_weights.tolist() == [0.5] * halves + [2.0] * (len(example.input_ids) - halves)
 
 
-def test_a_token_that_would_straddle_the_border_is_cut_there() -> None:
+def test_a_token_that_would_cross_a_border_is_cut_there() -> None:
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2, "c": 3, ".": 4}, [("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.Split("c", "isolated")
     encode = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=backend))
@@ -81,7 +81,7 @@ TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=12)
 
 @settings(max_examples=200, deadline=None)
 @given(pieces=st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=6))
-def test_whatever_the_texts_the_supervised_tokens_decode_to_the_supervised_text(
+def test_the_supervised_tokens_of_any_text_decode_to_the_supervised_text(
     pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     segments = [Segment(text, supervised) for text, supervised in pieces]
@@ -105,7 +105,7 @@ def test_real_tokenizers_supervise_exactly_the_answers(folder: str, real_data: o
         assert supervised_text(real, example).strip() == f"{answer}{real.eos_token}".strip()
 
 
-def test_a_batch_gives_each_example_what_it_gives_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_example_in_a_batch_has_the_tokens_that_it_has_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     examples = [
         [Segment("ab", False), Segment("cd", True)],
         [Segment("### Response:", False), Segment(":)</s>", True)],
@@ -120,7 +120,7 @@ def test_a_batch_gives_each_example_what_it_gives_alone(tokenizer: PreTrainedTok
         assert np.array_equal(alone.loss_weights, example.loss_weights)
 
 
-def test_no_examples_make_no_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_no_examples_give_no_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert list(tokenize([], TextEncoder(tokenizer))) == []
 
 
@@ -157,7 +157,7 @@ def test_a_border_between_two_weights_is_cut_too() -> None:
     pieces=st.lists(st.tuples(st.text("abcdef", max_size=6), st.booleans()), min_size=1, max_size=8),
     merges=st.lists(st.sampled_from([("a", "b"), ("b", "c"), ("c", "d"), ("d", "e"), ("ab", "c"), ("cd", "e")])),
 )
-def test_whatever_merges_no_token_straddles_a_border(
+def test_no_token_crosses_a_border_whatever_the_tokenizer_merges(
     pieces: list[tuple[str, bool]], merges: list[tuple[str, str]]
 ) -> None:
     known = [pair for pair in dict.fromkeys(merges) if len(pair[0]) == 1]
