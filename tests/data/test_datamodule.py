@@ -102,7 +102,7 @@ def test_an_overlong_example_is_an_error_that_says_the_length_needed(module: Mak
 
 def test_pretraining_refuses_conversations(module: Make, alpaca_file: Path) -> None:
     data = module(task="pretrain", sources={"toy": SourceConfig(path=str(alpaca_file), format="alpaca")})
-    with pytest.raises(UserError, match="pretraining takes text"):
+    with pytest.raises(UserError, match="task: pretrain requires text"):
         data.setup("fit")
 
 

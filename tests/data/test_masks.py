@@ -114,7 +114,7 @@ def check_named(
     assert ids[: len(served)] == served
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(name=st.sampled_from(sorted(TURN_FORMATS)), turns=conversations())
 def test_whatever_a_conversation_says_its_mask_is_exact(
     name: str, turns: list[Message], tokenizer: PreTrainedTokenizerFast
@@ -136,7 +136,7 @@ def test_the_mask_is_exact_with_real_tokenizers_too(folder: str, real_data: Path
     tokenizer, encode = tokenizer_at_hand(folder, real_data)
     tokens = special_tokens(tokenizer)
 
-    @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(name=st.sampled_from(sorted(TURN_FORMATS)), turns=conversations())
     def property_(name: str, turns: list[Message]) -> None:
         check_named(name, turns, tokenizer, encode, tokens)
@@ -144,7 +144,7 @@ def test_the_mask_is_exact_with_real_tokenizers_too(folder: str, real_data: Path
     property_()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(sorted(TURN_FORMATS)), turns=conversations())
 def test_a_named_template_and_its_export_supervise_alike(name: str, turns: list[Message]) -> None:
     """The export, treated as any Jinja template is, leads to the same prompts and answers."""

