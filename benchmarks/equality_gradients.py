@@ -1,9 +1,9 @@
-"""The gradient of the same global batch, however it is split, beside that of a bare PyTorch loop.
+"""Compare the gradient of a global batch, split in different ways, with that of a bare PyTorch loop.
 
-The reference knows nothing of packing, micro-batches or processes: transformers' own attention, a document at a time,
-Σ weight · cross entropy over all supervised tokens of the optimizer step, divided by their weight.
+The loop has no packing, micro-batches or processes: it runs transformers' own attention on one document at a time and
+divides Σ weight · cross entropy over all supervised tokens of the optimizer step by their weight.
 
-As a script it is one of several processes, started by `measure_together`: torchrun … equality_gradients.py JSON
+This file is also the script that `measure_together` starts in several processes: torchrun … equality_gradients.py JSON
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import json
 import logging
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from family_models import save_family
 from lightning.pytorch import Callback, LightningModule, Trainer
+from markdown_table import markdown_table
+from tiny_runs import cpu_trainer, run_in_processes
 from torch.nn.functional import cross_entropy
 
 from sft_lightning.data.datamodule import SFTDataModule
@@ -41,7 +42,7 @@ Document = tuple[torch.Tensor, ...]
 """Token ids, labels and loss weights, (L,) each."""
 
 TOLERANCE = 1e-6
-"""Largest difference of two gradients of a step, relative to the norm of one, float32."""
+"""Largest difference of two float32 gradients of a step, relative to the norm of one."""
 
 RECORDS = [
     {
@@ -51,14 +52,14 @@ RECORDS = [
     }
     for i in range(21)
 ]
-"""Weights differ; 21 rows are not a whole number of steps, nor of micro-batches of several processes."""
+"""Records with different weights. 21 rows are not divisible by the steps, nor by the micro-batches of the processes."""
 
 MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"adapter": AdapterConfig(r=4, dropout=0.0)}}
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the rows of an optimizer step are dealt out."""
+    """How the rows of an optimizer step are split."""
 
     mode: str
     """A key of `MODES`."""
@@ -67,24 +68,24 @@ class Split:
     """`data.packing`."""
 
     batch_size: int
-    """Rows of a micro-batch."""
+    """Rows per micro-batch."""
 
     accumulate: int
-    """Micro-batches of an optimizer step."""
+    """Micro-batches per optimizer step and process."""
 
     processes: int
-    """Processes (gloo)."""
+    """Number of processes (gloo)."""
 
 
 _STEPS = {"none": [8, 24], "best_fit": [4, 24], "concat": [8, 32]}
-"""Rows of an optimizer step: less than an epoch, and all of it: then `none` and `best_fit` have the same gradient."""
+"""Rows per optimizer step: a part of the epoch, or all of it, where `none` and `best_fit` have the same gradient."""
 
 _MAX_LENGTH = {"none": 250, "best_fit": 250, "concat": 60}
-"""Tokens of a row; `concat` cuts documents at rows so short that some hold a prompt's tokens only, without a loss."""
+"""Tokens per row. The rows of `concat` are so short that some contain only prompt tokens, which are not supervised."""
 
 
 def all_splits(processes: int) -> list[Split]:
-    """Return the ways to deal the steps out, the last of which is never full."""
+    """Return all splits over a number of processes; the last step of an epoch is always incomplete."""
     return [
         Split(mode, packing, batch_size, rows // batch_size // processes, processes)
         for mode in MODES
@@ -97,32 +98,33 @@ def all_splits(processes: int) -> list[Split]:
 
 @dataclass(frozen=True)
 class Measured:
-    """How far the gradients of an epoch are from those of the bare loop."""
+    """Difference between the gradients of an epoch and those of the bare loop."""
 
     split: Split
+    """How the rows were split."""
 
     steps: int
-    """Optimizer steps of the epoch."""
+    """Optimizer steps per epoch."""
 
     difference: float
-    """Norm of the difference over all trained parameters, relative to the gradient's; the largest of all steps."""
+    """Norm of the difference over all trained parameters, relative to the gradient's norm; the largest of all steps."""
 
 
 class KeepGradients(Callback):
-    """The gradient that each optimizer step sees."""
+    """Keeps the gradient of each optimizer step."""
 
     def __init__(self) -> None:
         self.steps: list[Gradient] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move LoRA's B matrices away from zero, where the A matrices have no gradient."""
+        """Make LoRA's B matrices nonzero, because with zero B the A matrices have no gradient."""
         generator = torch.Generator().manual_seed(1)
         for name, parameter in pl_module.named_parameters():
             if ".lora_B." in name:
                 parameter.data.normal_(std=0.02, generator=generator)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Keep a copy."""
+        """Keep a copy of the gradient."""
         named = pl_module.named_parameters()
         self.steps.append({name: p.grad.clone() for name, p in named if p.requires_grad and p.grad is not None})
 
@@ -135,10 +137,10 @@ def save_model(folder: Path) -> Path:
 
 
 def measure(split: Split, model: Path) -> Measured:
-    """Train one epoch without moving a weight, and compare each step's gradient with the bare loop's.
+    """Run one epoch with a learning rate of 0, and compare each step's gradient with that of the bare loop.
 
     Args:
-        split: How rows are dealt out; where there are several processes, each of them calls this.
+        split: How the rows are split; each of its processes calls this.
         model: Folder that `save_model` wrote.
     """
     torch.manual_seed(0)
@@ -151,18 +153,15 @@ def measure(split: Split, model: Path) -> Measured:
         )
     )
     keeper = KeepGradients()
-    trainer = Trainer(
-        max_epochs=1, accumulate_grad_batches=split.accumulate, callbacks=[keeper], accelerator="cpu",
-        devices=split.processes, strategy="ddp" if split.processes > 1 else "auto",
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, default_root_dir=model,
-    )  # fmt: skip
+    trainer = cpu_trainer(
+        model, split.processes, max_epochs=1, accumulate_grad_batches=split.accumulate, callbacks=[keeper]
+    )
     trainer.fit(module, _data(split.packing, model, split.batch_size))
     rows_per_step = split.batch_size * split.accumulate * split.processes
     documents = _documents(split.packing, model, rows_per_step)
     expected = [_bare_gradient(module, some) for some in documents]
     if len(expected) != len(keeper.steps):
-        raise RuntimeError(f"{split}: {len(keeper.steps)} optimizer steps were taken, {len(expected)} planned")
+        raise RuntimeError(f"{split}: {len(keeper.steps)} optimizer steps were run, but {len(expected)} were planned")
     return Measured(
         split=split,
         steps=len(expected),
@@ -185,11 +184,19 @@ def _data(packing: str, model: Path, batch_size: int = 1) -> SFTDataModule:
 
 
 def relative_difference(found: Gradient, expected: Gradient) -> float:
-    """Return the norm of the difference, relative to the expected gradient's."""
+    """Return the norm of the difference, relative to the norm of the expected gradient.
+
+    Args:
+        found: The gradient of each parameter.
+        expected: The same of the bare loop.
+
+    Raises:
+        RuntimeError: If they are gradients of different parameters.
+    """
     if found.keys() != expected.keys():
-        raise RuntimeError(f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())}")
-    off = sum(float((found[name] - grad).square().sum()) for name, grad in expected.items())
-    return math.sqrt(off / sum(float(grad.square().sum()) for grad in expected.values()))
+        raise RuntimeError(f"gradients of different parameters: {sorted(found.keys() ^ expected.keys())}")
+    squared = sum(float((found[name] - grad).square().sum()) for name, grad in expected.items())
+    return math.sqrt(squared / sum(float(grad.square().sum()) for grad in expected.values()))
 
 
 def _documents(packing: str, model: Path, rows_per_step: int) -> list[list[Document]]:
@@ -208,7 +215,7 @@ def _documents(packing: str, model: Path, rows_per_step: int) -> list[list[Docum
 
 
 def _bare_gradient(module: CausalLMModule, documents: Sequence[Document]) -> Gradient:
-    """Return the gradient of the mean loss per supervised token, by transformers and PyTorch alone, in float64."""
+    """Return the float64 gradient of the mean loss per supervised token, with transformers and PyTorch alone."""
     bare = copy.deepcopy(module.language_model).double()
     base_model(bare).set_attn_implementation("sdpa")
     bare.zero_grad()
@@ -224,20 +231,15 @@ def _bare_gradient(module: CausalLMModule, documents: Sequence[Document]) -> Gra
 
 
 def measure_together(splits: Sequence[Split], model: Path) -> list[Measured]:
-    """Measure splits over the same number of processes, which are started for them.
+    """Measure splits that have the same number of processes, in processes started for them.
 
     Args:
-        splits: All of them.
+        splits: The splits.
         model: Folder that `save_model` wrote.
     """
     out = model / "measured.json"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={splits[0].processes}"),
-        *(__file__, json.dumps({"model": str(model), "out": str(out), "splits": [asdict(split) for split in splits]})),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"processes that were to measure gradients failed:\n{done.stderr[-3000:]}")
+    work = {"model": str(model), "out": str(out), "splits": [asdict(split) for split in splits]}
+    run_in_processes(__file__, work, splits[0].processes)
     found = json.loads(out.read_text(encoding="utf-8"))
     return [Measured(**{**each, "split": Split(**each["split"])}) for each in found]
 
@@ -251,17 +253,12 @@ def _measure_here(options: dict[str, Any]) -> None:
 
 def table(measured: Sequence[Measured]) -> str:
     """Return the differences as a Markdown table."""
-    lines = [
-        "| mode | packing | rows per micro-batch | accumulation | processes | optimizer steps | relative difference |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for each in measured:
-        s = each.split
-        lines.append(
-            f"| {s.mode} | {s.packing} | {s.batch_size} | {s.accumulate} | {s.processes} | {each.steps} | "
-            f"{each.difference:.1e} |"
-        )
-    return "\n".join(lines)
+    head = (
+        "mode", "packing", "rows per micro-batch", "accumulation", "processes", "optimizer steps",
+        "relative difference",
+    )  # fmt: skip
+    rows = [[*map(str, (*astuple(each.split), each.steps)), f"{each.difference:.1e}"] for each in measured]
+    return markdown_table(head, rows)
 
 
 if __name__ == "__main__":

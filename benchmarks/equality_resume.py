@@ -1,13 +1,12 @@
-"""Runs that are continued from a checkpoint, beside the uninterrupted ones.
+"""Compare runs that are continued from a checkpoint with uninterrupted runs.
 
-As a script it is one of several processes, started by `compare`: torchrun … equality_resume.py WORK_AS_JSON
+This file is also the script that `train_together` starts in several processes: torchrun … equality_resume.py JSON
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from typing import Any, Literal
 import torch
 from equality_gradients import RECORDS
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from markdown_table import markdown_table
+from tiny_runs import cpu_trainer, run_in_processes
 
 from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.data.datamodule import SFTDataModule
@@ -46,50 +47,51 @@ MOMENTS = {
     "last step": NUM_STEPS,
     "streaming": 5,
 }
-"""Where a run is interrupted, and after how many optimizer steps; the last of a streamed run."""
+"""Moments at which runs are interrupted, with their number of optimizer steps. The last one is for streamed data."""
 
 TOLERANCE = 1e-5
-"""Largest relative difference of a step's loss where the number of processes has changed."""
+"""Largest relative difference of a step's loss if the number of processes changes."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run to its end."""
+    """A run to its end."""
 
     mode: str
     """One of `MODES`."""
 
     processes: int
+    """Number of processes (gloo)."""
 
     dropout: bool
-    """Whether anything is drawn while training."""
+    """Whether training draws random numbers."""
 
     moment: str = ""
-    """A key of `MOMENTS`, of the checkpoint that the run starts from; none for an uninterrupted one."""
+    """The checkpoint to continue from, a key of `MOMENTS`; empty for an uninterrupted run."""
 
     started_by: int = 0
-    """Processes that the interrupted run had."""
+    """Number of processes of the interrupted run."""
 
     streams: bool = False
-    """Whether the data is read while training."""
+    """Whether the data is streamed."""
 
     def folder(self, root: Path) -> Path:
-        """Return where its files are."""
+        """Return the folder of the run's files."""
         name = f"{self.mode}_{self.processes}_{self.dropout}_{self.streams}"
         return root / "runs" / (f"{name}_{self.started_by}_{self.moment.replace(' ', '_')}" if self.moment else name)
 
     @property
     def uninterrupted(self) -> Run:
-        """The run that was interrupted, had it not been."""
+        """The same run without the interruption."""
         return replace(self, processes=self.started_by or self.processes, moment="", started_by=0)
 
 
 class Watch(Callback):
-    """Saves a checkpoint at every moment, and keeps each step's loss and rows.
+    """Saves a checkpoint at every moment, and records each step's loss and rows.
 
     Args:
-        folder: Where checkpoints go; `None` saves none.
-        streams: Whether the data is read while training.
+        folder: Folder for checkpoints; `None` saves none.
+        streams: Whether the data is streamed.
     """
 
     def __init__(self, folder: Path | None, streams: bool) -> None:
@@ -101,7 +103,7 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up the step's rows, whatever their order, and save."""
+        """Add up a checksum of the step's rows, independent of their order, and save."""
         for labels in batch["labels"]:
             self._rows += zlib.crc32(labels[labels != IGNORE_INDEX].numpy().tobytes())
         accumulating = is_accumulating(trainer)
@@ -126,12 +128,17 @@ class Watch(Callback):
     def _save(self, trainer: Trainer, moment: str) -> None:
         if self.folder is not None and trainer.global_step == MOMENTS[moment]:
             path = self.folder / f"{moment.replace(' ', '_')}.ckpt"
-            if not trainer.strategy.broadcast(path.exists()):  # of an accumulation window, the first micro-batch
+            if not trainer.strategy.broadcast(path.exists()):  # only after the first micro-batch of a window
                 trainer.save_checkpoint(path)
 
 
 def train(run: Run, model: Path) -> None:
-    """Run to the end, in as many processes as call this, and leave a checkpoint of it beside its losses and rows."""
+    """Train to the end, and save a checkpoint with the losses and rows of all steps.
+
+    Args:
+        run: The run; each of its processes calls this.
+        model: Folder that `equality_gradients.save_model` wrote.
+    """
     seed_everything(0, verbose=False)
     folder = run.folder(model)
     source = SourceConfig(path=str(model / "records.json"), streaming=run.streams)
@@ -152,13 +159,10 @@ def train(run: Run, model: Path) -> None:
     )  # fmt: skip
     watch = Watch(None if run.moment else folder, run.streams)
     accumulate = ROWS_PER_STEP // run.processes
-    trainer = Trainer(
-        max_epochs=-1 if run.streams else 2, max_steps=NUM_STEPS if run.streams else -1,
+    trainer = cpu_trainer(
+        folder, run.processes, max_epochs=-1 if run.streams else 2, max_steps=NUM_STEPS if run.streams else -1,
         accumulate_grad_batches=accumulate, val_check_interval=3 * accumulate, num_sanity_val_steps=0,
-        gradient_clip_val=1.0, callbacks=[watch], accelerator="cpu",
-        devices=run.processes, strategy="ddp" if run.processes > 1 else "auto",
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, default_root_dir=folder,
+        gradient_clip_val=1.0, callbacks=[watch],
     )  # fmt: skip
     saved = run.uninterrupted.folder(model) / f"{run.moment.replace(' ', '_')}.ckpt"
     trainer.fit(module, data, ckpt_path=str(saved) if run.moment else None)
@@ -171,8 +175,12 @@ def train(run: Run, model: Path) -> None:
 def differences(run: Run, model: Path) -> tuple[list[str], float]:
     """Compare a continued run with the uninterrupted one.
 
+    Args:
+        run: The continued run.
+        model: Folder that `equality_gradients.save_model` wrote.
+
     Returns:
-        What is not equal to the last bit of: steps, rows, losses, weights, optimizer, schedule, random states; and the
+        The names of what differs in any bit (steps, rows, losses, weights, optimizer, schedule, random states), and the
         largest relative difference of a step's loss.
     """
     folders = run.folder(model), run.uninterrupted.folder(model)
@@ -204,49 +212,67 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def cell(run: Run, model: Path) -> str:
-    """Say how a continued run compares: `bits`, or the rows and the largest difference of a loss.
+    """Return the table's cell of a continued run: `bits`, or `rows` and the largest relative difference of a loss.
+
+    Args:
+        run: The continued run.
+        model: Folder that `equality_gradients.save_model` wrote.
 
     Raises:
-        RuntimeError: If it does not do what is promised.
+        RuntimeError: If the run differs where it should not.
     """
     different, off = differences(run, model)
     if run.started_by == run.processes:
         if different:
-            raise RuntimeError(f"{run}: not to the same bits: {', '.join(different)}")
+            raise RuntimeError(f"{run}: different bits in {', '.join(different)}")
         return "bits"
     if {"steps", "rows", "schedule"} & set(different) or off > TOLERANCE:
-        raise RuntimeError(f"{run}: {', '.join(different)} differ, a loss by {off:.1e}")
+        raise RuntimeError(f"{run}: {', '.join(different)} differ; the losses by up to {off:.1e}")
     return f"rows, {off:.0e}"
 
 
 def uninterrupted(processes: int, modes: tuple[str, ...] = MODES) -> list[Run]:
-    """Return the runs that leave checkpoints."""
+    """Return the uninterrupted runs, which save checkpoints.
+
+    Args:
+        processes: Number of processes.
+        modes: Some of `MODES`.
+    """
     flags = (False, True)
     return [Run(mode, processes, drop, streams=streams) for mode in modes for drop in flags for streams in flags]
 
 
 def continued(processes: int, started_by: int, modes: tuple[str, ...] = MODES) -> Iterator[Run]:
-    """Yield a run from every moment; where the number of processes changes, without dropout, which would change too."""
+    """Yield a continued run for every moment.
+
+    If the number of processes changes, there is no dropout, because its random numbers would change too.
+
+    Args:
+        processes: Number of processes that continue.
+        started_by: Number of processes of the interrupted run.
+        modes: Some of `MODES`.
+    """
     for mode in modes:
         for moment in MOMENTS:
             yield Run(mode, processes, processes == started_by, moment, started_by, moment == "streaming")
 
 
 def train_together(runs: list[Run], model: Path) -> None:
-    """Train runs one after the other, in processes that are started for them where there are several."""
+    """Train runs one after the other, in processes started for them if they have more than one.
+
+    Args:
+        runs: Runs with the same number of processes.
+        model: Folder that `equality_gradients.save_model` wrote.
+    """
     if runs[0].processes == 1:
         for run in runs:
             train(run, model)
         return
-    work = json.dumps({"model": str(model), "runs": [asdict(run) for run in runs]})
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={runs[0].processes}")
-    done = subprocess.run([sys.executable, *launcher, __file__, work], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"processes that were to train failed:\n{done.stderr[-3000:]}")
+    run_in_processes(__file__, {"model": str(model), "runs": [asdict(run) for run in runs]}, runs[0].processes)
 
 
 def table(model: Path) -> str:
-    """Train everything, and return how continued runs compare as a Markdown table."""
+    """Train everything, and return the comparison as a Markdown table."""
     topologies = [(1, 1), (2, 2), (2, 1), (1, 2)]
     for processes in (1, 2):
         train_together(uninterrupted(processes), model)
@@ -256,10 +282,8 @@ def table(model: Path) -> str:
         train_together(runs, model)
         for run in runs:
             cells.setdefault((run.mode, run.moment), []).append(cell(run, model))
-    head = " | ".join(f"{started_by} → {processes}" for started_by, processes in topologies)
-    lines = [f"| mode | checkpoint | {head} |", "|---|---|---|---|---|---|"]
-    lines += [f"| {mode} | {moment} | {' | '.join(row)} |" for (mode, moment), row in cells.items()]
-    return "\n".join(lines)
+    head = ["mode", "checkpoint", *(f"{started_by} → {processes}" for started_by, processes in topologies)]
+    return markdown_table(head, [[*key, *row] for key, row in cells.items()])
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from family_models import FAMILIES, save_family
-from lightning.pytorch import Trainer
+from markdown_table import markdown_table
 from peft import PeftModel
+from tiny_runs import cpu_trainer
 
 from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.data.datamodule import SFTDataModule
@@ -110,11 +111,7 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
             **MODES[mode],
         )
     )
-    trainer = Trainer(
-        max_steps=2, accumulate_grad_batches=8, accelerator="cpu",
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, log_every_n_steps=1,
-    )  # fmt: skip
+    trainer = cpu_trainer(folder, max_steps=2, accumulate_grad_batches=8, log_every_n_steps=1)
     trainer.fit(module, data)
     language_model = module.language_model
     changed = {name for name, p in language_model.named_parameters() if not _same_bytes(p, module.before[name])}
@@ -162,18 +159,14 @@ def table(outcomes: Iterable[Outcome]) -> str:
     for outcome in outcomes:
         by_family.setdefault(outcome.family, []).append(outcome)
         cells[outcome.family, outcome.mode] = " → ".join(f"{loss:.3f}" for loss in outcome.losses)
-    lines = [
-        "| family | full | LoRA | QLoRA (NF4) | packing | packed − separate logits | attention | loss |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("family", "full", "LoRA", "QLoRA (NF4)", "packing", "packed − separate logits", "attention", "loss")
+    rows = []
     for family, row in by_family.items():
-        losses = " | ".join(cells.get((family, mode), "—") for mode in MODES)
+        losses = [cells.get((family, mode), "—") for mode in MODES]
         worst = max(row, key=lambda outcome: outcome.isolation.difference)
-        lines.append(
-            f"| {family} | {losses} | "
-            f"{_packing(row)} | {worst.isolation.difference:.1e} | {_attention(row[0].attention)} | {_loss(row)} |"
-        )
-    return "\n".join(lines)
+        attention = _attention(row[0].attention)
+        rows.append([family, *losses, _packing(row), f"{worst.isolation.difference:.1e}", attention, _loss(row)])
+    return markdown_table(head, rows)
 
 
 def _packing(row: Sequence[Outcome]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markdown_table import markdown_row
 from scaling import THEORY_SENT, run, write_config, write_inputs
 
 from sft_lightning.cli.commands.plan import plan_inputs
@@ -25,7 +26,7 @@ from sft_lightning.estimation.report import PARTS, plan_memory
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
 from processes import empty_folder, use_two_cores
-from results import markdown_row, write_results
+from results import write_results
 
 MIB = 2**20
 MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": {"adapter": {"r": 64, "dropout": 0.0}}}

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+from markdown_table import markdown_table
 from processes import hardware
 from rich.console import Console
 from rich.table import Table
@@ -27,21 +28,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_row(*row)
     Console().print(table)
     print(markdown_table(head, rows))
-
-
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table.
-
-    Args:
-        head: Names of the columns.
-        rows: One cell per column.
-    """
-    return "\n".join(markdown_row(row) for row in [head, ["---"] * len(head), *rows])
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    """Return one line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def write_results(name: str, /, **results: object) -> None:
