@@ -1,4 +1,4 @@
-"""Observers of a run: deleting every one of them must not change one learned weight."""
+"""Callbacks that observe a run. Deleting all of them changes no learned weight."""
 
 from callbacks.checkpoints import TimedCheckpoint
 from callbacks.exports import AdapterExport, ModelExport

@@ -1,4 +1,4 @@
-"""When checkpoints are saved: every so many minutes, and at the end of each epoch."""
+"""When checkpoints are saved: at the end of each epoch, and every 30 minutes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sft_lightning.compat.lightning.loops import is_accumulating
 
 
 class TimedCheckpoint(ModelCheckpoint):
-    """Lightning's `ModelCheckpoint` by the clock: writes `checkpoints/last.ckpt` over, and keeps nothing else.
+    """Lightning's `ModelCheckpoint` with a time interval: overwrites `checkpoints/last.ckpt`, and keeps no other file.
 
-    The clock is looked at once per optimizer step, where several processes agree on it, not at every micro-batch.
+    The clock is read once per optimizer step, when all processes can agree on it, not at every micro-batch.
 
     Args:
-        train_time_interval: How long after the last one; `"02:00:00"` for two hours.
+        train_time_interval: Time between two checkpoints, such as `"02:00:00"`.
     """
 
     def __init__(self, train_time_interval: timedelta = timedelta(minutes=30)) -> None:
@@ -31,7 +31,7 @@ class TimedCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if it is time to and an optimizer step has ended."""
+        """Save if the interval is over and an optimizer step has ended."""
         if not is_accumulating(trainer):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

@@ -1,4 +1,4 @@
-"""Exports: the adapter beside every checkpoint and at the end of the run, or the whole model at the end."""
+"""Exports: the adapter with every checkpoint and at the end of the run, or the full model at the end."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from sft_lightning.training.startup import datamodule_of
 
 
 class AdapterExport(Callback):
-    """Writes `adapter/` at the end, and `checkpoints/<name>.adapter/` beside `checkpoints/<name>.ckpt`.
+    """Write `adapter/` at the end of the run, and `checkpoints/<name>.adapter/` with each `checkpoints/<name>.ckpt`.
 
-    Every export is opened again and compared with the live weights (keys, shapes, values), and then put on the live
-    base as PEFT will: the logits of a probe must be the live model's. The tokenizer with its chat template lies beside
-    the weights. Without an adapter there is nothing to do.
+    Each export is read again and compared with the trained weights (keys, shapes, values). PEFT then loads it onto the
+    base, and its logits on a probe must be those of the trained model. The folder includes the tokenizer and its chat
+    template. Does nothing without an adapter.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         checkpoint_io = trainer.strategy.checkpoint_io
         if stage == "fit" and isinstance(checkpoint_io, AtomicCheckpointIO):
-            checkpoint_io.after_save.append(lambda path: self._save_beside(trainer, pl_module, path))
-            checkpoint_io.after_remove.append(lambda path: shutil.rmtree(_beside(path), ignore_errors=True))
+            checkpoint_io.after_save.append(lambda path: self._save_adapter_folder(trainer, pl_module, path))
+            checkpoint_io.after_remove.append(lambda path: shutil.rmtree(_adapter_folder(path), ignore_errors=True))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CausalLMModule) or not isinstance(pl_module.language_model, PeftModel):
@@ -41,29 +41,32 @@ class AdapterExport(Callback):
         with services_of(trainer.strategy).full_weights():
             report = self._export(trainer, pl_module, folder)
         if report is not None:
-            rank_zero_info(f"adapter: {folder} ({_proven(report)})")
+            rank_zero_info(f"adapter: {folder} ({_verification(report)})")
 
-    def _save_beside(self, trainer: Trainer, module: LightningModule, checkpoint: Path) -> None:
-        self._export(trainer, module, _beside(checkpoint))
+    def _save_adapter_folder(self, trainer: Trainer, module: LightningModule, checkpoint: Path) -> None:
+        self._export(trainer, module, _adapter_folder(checkpoint))
 
     @rank_zero_only
     def _export(self, trainer: Trainer, module: LightningModule, folder: Path) -> AdapterReport | None:
         if not isinstance(module, CausalLMModule) or not isinstance(module.language_model, PeftModel):
             return None
         tokenizer = datamodule_of(trainer).tokenizer
-        manifest = {**run_manifest(trainer, module), **_of_the_base(module)}
+        manifest = {**run_manifest(trainer, module), **_base_facts(module)}
         precision = trainer.precision_plugin.forward_context
         report = export_adapter(module.language_model, tokenizer, folder, manifest, precision=precision)
         if report.zeros:
             rank_zero_info(
-                f"{folder}: {len(report.zeros)} adapter tensors are all zero, they have not learned anything yet: "
-                f"{report.zeros[0]}…"
+                f"{folder}: {len(report.zeros)} adapter tensors are all zero, so they have not learned anything yet: "
+                f"{report.zeros[0]} …"
             )
         return report
 
 
 class ModelExport(Callback):
-    """Writes `model/`: what `AutoModelForCausalLM.from_pretrained` loads, tokenizer included. Idle with an adapter."""
+    """Write `model/` at the end of full fine-tuning, with the tokenizer, for `AutoModelForCausalLM.from_pretrained`.
+
+    Does nothing with an adapter.
+    """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, CausalLMModule) or isinstance(pl_module.language_model, PeftModel):
@@ -76,20 +79,20 @@ class ModelExport(Callback):
     def _export(self, trainer: Trainer, module: CausalLMModule, model: PreTrainedModel) -> None:
         folder = run_folder(trainer) / "model"
         export_model(model, datamodule_of(trainer).tokenizer, folder, run_manifest(trainer, module))
-        rank_zero_info(f"model: {folder} (opened again: its values are those of the trained model)")
+        rank_zero_info(f"model: {folder} (verified: read again, its values equal the trained weights)")
 
 
-def _proven(report: AdapterReport) -> str:
-    found = "opened again: keys, shapes and values are those of the trained model"
+def _verification(report: AdapterReport) -> str:
+    text = "verified: read again, its keys, shapes and values equal the trained weights"
     if report.base_weights:
-        found += f", {len(report.base_weights)} weights of the base that trained among them"
+        text += f", including {len(report.base_weights)} trained weights of the base"
     if report.logit_difference is None:
-        return f"{found}; logits not compared, because no process has the whole model"
-    return f"{found}; loaded by PEFT, its logits differ from the live ones by {report.logit_difference:.1e}"
+        return f"{text}; logits not compared, because no process has the full model"
+    return f"{text}; loaded by PEFT, its logits differ from the trained model's by {report.logit_difference:.1e}"
 
 
-def _of_the_base(module: CausalLMModule) -> dict[str, Any]:
-    """Return what merging has to know of the base that the adapter was trained on, and an adapter does not say."""
+def _base_facts(module: CausalLMModule) -> dict[str, Any]:
+    """Return the facts about the base that `merge` requires and an adapter folder lacks."""
     text = module.base_model.config.get_text_config()
     return {
         "dtype": module.spec.dtype,
@@ -100,5 +103,5 @@ def _of_the_base(module: CausalLMModule) -> dict[str, Any]:
     }
 
 
-def _beside(checkpoint: Path) -> Path:
+def _adapter_folder(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".adapter")

@@ -1,4 +1,4 @@
-"""Where curves begin: the validation before training, and the first optimizer step."""
+"""The first points of all curves: a validation before training, and the first optimizer step."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from sft_lightning.training.startup import datamodule_of
 
 
 class EvaluateFirst(Callback):
-    """Runs the validation once before the first optimizer step: `val/*` at step 0.
+    """Validate once before the first optimizer step, and log `val/*` at step 0.
 
-    Not among the default callbacks: name it in `trainer.callbacks`. The run's random state is left as it is, so the
-    same bits are learned with it and without. A continued run has its step 0 behind it, and evaluates no second time.
-    An `EarlyStopping` counts the evaluation like any other.
+    Not a default callback: add it to `trainer.callbacks`. It restores the random state, so that training is the same to
+    the bit with and without it. A continued run does not validate again. `EarlyStopping` counts this validation.
 
     Raises:
-        UserError: If there is nothing to validate on.
+        UserError: If there is no validation data, or validation is turned off.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -28,12 +27,12 @@ class EvaluateFirst(Callback):
             return
         if not datamodule_of(trainer).source_names("val"):
             raise UserError(
-                "callbacks.EvaluateFirst: there is nothing to validate on; set data.val_sources or data.val_fraction"
+                "callbacks.EvaluateFirst: requires validation data; set data.val_sources or data.val_fraction"
             )
         if not trainer.limit_val_batches:
             raise UserError(
-                "callbacks.EvaluateFirst: trainer.limit_val_batches is 0, which switches validation off; remove one of "
-                "the two"
+                "callbacks.EvaluateFirst: cannot be combined with trainer.limit_val_batches: 0, which turns validation "
+                "off; remove one of the two"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,10 +44,10 @@ class EvaluateFirst(Callback):
 
 
 class FirstStep(Callback):
-    """Has the first optimizer step logged, whatever `trainer.log_every_n_steps` says of the others.
+    """Log the first optimizer step, whatever `trainer.log_every_n_steps` is.
 
-    Lightning counts from the interval's end: with 10 it logs steps 9, 19, … and nothing before them. An interval of 0
-    logs nothing, and stays so.
+    Lightning logs at the end of each interval: steps 9, 19, … with an interval of 10. With an interval of 0 nothing is
+    logged.
     """
 
     def __init__(self) -> None:
@@ -80,4 +79,4 @@ def _interval(trainer: Trainer) -> int:
 
 
 def _set_interval(trainer: Trainer, steps: int) -> None:
-    trainer.log_every_n_steps = steps  # type: ignore[attr-defined]  # Lightning sets it out of mypy's sight
+    trainer.log_every_n_steps = steps  # type: ignore[attr-defined]  # Lightning sets it where mypy does not see it

@@ -1,4 +1,4 @@
-"""Where the outputs of a run go: its folder, the manifest of exported folders, and text in the loggers."""
+"""Shared by callbacks that write: the run folder, the manifest of exported folders, and text for the loggers."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from sft_lightning.training.startup import datamodule_of
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the logger's folder, or the trainer's root without a logger that has one.
+    """Return the logger's folder, or `trainer.default_root_dir` if no logger has one.
 
-    Not `trainer.log_dir`: that broadcasts, and hangs where one rank asks alone.
+    `trainer.log_dir` is not used: it broadcasts, and hangs if only one rank reads it.
     """
     folder = getattr(trainer.logger, "log_dir", None) or getattr(trainer.logger, "save_dir", None)
     return Path(folder or trainer.default_root_dir)
 
 
 def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:
-    """Return what made the weights: versions, base, template, position."""
+    """Return how the weights were made: versions, base, template, optimizer steps.
+
+    Args:
+        trainer: The run's trainer.
+        module: The trained module.
+    """
     datamodule = datamodule_of(trainer)
     chat_template = str(datamodule.tokenizer.chat_template or "")
     return {
@@ -41,7 +46,13 @@ def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:
 
 
 def log_text(trainer: Trainer, tag: str, markdown: str) -> None:
-    """Give a text to TensorBoard and Weights & Biases; other loggers keep numbers alone."""
+    """Log text to TensorBoard and Weights & Biases; other loggers only take numbers.
+
+    Args:
+        trainer: The run's trainer.
+        tag: Name of the text.
+        markdown: The text.
+    """
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(tag, markdown, trainer.global_step)
@@ -50,7 +61,12 @@ def log_text(trainer: Trainer, tag: str, markdown: str) -> None:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Return a text as a block of Markdown that shows it as it is, whatever fences it has itself."""
+    """Return text as a fenced Markdown block; the fence is longer than any fence inside the text.
+
+    Args:
+        text: The text to show verbatim.
+        language: Language of its highlighting.
+    """
     longest = max((len(run) for run in _runs_of_backticks(text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"

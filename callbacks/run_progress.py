@@ -1,4 +1,4 @@
-"""How far the run is: a bar in a terminal, a few plain lines elsewhere."""
+"""Progress of a run: a bar in a terminal, a few plain lines in a file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sft_lightning.training.startup import datamodule_of
 
 
 class RunProgress(ProgressBar):
-    """Optimizer steps done and planned, loss, tokens per second, time left.
+    """Show optimizer steps, loss, tokens per second and the time left.
 
-    Metrics are read from the device a few times a second at most, not at every step. Where the output is no terminal,
-    only validations and the end of training are reported.
+    Metrics are read from the device at most a few times per second, not at every step. If the output is not a terminal,
+    only validations and the end of training are printed.
     """
 
     _REFRESH_PER_SECOND = 4
@@ -63,14 +63,14 @@ class RunProgress(ProgressBar):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._say(f"step {trainer.global_step}: {_metrics(trainer)}")
+            self._print(f"step {trainer.global_step}: {_metrics(trainer)}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, metrics=_metrics(trainer))
         self._stop()
         if self._enabled:
-            self._say(f"trained {trainer.global_step} optimizer steps: {_metrics(trainer)}")
+            self._print(f"trained {trainer.global_step} optimizer steps: {_metrics(trainer)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop()
@@ -80,7 +80,7 @@ class RunProgress(ProgressBar):
             self._bar.stop()
             self._bar = None
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         if self.trainer.is_global_zero:
             (self._bar.console.print if self._bar is not None else print)(line)
 

@@ -1,4 +1,4 @@
-"""What a run starts from, in the terminal, in files and in the loggers: its configuration and its data."""
+"""The configuration and the data of a run, shown in the terminal and given to the loggers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sft_lightning.views.marked_text import FRAME, around_the_first_answer, mark
 from sft_lightning.views.report_table import report_tables
 
 _TOKENS_IN_THE_TERMINAL = 256
-"""Of the example; the loggers get all of them."""
+"""Most tokens of the first example to print; the loggers get the full example."""
 
 
 class HyperParameters(Callback):
-    """Gives the run's `config.yaml` to the loggers: as text (`run/config`), and as values where they keep them.
+    """Log the run's `config.yaml` as text (`run/config`), and as hyper-parameters to loggers that store them.
 
-    A trainer without the command line has no such file, and logs none.
+    Does nothing without that file, which the command line writes.
     """
 
     @rank_zero_only
@@ -36,15 +36,16 @@ class HyperParameters(Callback):
         text = file.read_text(encoding="utf-8")
         log_text(trainer, "run/config", fenced(text, "yaml"))
         for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):  # which would draw a point of no metric for them
+            if not isinstance(logger, TensorBoardLogger):  # it would plot them as a metric without values
                 logger.log_hyperparams(yaml.safe_load(text))
 
 
 class DataSummary(Callback):
-    """Reports records, examples, tokens, lengths, shares of the blend, and drops and repairs of every source.
+    """Report records, examples, tokens, lengths, blend shares, drops and repairs of every source.
 
-    With them goes the first example of training, decoded, its supervised tokens marked: to the terminal and as
-    `run/example`. The report is text too, `run/data_report`. Of streamed data there is no example before training.
+    The report is printed, written to `data_report.json` and logged as `run/data_report`. The first training example is
+    printed and logged as `run/example`, decoded, with its supervised tokens marked; streamed data has none before
+    training.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,7 +53,7 @@ class DataSummary(Callback):
         self._show_example(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if datamodule_of(trainer).spec.streams:  # what they hold is known only now
+        if datamodule_of(trainer).spec.streams:  # the counts are known only now
             self._report(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -81,7 +82,7 @@ class DataSummary(Callback):
         if not tokens:
             return
         num_supervised = sum(token.weight > 0 for token in tokens)
-        counts = f"{len(tokens):,} tokens, {num_supervised:,} of them supervised"
+        counts = f"{len(tokens):,} tokens, {num_supervised:,} supervised"
         out = make_console()
         shown = around_the_first_answer(tokens, _TOKENS_IN_THE_TERMINAL)
         part = f"; tokens {shown[0].position:,} to {shown[-1].position:,}" if len(shown) < len(tokens) else ""
@@ -92,7 +93,7 @@ class DataSummary(Callback):
 
 
 def _first_example(data: SFTDataModule) -> list[ShownToken]:
-    """Return the tokens of the example that training begins with; none of streamed data."""
+    """Return the tokens of the first training example; none for streamed data."""
     if data.spec.streams:
         return []
     first = data.plan(0).row(0)[0].tolist()

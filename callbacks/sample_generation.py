@@ -1,4 +1,4 @@
-"""Answers to the same prompts throughout a run: the eye's check on what is learned."""
+"""Answers to the same prompts throughout a run, to be read by people."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from sft_lightning.types import Message
 
 
 class SampleGeneration(Callback):
-    """Generates answers at the start, every N optimizer steps and at the end.
+    """Generate answers at the start, every N optimizer steps and at the end.
 
-    They go to the terminal, to `samples.jsonl` and to loggers of text (`samples/<number>`). With an adapter, the base
-    model's answer stands beside the tuned one. The run's random state is left as it is.
+    They are printed, written to `samples.jsonl` and logged as text (`samples/<number>`). With an adapter, each row also
+    has the answer of the base model. The run's random state does not change.
 
     Args:
-        prompts: User questions, rendered with the run's template; default: the first of the validation data (of the
-            training data without one). An empty list turns samples off.
-        num_prompts: How many to take from the data.
-        every_n_steps: Optimizer steps between samples; 0 for the start and the end alone.
-        generation: How to generate.
+        prompts: User messages, rendered with the run's template. Default: the first prompts of the validation data, or
+            of the training data if there is none. An empty list turns samples off.
+        num_prompts: Number of prompts to take from the data.
+        every_n_steps: Optimizer steps between samples; 0: only at the start and at the end.
+        generation: How answers are generated.
 
     Raises:
         UserError: If a number is negative.
@@ -48,7 +48,7 @@ class SampleGeneration(Callback):
     ) -> None:
         for name, value in {"num_prompts": num_prompts, "every_n_steps": every_n_steps}.items():
             if value < 0:
-                raise UserError(f"SampleGeneration.{name}: must be at least 0 (got {value})")
+                raise UserError(f"callbacks.SampleGeneration.{name}: must be at least 0 (got {value})")
         self.prompts = prompts
         self.num_prompts = num_prompts
         self.every_n_steps = every_n_steps
@@ -68,14 +68,14 @@ class SampleGeneration(Callback):
             self._sample(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not when training ends: checkpoints and exports are written first.
+        # Not in on_train_end: checkpoints and exports are written first.
         if trainer.global_step != self._sampled_at:
             self._sample(trainer, pl_module)
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> None:
         self._sampled_at = trainer.global_step
         if not (trainer.is_global_zero or services_of(trainer.strategy).shards_weights):
-            return  # of a sharded model every process generates the same, together
+            return  # the processes of a sharded model generate together, each the same answers
         if not isinstance(module, CausalLMModule):
             raise TypeError(f"SampleGeneration works with a CausalLMModule, not {type(module).__name__}")
         examples = self._examples(trainer)
@@ -98,8 +98,8 @@ class SampleGeneration(Callback):
         if self.prompts is None:
             return datamodule.sample_prompts(self.num_prompts)
         role = "text" if datamodule.spec.task == "pretrain" else "user"
-        turns = [[Message(role, prompt)] for prompt in self.prompts]  # type: ignore[arg-type]
-        return [{"prompt": datamodule.template.generation_prompt(turn)} for turn in turns]
+        conversations = [[Message(role, prompt)] for prompt in self.prompts]  # type: ignore[arg-type]
+        return [{"prompt": datamodule.template.generation_prompt(messages)} for messages in conversations]
 
     def _answers(self, trainer: Trainer, module: CausalLMModule, examples: PromptBatch) -> list[str]:
         datamodule = datamodule_of(trainer)

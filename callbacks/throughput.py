@@ -1,4 +1,4 @@
-"""Speed and memory, without making the device wait."""
+"""Speed and memory of training, measured without making the GPU wait."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sft_lightning.types import Batch
 
 
 class Throughput(Callback):
-    """Logs `throughput/tokens_per_second` and `throughput/supervised_fraction` at every logging interval.
+    """Log `throughput/tokens_per_second` and `throughput/supervised_fraction` at every logging interval.
 
-    On a GPU `memory/peak_gib` too, the most that was allocated since the start of the run, and `throughput/mfu`: the
-    share of the GPU's peak that the training's own operations make up, those of recomputed activations not among them.
-    It is left out where the GPU's peak is not known, where the data is streamed, so that no plan knows its documents,
-    and of mixtures of experts, of which a token takes only some.
+    Tokens are counted without padding, over all devices. Validation and sampling between steps do not count.
 
-    Tokens are counted without padding, over all devices; validation and sampling between steps do not count.
+    On a GPU, also log `memory/peak_gib`, the most memory allocated since the start of the run, and `throughput/mfu`,
+    the share of the GPU's peak FLOP/s that training uses, without recomputed activations. MFU is not logged if the
+    GPU's peak is unknown, for streamed data (the documents are not known in advance), and for mixtures of experts (a
+    token uses only some of the weights).
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Throughput(Callback):
             name = torch.cuda.get_device_name(pl_module.device)
             peak = peak_tflops(name)
             if peak is None:
-                rank_zero_info(f"throughput/mfu: not logged, because the peak of {name} is not known here")
+                rank_zero_info(f"throughput/mfu: not logged, because the peak FLOP/s of {name} is not in the table")
             elif not datamodule_of(trainer).spec.streams and not _has_experts(pl_module.base_model.config):
                 self._flops_per_second = peak * 1e12
                 self._flops_per_token = flops_per_token(trainer, pl_module)
@@ -64,7 +64,7 @@ class Throughput(Callback):
             values["throughput/mfu"] = per_device * self._flops_per_token / self._flops_per_second
         if pl_module.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
-        # As tensors on the host: Lightning would send numbers to the device, and wait.
+        # CPU tensors: Lightning would send plain numbers to the device, and wait.
         pl_module.log_dict({name: torch.tensor(value) for name, value in values.items()})
         if trainer.global_step % (getattr(trainer, "log_every_n_steps", 0) or 1) == 0:
             self._reset()
@@ -75,7 +75,12 @@ class Throughput(Callback):
 
 
 def flops_per_token(trainer: Trainer, module: CausalLMModule) -> float:
-    """Return the operations per token of a run's training, from its model and its plan."""
+    """Return the floating-point operations per token of training, from the model and the epoch plan.
+
+    Args:
+        trainer: The run's trainer.
+        module: The module, with its model loaded.
+    """
     documents = datamodule_of(trainer).plan(0).documents
     is_full = module.spec.adapter is None
     num_trained = sum(p.numel() for p in module.language_model.parameters() if p.requires_grad)

@@ -63,8 +63,6 @@ def is_dataclass(node: ast.ClassDef) -> bool:
 
 
 UNFINISHED: tuple[str, ...] = (
-    "callbacks",
-    "cli",
     "estimation",
     "training",
     "views",

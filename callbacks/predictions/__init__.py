@@ -1,1 +1,1 @@
-"""Predictions of `predict`: the callback that writes them, and the file of an interrupted run."""
+"""Predictions: the callback that writes them, and the file of an unfinished run."""

@@ -1,4 +1,4 @@
-"""Predictions of a run that is not at its end: a line that says what they are made with, then a line for each."""
+"""The predictions of an unfinished run: a header line with everything that answers depend on, then one line each."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, TextIO
 
 from sft_lightning.errors import UserError
 
-_AGAIN = "restore it, remove the file to answer everything again, or choose another trainer.default_root_dir"
+_WAYS_OUT = "restore it, remove the file to answer everything again, or choose another trainer.default_root_dir"
 
 
 class PartialPredictions:
-    """What a process has written so far.
+    """The file that one process writes.
 
-    A killed run may leave a torn last line, or a batch of which some rows are missing: those are cut off.
+    A killed run may leave an incomplete last line, or an incomplete batch; both are cut off.
 
     Args:
-        path: The file; it need not be there.
+        path: The file; it may not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,44 +30,44 @@ class PartialPredictions:
         self._rows = lines[1:]
 
     def check_alone(self, expected: Sequence[Path]) -> None:
-        """Check that the folder has no other run's answers.
+        """Check that the folder has no unfinished predictions of another number of processes.
 
         Args:
-            expected: Where the processes of this run write.
+            expected: The files that the processes of this run write.
 
         Raises:
-            UserError: If a run with another number of processes was interrupted here.
+            UserError: If there are other files.
         """
         stem = expected[0].name.partition(".partial")[0]
         for other in sorted(self.path.parent.glob(f"{stem}.partial*")):
             if other not in expected:
-                raise UserError(f"{other}: answers of a run with another number of processes; {_AGAIN}")
+                raise UserError(f"{other}: was written by a run with another number of processes; {_WAYS_OUT}")
 
     def check_made_with(self, made_with: Mapping[str, Any]) -> None:
-        """Check that what is there was made with the same, and note it for a file that is still to be written.
+        """Check that the file was written with the same model, prompts and settings; they are the header of a new file.
 
         Args:
-            made_with: What answers depend on, each under the words in which a change of it is told.
+            made_with: Everything that answers depend on. The keys are the words of the error message.
 
         Raises:
-            UserError: If something has changed since.
+            UserError: If something has changed.
         """
         now = json.loads(json.dumps(made_with))
         before = json.loads(self._header) if self._rows else now
         for key, value in now.items():
             if before.get(key) != value:
                 raise UserError(
-                    f"{self.path}: holds {len(self._rows):,} answers of an interrupted run, and since then {key} "
-                    f"changed{_difference(before.get(key), value)}; {_AGAIN}"
+                    f"{self.path}: has {len(self._rows):,} answers of an unfinished run, but {key} changed since"
+                    f"{_difference(before.get(key), value)}; {_WAYS_OUT}"
                 )
         if not self._rows:
             self._header = json.dumps(now).encode() + b"\n"
 
     def whole_batches(self, batch_lengths: Sequence[int]) -> tuple[int, int]:
-        """Return how many of the first batches are there with all their rows, and those rows.
+        """Return the number of complete batches at the start of the file, and the number of their rows.
 
         Args:
-            batch_lengths: Rows of each batch.
+            batch_lengths: Number of rows of each batch.
         """
         batches = rows = 0
         for length in batch_lengths:
@@ -77,7 +77,7 @@ class PartialPredictions:
         return batches, rows
 
     def open_after(self, num_rows: int) -> TextIO:
-        """Open the file to write on after its first rows; what stands behind them is cut off."""
+        """Open the file for appending after its first `num_rows` rows; the rest is cut off."""
         if num_rows:
             os.truncate(self.path, sum(map(len, [self._header, *self._rows[:num_rows]])))
         else:
@@ -127,11 +127,11 @@ def join_parts(parts: Sequence[Path], batch_size: int, target: Path) -> None:
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Return the lines up to the first that is torn."""
+    """Return the lines before the first incomplete one."""
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_bytes().split(b"\n")[:-1]:  # behind the last line feed is nothing, or a torn line
+    for line in path.read_bytes().split(b"\n")[:-1]:  # nothing, or an incomplete line, follows the last line feed
         try:
             json.loads(line)
         except ValueError:
@@ -141,7 +141,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 def _difference(before: Any, now: Any) -> str:
-    """Return a change of values as a reader can compare them; nothing of hashes."""
+    """Return a readable difference of two values; empty for hashes."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         changes = [f"{key} {before.get(key)} → {value}" for key, value in now.items() if before.get(key) != value]
         return f": {', '.join(changes)}"

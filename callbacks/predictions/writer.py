@@ -1,4 +1,4 @@
-"""Predictions to `predictions.jsonl`, in the order of the data; a run that was killed goes on where it stopped."""
+"""Writes predictions to `predictions.jsonl` in the order of the data; a killed run can be continued."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _NAME = "predictions.jsonl"
 
 
 class PredictionWriter(Callback):
-    """Writes each prediction of `predict` as a line; the file gets its name when all are written.
+    """Write each prediction of `predict` as a line of `predictions.jsonl`, which appears when it is complete.
 
-    Until then the lines stand in `predictions.jsonl.partial` (each of several processes has its own), under a line that
-    says what they were made with. The same command continues a run that was killed: what is answered there is not
-    answered again, and the rest gets the answers that it would have got. Where weights, prompts or how answers are
-    generated have changed, the run is refused: no file has answers of two models.
+    Until then each process writes to a file `predictions.jsonl.partial…`, whose header has everything that answers
+    depend on. The same command continues a killed run: finished answers are kept, and the rest are the same as in an
+    uninterrupted run. If weights, prompts or generation settings have changed, the command fails, so that no file has
+    answers of two models.
     """
 
     def __init__(self) -> None:
@@ -43,10 +43,10 @@ class PredictionWriter(Callback):
         partial = PartialPredictions(parts[trainer.global_rank])
         partial.check_alone(parts)
         partial.check_made_with(_made_with(trainer, pl_module, loader))
-        trainer.strategy.barrier("predictions checked")  # before one process writes what another would refuse
+        trainer.strategy.barrier("predictions checked")  # no process may write before all have checked
         loader.num_answered, num_rows = partial.whole_batches(loader.batch_lengths)
         if num_rows:
-            rank_zero_info(f"predictions: going on after {num_rows:,} that are in {partial.path}")
+            rank_zero_info(f"predictions: continuing after {num_rows:,} in {partial.path}")
         self._file = partial.open_after(num_rows)
 
     def on_predict_batch_end(
@@ -89,7 +89,7 @@ def _loader(trainer: Trainer) -> PromptLoader:
 
 
 def _made_with(trainer: Trainer, module: CausalLMModule, loader: PromptLoader) -> dict[str, Any]:
-    """Return what answers depend on, under the words in which a change of it is told."""
+    """Return everything that answers depend on; the keys are the words of error messages."""
     prompts = json.dumps([prompt["prompt"] for prompt in loader.prompts]).encode()
     return {
         "the model": model_fingerprint(module.language_model),

@@ -26,7 +26,12 @@ class CommandParser(ArgumentParser):
     """A parser whose errors are a `UserError` of one line, with the nearest valid key."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Raise the message as a UserError."""
+        """Raise the message as a UserError.
+
+        Args:
+            message: jsonargparse's message.
+            ex: Its cause.
+        """
         raise UserError(clear_message(message, known_keys(self) or ())) from ex
 
 

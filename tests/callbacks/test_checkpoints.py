@@ -13,7 +13,7 @@ from callbacks import Throughput, TimedCheckpoint
 from callbacks.checkpoints import default_checkpoints
 
 
-def test_every_epoch_and_every_half_hour_are_saved_by_default() -> None:
+def test_each_epoch_and_every_half_hour_are_saved_by_default() -> None:
     by_epoch, by_time = default_checkpoints([Throughput()])
     assert isinstance(by_epoch, ModelCheckpoint)
     assert by_epoch.every_n_epochs == 1
@@ -21,7 +21,7 @@ def test_every_epoch_and_every_half_hour_are_saved_by_default() -> None:
     assert by_time._train_time_interval == timedelta(minutes=30)
 
 
-def test_another_interval_leaves_the_epochs_ends_and_another_cadence_leaves_nothing_of_ours() -> None:
+def test_an_own_interval_replaces_the_timed_one_and_an_own_checkpoint_replaces_both() -> None:
     own: list[Callback] = [TimedCheckpoint(timedelta(hours=2))]
     [by_epoch] = default_checkpoints(own)
     assert not isinstance(by_epoch, TimedCheckpoint)
@@ -30,7 +30,7 @@ def test_another_interval_leaves_the_epochs_ends_and_another_cadence_leaves_noth
 
 
 @pytest.mark.parametrize(("interval", "steps"), [("00:00:00", [1, 2, 3, 4, 5, 6, 7, 8]), ("01:00:00", [8])])
-def test_the_clock_is_looked_at_when_an_optimizer_step_has_ended(
+def test_the_clock_is_read_when_an_optimizer_step_has_ended(
     interval: str, steps: list[int], fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []

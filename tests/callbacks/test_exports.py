@@ -21,7 +21,7 @@ CHECKPOINTS = (
 )
 
 
-def test_an_adapter_lies_beside_every_checkpoint_kept_and_beside_no_other(fit: Callable[..., Path]) -> None:
+def test_each_kept_checkpoint_has_an_adapter_and_no_other_has(fit: Callable[..., Path]) -> None:
     run = fit("--trainer.max_steps=6", CHECKPOINTS)
     kept = {path.stem for path in (run / "checkpoints").glob("*.ckpt")}
     assert kept == {"step=4", "step=6", "last"}
@@ -52,7 +52,7 @@ def test_the_final_adapter_is_served_with_the_template_it_was_trained_with(
     assert manifest["base"] == str(model_dir)
 
 
-def test_what_merging_must_know_of_the_base_lies_beside_the_adapter(fit: Callable[..., Path]) -> None:
+def test_the_manifest_has_the_facts_about_the_base_that_merge_requires(fit: Callable[..., Path]) -> None:
     run = fit("--trainer.max_steps=1", "--model.quantization.bits=4")
     manifest = json.loads((run / "adapter" / "run_manifest.json").read_text())
     assert manifest["quantization"]["bits"] == 4
@@ -61,20 +61,20 @@ def test_what_merging_must_know_of_the_base_lies_beside_the_adapter(fit: Callabl
     assert manifest["rope_parameters"]["rope_type"] == "default"
 
 
-def test_the_final_export_is_proven_by_its_logits(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logits_of_the_final_export_are_verified(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("callbacks.exports.rank_zero_info", said.append)
     fit("--trainer.max_steps=1")
-    assert any("loaded by PEFT, its logits differ from the live ones by 0.0e+00" in line for line in said)
+    assert any("loaded by PEFT, its logits differ from the trained model's by 0.0e+00" in line for line in said)
 
 
-def test_an_adapter_that_trains_in_bfloat16_is_proven_too(fit: Callable[..., Path]) -> None:
+def test_an_adapter_trained_in_bfloat16_is_exported_in_bfloat16(fit: Callable[..., Path]) -> None:
     run = fit("--trainer.max_steps=2", "--model.dtype=bfloat16", "--trainer.precision=bf16-true")
     weights = load_file(run / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
-def test_probing_exports_changes_nothing_that_is_learned(
+def test_verifying_exports_changes_no_learned_weight(
     fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     learned = []
@@ -87,7 +87,7 @@ def test_probing_exports_changes_nothing_that_is_learned(
     assert all(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
 
 
-def test_an_export_that_is_not_what_was_trained_stops_the_run(
+def test_an_export_that_differs_from_the_trained_model_stops_the_run(
     fit_args: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sft_lightning.models.export.write.export_difference", lambda *args, **options: (1.0, 1.0))

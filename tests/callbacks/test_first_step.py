@@ -19,7 +19,7 @@ def scalars(run: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_the_validation_of_step_0_is_that_of_the_model_before_training(fit: Callable[..., Path]) -> None:
+def test_the_validation_at_step_0_is_of_the_untrained_model(fit: Callable[..., Path]) -> None:
     run = fit(
         HELD_OUT,
         FIRST,
@@ -39,7 +39,7 @@ def test_the_validation_of_step_0_is_that_of_the_model_before_training(fit: Call
     assert scalars(frozen, "val/loss")[0][1] == pytest.approx(before, rel=1e-6)
 
 
-def test_the_same_bits_are_learned_with_it_and_without(fit: Callable[..., Path]) -> None:
+def test_evaluating_first_changes_no_learned_weight(fit: Callable[..., Path]) -> None:
     learned = []
     for extra in ((), (FIRST,)):
         run = fit(HELD_OUT, "--trainer.max_steps=4", "--model.adapter.dropout=0.3", *extra)
@@ -50,7 +50,7 @@ def test_the_same_bits_are_learned_with_it_and_without(fit: Callable[..., Path])
     assert all(torch.equal(tensor, learned[1][name]) for name, tensor in learned[0].items())
 
 
-def test_a_continued_run_evaluates_no_second_time(fit: Callable[..., Path]) -> None:
+def test_a_continued_run_does_not_evaluate_first_again(fit: Callable[..., Path]) -> None:
     options = (HELD_OUT, FIRST, "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2")
     run = fit(*options, "--trainer.max_steps=1")
     assert [step for step, _ in scalars(run, "val/loss")] == [0, 0]  # before that step, and after it
@@ -62,9 +62,12 @@ def test_a_continued_run_evaluates_no_second_time(fit: Callable[..., Path]) -> N
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [([], "set data.val_sources or data.val_fraction"), ([HELD_OUT, "--trainer.limit_val_batches=0"], "is 0, which")],
+    [
+        ([], "set data.val_sources or data.val_fraction"),
+        ([HELD_OUT, "--trainer.limit_val_batches=0"], "cannot be combined"),
+    ],
 )
-def test_without_validation_data_it_is_refused(
+def test_evaluating_first_requires_validation_data(
     options: list[str], said: str, fit_args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *fit_args, FIRST, *options]) == 2
@@ -74,7 +77,7 @@ def test_without_validation_data_it_is_refused(
 
 
 @pytest.mark.parametrize(("every", "logged"), [(3, [0, 2, 5]), (0, [])])
-def test_the_first_step_is_logged_and_then_as_the_trainer_says(
+def test_the_first_step_is_logged_in_addition_to_the_interval(
     every: int, logged: list[int], fit: Callable[..., Path]
 ) -> None:
     run = fit("--trainer.max_steps=7", f"--trainer.log_every_n_steps={every}", "--trainer.accumulate_grad_batches=2")

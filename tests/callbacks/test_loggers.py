@@ -1,4 +1,4 @@
-"""What a run gives to its loggers, whichever they are and whatever the model is."""
+"""Covers callbacks.run_outputs, callbacks.run_summary and callbacks.throughput: what a run gives to its loggers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_configuration_report_and_an_example_are_texts(
     assert "### Response:" not in answer
     shown = capsys.readouterr().out
     assert f"⟦{answer}⟧" in shown
-    assert "of them supervised" in shown
+    assert " supervised; supervised text is" in shown
 
 
 def test_a_csv_logger_gets_numbers_and_the_configuration(fit: Callable[..., Path], tmp_path: Path) -> None:

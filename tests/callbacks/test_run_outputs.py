@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from callbacks.run_outputs import datamodule_of, fenced, run_folder
+from callbacks.run_outputs import fenced, run_folder
 
 
 def trainer_with(logger: Any, root: Path) -> Trainer:
@@ -28,8 +28,3 @@ def test_without_a_logger_outputs_go_to_the_trainers_root(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("text", "fence"), [("plain", "```"), ("a `word`", "```"), ("```python\n```", "````")])
 def test_a_text_with_fences_of_its_own_gets_a_longer_fence(text: str, fence: str) -> None:
     assert fenced(text, "yaml") == f"{fence}yaml\n{text}\n{fence}"
-
-
-def test_another_data_module_is_an_error() -> None:
-    with pytest.raises(TypeError, match="SFTDataModule, not NoneType"):
-        datamodule_of(cast(Trainer, SimpleNamespace()))

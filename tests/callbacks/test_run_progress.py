@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 
 
-def test_output_that_is_no_terminal_gets_lines_not_a_bar(
-    fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_gets_lines_instead_of_a_bar(fit: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     fit("--data.val_fraction=0.2")
     captured = capsys.readouterr()
     assert "\r" not in captured.out + captured.err

@@ -14,7 +14,7 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.report import DataReport, SourceReport
 from sft_lightning.data.spec import DataSpec
 
-MODULE = cast(LightningModule, None)  # not looked at
+MODULE = cast(LightningModule, None)  # unused
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_report_is_shown_and_written(trainer: Any, capsys: pytest.CaptureFix
     assert read(trainer)["sources"]["train/toy"]["dropped"] == {"overlong": 1}
 
 
-def test_a_validation_within_a_fit_reports_nothing_again(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_validation_during_fit_does_not_report_again(trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
     trainer.state.fn = "fit"
     DataSummary().on_validation_start(cast(Trainer, trainer), MODULE)
     assert capsys.readouterr().out == ""

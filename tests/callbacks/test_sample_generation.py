@@ -18,20 +18,20 @@ def samples(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def test_the_same_prompts_are_answered_at_the_start_in_between_and_at_the_end(fit: Callable[..., Path]) -> None:
+def test_the_same_prompts_are_answered_at_the_start_every_n_steps_and_at_the_end(fit: Callable[..., Path]) -> None:
     rows = samples(fit("--trainer.max_steps=5", SAMPLES.format("every_n_steps: 2, num_prompts: 2")))
     assert [row["step"] for row in rows] == [0, 0, 2, 2, 4, 4, 5, 5]
     assert len({row["prompt"] for row in rows}) == 2
 
 
-def test_the_bases_answer_stands_beside_the_tuned_one(fit: Callable[..., Path]) -> None:
+def test_rows_of_an_adapter_have_the_answer_of_the_base_too(fit: Callable[..., Path]) -> None:
     rate = "--model.optimizer={class_path: torch.optim.AdamW, init_args: {lr: 0.5}}"
     first, *_, last = samples(fit("--trainer.max_steps=6", rate, SAMPLES.format("num_prompts: 1")))
     assert first["answer"] == first["base_answer"] == last["base_answer"]
     assert last["answer"] != last["base_answer"]
 
 
-def test_own_prompts_are_rendered_with_the_runs_template(fit: Callable[..., Path]) -> None:
+def test_given_prompts_are_rendered_with_the_runs_template(fit: Callable[..., Path]) -> None:
     rows = samples(fit("--trainer.max_steps=1", SAMPLES.format("prompts: [Who are you?]")))
     assert rows[0]["prompt"].endswith("### Instruction:\nWho are you?\n\n### Response:")
 

@@ -26,7 +26,7 @@ from sft_lightning.models.adapters.wrapping import add_adapter
         ("Some GPU A1000", None),
     ],
 )
-def test_a_gpus_peak_is_found_by_its_name(device: str, peak: float | None) -> None:
+def test_the_peak_of_a_gpu_is_found_by_its_name(device: str, peak: float | None) -> None:
     assert peak_tflops(device) == peak
 
 
@@ -41,9 +41,7 @@ def test_matrices_are_counted_with_the_head_and_without_adapters() -> None:
     assert num_matrix_entries(gpt2) == 2 * (4 + 8) * 16 * 16 + 50 * 16
 
 
-def test_the_share_of_the_peak_is_speed_times_operations(
-    fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mfu_is_speed_times_operations_over_the_peak(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     start = Throughput.on_train_start
 
     def as_on_a_gpu(self: Throughput, trainer: Any, module: Any) -> None:

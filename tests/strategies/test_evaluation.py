@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_where_each_process_stopped(
     assert len(before[1]) == 1 + 2 * 2  # what they were made with, and two batches
     parts[1].write_bytes(b"".join(before[1][:-1]))  # torn: now the processes go on from different batches
     said = runs(tmp_path / "two", "lora", *ask, **two)
-    assert "going on after" in said
+    assert "continuing after" in said
     expected = (tmp_path / "one/predictions.jsonl").read_bytes()
     assert (tmp_path / "two/predictions.jsonl").read_bytes() == expected
 

@@ -17,7 +17,7 @@ def written(tmp_path: Path, *lines: str, end: str = "") -> PartialPredictions:
     return PartialPredictions(path)
 
 
-def test_a_torn_line_and_a_batch_that_is_not_whole_are_cut_off(tmp_path: Path) -> None:
+def test_an_incomplete_line_and_an_incomplete_batch_are_cut_off(tmp_path: Path) -> None:
     partial = written(tmp_path, '{"a": 1}', '{"a": 2}', '{"a": 3}', end='{"a": 4')
     partial.check_made_with(MADE_WITH)
     assert partial.whole_batches([2, 2, 1]) == (1, 2)
@@ -26,7 +26,7 @@ def test_a_torn_line_and_a_batch_that_is_not_whole_are_cut_off(tmp_path: Path) -
     assert partial.path.read_text().splitlines()[1:] == ['{"a": 1}', '{"a": 2}', '{"a": "new"}']
 
 
-def test_a_file_that_was_torn_in_its_first_line_is_begun_anew(tmp_path: Path) -> None:
+def test_a_file_with_an_incomplete_header_is_written_from_the_start(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl.partial"
     path.write_text('{"the model"')
     partial = PartialPredictions(path)
@@ -36,11 +36,11 @@ def test_a_file_that_was_torn_in_its_first_line_is_begun_anew(tmp_path: Path) ->
     assert json.loads(path.read_text()) == MADE_WITH
 
 
-def test_everything_may_be_answered_already(tmp_path: Path) -> None:
+def test_all_batches_may_be_complete(tmp_path: Path) -> None:
     assert written(tmp_path, "{}", "{}", "{}").whole_batches([2, 1, 0]) == (2, 3)
 
 
-def test_answers_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
+def test_files_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
     partial = written(tmp_path, "{}")
     parts = [tmp_path / f"predictions.jsonl.partial-{rank}-of-2" for rank in range(2)]
     with pytest.raises(UserError, match="another number of processes"):
@@ -48,7 +48,7 @@ def test_answers_of_another_number_of_processes_are_refused(tmp_path: Path) -> N
     partial.check_alone([partial.path])
 
 
-def test_rows_of_several_processes_are_joined_in_the_order_of_the_data(tmp_path: Path) -> None:
+def test_the_rows_of_several_processes_are_joined_in_the_order_of_the_data(tmp_path: Path) -> None:
     parts = [tmp_path / f"part-{rank}" for rank in range(2)]
     for path, numbers in zip(parts, ([0, 1, 4, 5, 8], [2, 3, 6, 7]), strict=True):
         path.write_text("made with\n" + "".join(f"{number}\n" for number in numbers))

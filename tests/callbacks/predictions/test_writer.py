@@ -44,7 +44,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_killed_run_goes_on_where_it_stopped_to_the_same_answers(
+def test_a_killed_run_continues_to_the_same_answers(
     predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert predict(f"--trainer.default_root_dir={tmp_path / 'whole'}") == 0
@@ -69,13 +69,13 @@ def test_a_killed_run_goes_on_where_it_stopped_to_the_same_answers(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--model.generation.seed=4", "model.generation changed: seed 3 → 4"),
-        ("--data.batch_size=4", "data.batch_size changed: 5 → 4"),
-        ("--data.template=vicuna_v1.1", "the prompts changed"),
-        ("--model.dtype=bfloat16", "the model changed"),
+        ("--model.generation.seed=4", "model.generation changed since: seed 3 → 4"),
+        ("--data.batch_size=4", "data.batch_size changed since: 5 → 4"),
+        ("--data.template=vicuna_v1.1", "the prompts changed since"),
+        ("--model.dtype=bfloat16", "the model changed since"),
     ],
 )
-def test_another_model_or_other_prompts_do_not_go_on(
+def test_another_model_or_other_prompts_are_refused(
     option: str,
     said: str,
     predict: Predict,
