@@ -1,1 +1,1 @@
-"""What a run will take, before it is started: optimizer steps, memory by part, time."""
+"""Estimates of a run before it starts: optimizer steps, memory by part, time."""

@@ -1,4 +1,4 @@
-"""Memory of one GPU by part, what of it fits, and what would make the rest fit."""
+"""Memory of one GPU by part, what fits into it, and changes that make a configuration fit."""
 
 from __future__ import annotations
 
@@ -14,73 +14,98 @@ GIB = 2**30
 
 
 class StepBytes(NamedTuple):
-    """Bytes of a micro-batch; see `SimulatedStep`."""
+    """Bytes of a micro-batch, without weights; see `SimulatedStep`."""
 
     kept: float
+    """Activations that the forward pass keeps for the backward pass."""
+
     peak: float
+    """Largest number of bytes at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A configuration, as far as its memory goes."""
+    """The settings of a configuration that decide its memory."""
 
     batch_size: int
+    """Rows per micro-batch and GPU."""
+
     max_length: int
+    """Tokens per row."""
+
     checkpointing: bool
+    """Whether activations are recomputed in the backward pass."""
+
     bits: int | None
-    """Of the base's quantized weights."""
+    """Bits of the base's quantized weights: 4 or 8; `None` if they are not quantized."""
 
     sharding: ShardingSpec
-    """What the strategy shards."""
+    """What the strategy shards and offloads."""
 
     num_gpus: int = 1
     """GPUs of all nodes together."""
 
     @property
     def shards(self) -> Shards:
-        """How many GPUs each part is divided over."""
+        """Number of shards of each part."""
         return self.sharding.shards(self.num_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU."""
+    """Memory of one GPU by part, in bytes."""
 
     weights: float
-    """What is frozen, or all of it in full fine-tuning."""
+    """Frozen weights; in full fine-tuning, all weights."""
 
     adapter: float
-    """What trains beside a frozen base."""
+    """Weights that train beside a frozen base."""
 
     gradients: float
-    """Of what trains."""
+    """Gradients of the weights that train."""
 
     optimizer: float
+    """The optimizer's state."""
+
     activations: float
-    """What the forward pass keeps for the backward."""
+    """Tensors that the forward pass keeps for the backward pass."""
 
     temporary: float
-    """The rest of the peak: a layer's working memory, the head's chunk of logits, a weight taken out of its 4 bits."""
+    """The rest of the peak: a layer's working memory, the head's chunk of logits, an unpacked 4-bit weight."""
 
     communication: float = 0.0
-    """Weights gathered from other GPUs, and buffers of what is sent to them."""
+    """Weights gathered from other GPUs, and buffers for sending."""
 
     @property
     def total(self) -> float:
-        """The peak."""
+        """The peak, in bytes."""
         return float(sum(vars(self).values()))
 
 
 Estimate = Callable[[Setup], Memory]
+"""Returns the memory of a setup."""
 
 
 def largest_batch_size(estimate: Estimate, setup: Setup, budget: float) -> int:
-    """Return the largest `batch_size` that fits into a budget of bytes; 0 if not even 1 does."""
+    """Return the largest `batch_size` that fits; 0 if not even 1 does.
+
+    Args:
+        estimate: Returns the memory of a setup.
+        setup: The other settings.
+        budget: Memory of the GPU, in bytes.
+    """
     return largest(lambda rows: estimate(replace(setup, batch_size=rows)).total <= budget, 1 << 12)
 
 
 def largest_max_length(estimate: Estimate, setup: Setup, budget: float, limit: int) -> int:
-    """Return the largest `max_length` up to a limit that fits into a budget of bytes, a multiple of 64; 0 if none."""
+    """Return the largest multiple of 64 that fits as `max_length`; 0 if none does.
+
+    Args:
+        estimate: Returns the memory of a setup.
+        setup: The other settings.
+        budget: Memory of the GPU, in bytes.
+        limit: Largest `max_length`, in tokens.
+    """
 
     def fits(number: int) -> bool:
         return estimate(replace(setup, max_length=64 * number)).total <= budget
@@ -89,7 +114,12 @@ def largest_max_length(estimate: Estimate, setup: Setup, budget: float, limit: i
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number from 0 to `limit` that fits; every number below one that fits does, and so does 0."""
+    """Return the largest number that fits, found by bisection.
+
+    Args:
+        fits: Whether a number fits; it must hold for every number below one that fits. 0 always fits.
+        limit: Largest number to try.
+    """
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -98,28 +128,30 @@ def largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 class Change(NamedTuple):
-    """A change of the configuration, with those before it."""
+    """A change of the configuration that saves memory."""
 
     words: str
+    """The key and its new value."""
+
     setup: Setup
+    """The setup after this change and those before it."""
 
 
 def changes(setup: Setup, *, has_adapter: bool, can_quantize: bool) -> Iterator[Change]:
-    """Yield changes that save memory, the cheapest first; each keeps the ones before it.
+    """Yield changes that save memory, cheapest first; each is applied on top of the previous ones.
 
-    A smaller micro-batch with more accumulation costs nothing but launches; checkpointing a third of the speed;
-    8 and 4 bits some accuracy of the base and time to unpack; sharding takes more GPUs; an adapter is another training,
-    and shorter rows are other data.
+    A smaller micro-batch with more accumulation costs only kernel launches, checkpointing about a third of the speed, 4
+    bits some accuracy of the base and time to unpack it. Sharding needs more GPUs, and shorter rows change the data.
 
     Args:
         setup: The configuration.
-        has_adapter: Whether it trains an adapter.
-        can_quantize: Whether the base may be quantized.
+        has_adapter: Whether an adapter is trained, so that the base can be quantized.
+        can_quantize: Whether the base is loaded from a checkpoint, which can be quantized.
     """
     if setup.batch_size > 1:
         factor = setup.batch_size
         setup = replace(setup, batch_size=1)
-        yield Change(f"data.batch_size: 1, with {factor} times the trainer.accumulate_grad_batches", setup)
+        yield Change(f"data.batch_size: 1 and {factor} times the trainer.accumulate_grad_batches", setup)
     if not setup.checkpointing:
         setup = replace(setup, checkpointing=True)
         yield Change("model.gradient_checkpointing: true", setup)
@@ -132,19 +164,24 @@ def changes(setup: Setup, *, has_adapter: bool, can_quantize: bool) -> Iterator[
             yield Change(f"{num_gpus} GPUs, with trainer.strategy: {FSDP2}", setup)
     while setup.max_length > 512:
         setup = replace(setup, max_length=max(512, setup.max_length // 2))
-        yield Change(f"data.max_length: {setup.max_length} (leaves out or cuts longer examples)", setup)
+        yield Change(f"data.max_length: {setup.max_length} (drops or truncates longer examples)", setup)
 
 
 def largest_model(memory: Memory, num_parameters: int, budget: float) -> float:
-    """Return about how many parameters a model of the same kind may have in a budget of bytes.
+    """Return the approximate number of parameters of the largest model of the same kind that fits.
 
-    Everything but the micro-batch is taken to grow with the parameters, the micro-batch with their power of 2/3: depth
-    and width grow together, and parameters as depth · width².
+    The memory of a micro-batch is taken to grow with the parameters to the power of 2/3 (depth and width grow together,
+    and parameters grow as depth · width²), all other memory in proportion to the parameters.
+
+    Args:
+        memory: Memory of this model.
+        num_parameters: Parameters of this model.
+        budget: Memory of the GPU, in bytes.
     """
 
     def fits(millions: int) -> bool:
         times = millions * 1e6 / num_parameters
-        moving = memory.activations + memory.temporary
-        return (memory.total - moving) * times + moving * math.pow(times, 2 / 3) <= budget
+        micro_batch = memory.activations + memory.temporary
+        return (memory.total - micro_batch) * times + micro_batch * math.pow(times, 2 / 3) <= budget
 
     return largest(fits, 1 << 22) * 1e6

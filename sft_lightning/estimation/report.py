@@ -1,4 +1,4 @@
-"""The plan of a run as lines of text."""
+"""The plan of a run, as lines of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from sft_lightning.data.pairs.kind import Pairs
 from sft_lightning.estimation.estimate import Estimator
-from sft_lightning.estimation.inputs import PlanInputs
+from sft_lightning.estimation.inputs import PlanInputs, check_optimizer_as_fit
 from sft_lightning.estimation.memory import (
     GIB,
     Memory,
@@ -19,22 +19,26 @@ from sft_lightning.estimation.memory import (
 )
 from sft_lightning.estimation.skeleton import Skeleton, build_skeleton
 from sft_lightning.estimation.speed import arithmetic, mean_document_length
-from sft_lightning.strategies.refusals import check_optimizer
 from sft_lightning.training.preference.reference import choose_reference
 from sft_lightning.training.preference.sharing import shared_fraction
 from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
 
 PARTS = tuple(part.name for part in fields(Memory))
+"""Names of the parts of a GPU's memory."""
 
 
 def plan_lines(inputs: PlanInputs) -> Iterator[str]:
-    """Yield the lines of a plan."""
+    """Yield the lines of a plan.
+
+    Raises:
+        UserError: If the model's configuration cannot be read, or `fit` would refuse the optimizer.
+    """
     yield from _data_lines(inputs)
     estimator, setup = plan_memory(inputs)
     skeleton = estimator.skeleton
     yield from _memory_lines(estimator, setup)
     if not estimator.optimizer_is_counted:
-        yield "  (the optimizer does not step on fake tensors: counted as two states of each trained parameter)"
+        yield "  (optimizer: counted as two tensors per trained parameter, because its step reads their values)"
     yield from _remarks(inputs, setup, skeleton)
     if inputs.gpu_bytes is not None:
         yield from _fit_lines(inputs, estimator, setup, skeleton)
@@ -42,7 +46,11 @@ def plan_lines(inputs: PlanInputs) -> Iterator[str]:
 
 
 def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
-    """Return what tells the memory of a configuration, and the configuration; the data need not be read."""
+    """Return the estimator of a configuration's memory, and its setup; the data need not be prepared.
+
+    Raises:
+        UserError: If the model's configuration cannot be read, or `fit` would refuse the optimizer.
+    """
     spec, data, topology = inputs.spec, inputs.data, inputs.data.topology
     skeleton = build_skeleton(spec, len(data.tokenizer), inputs.precision)
     estimator = Estimator(
@@ -53,7 +61,7 @@ def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
         accumulates=topology.accumulate > 1,
         of_pairs=isinstance(spec, PreferenceSpec),
     )
-    check_optimizer(estimator.optimizer, inputs.sharding)
+    check_optimizer_as_fit(estimator.optimizer, inputs)
     setup = Setup(
         batch_size=data.spec.batch_size,
         max_length=data.spec.max_length,
@@ -76,13 +84,13 @@ def _data_lines(inputs: PlanInputs) -> Iterator[str]:
     epoch_tokens = int(data.plan(0).rows.lengths.sum())
     yield (
         f"data:{pairs} {report.rows:,} rows of {report.max_length:,} tokens, {report.fill:.1%} full; "
-        f"{epoch_tokens:,} tokens an epoch; {supervised:,} of {tokens:,} tokens supervised; {dropped:,} dropped"
+        f"{epoch_tokens:,} tokens per epoch; {supervised:,} of {tokens:,} tokens supervised; {dropped:,} dropped"
     )
     steps = report.optimizer_steps * inputs.num_epochs
     limited = steps if inputs.max_steps == -1 else min(steps, inputs.max_steps)
     topology = data.topology
     yield (
-        f"steps: {report.optimizer_steps:,} optimizer steps an epoch, {limited:,} in all; "
+        f"steps: {report.optimizer_steps:,} optimizer steps per epoch, {limited:,} in total; "
         f"a step is {topology.batch_size} rows × {topology.accumulate} micro-batches × {topology.world_size} GPUs"
     )
 
@@ -102,33 +110,33 @@ def _sharding_label(setup: Setup) -> str:
     """Name the strategy of a setup."""
     sharding = setup.sharding
     if sharding.kind == "ddp":
-        return "one GPU" if setup.num_gpus == 1 else "DDP: every GPU has all of it"
+        return "one GPU" if setup.num_gpus == 1 else "DDP, the full model on each GPU"
     name = "FSDP2" if sharding.kind == "fsdp2" else f"ZeRO-{sharding.stage}"
-    replicas = f", {sharding.replicas} copies" if sharding.replicas > 1 else ""
+    replicas = f", {sharding.replicas} replicas" if sharding.replicas > 1 else ""
     return f"{name}{replicas}{', offloaded' if sharding.offloads_weights or sharding.offloads_optimizer else ''}"
 
 
 def _remarks(inputs: PlanInputs, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
-    """Yield what of these figures is counted by formula, or not at all."""
+    """Yield which figures are not simulated, or not planned."""
     if setup.sharding.kind != "ddp":
-        yield "  (communication: what the strategy's code allocates by its defaults; the rest is simulated on one GPU)"
+        yield "  (communication: counted from the strategy's defaults; the other parts are simulated for one GPU)"
     if setup.sharding.offloads_weights or setup.sharding.offloads_optimizer:
-        yield "  (what is offloaded takes host memory instead, which is not planned here)"
+        yield "  (offloaded parts take CPU memory, which is not planned)"
     spec = inputs.spec
     if isinstance(spec, PreferenceSpec):
         yield f"  ({_reference(spec, skeleton, inputs)})"
-        yield f"  (prompts once for both answers: {_shared(inputs):.0%} of the tokens off the time, not off the memory)"
+        yield f"  (prompt sharing: {_shared(inputs):.0%} of the tokens are saved; the memory is planned without it)"
 
 
 def _reference(spec: PreferenceSpec, skeleton: Skeleton, inputs: PlanInputs) -> str:
-    """Say where the reference's log-probabilities come from, and what they take."""
+    """Return a remark on where the reference's log-probabilities come from, and what they take."""
     if not spec.preference.has_reference:
         return f"reference model: none, the loss is {spec.preference.loss}"
     choice = choose_reference(spec.preference.reference, skeleton.model, spec.adapter)
     if choice.kind == "adapter_off":
-        return "reference model: adapter_off, a second forward pass at every step, which needs less than the step"
+        return "reference model: adapter_off, a second forward pass in each step, with less memory than the step"
     num_pairs = inputs.data.plan(0).documents.shape[0]
-    return f"reference model: precomputed, a forward pass over the data first; {8 * num_pairs / 2**20:.2f} MiB"
+    return f"reference model: precomputed, one forward pass over the data; {8 * num_pairs / 2**20:.2f} MiB"
 
 
 def _fit_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, skeleton: Skeleton) -> Iterator[str]:
@@ -147,7 +155,7 @@ def _fit_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, skeleton:
 
 def _change_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, budget: float) -> Iterator[str]:
     spec = inputs.spec
-    yield "changes, the cheapest first, each with those before it:"
+    yield "changes that save memory, cheapest first, each on top of the previous ones:"
     can_quantize = spec.from_config is None
     for change in changes(setup, has_adapter=spec.adapter is not None, can_quantize=can_quantize):
         total: Memory = estimator.memory(change.setup)
@@ -155,8 +163,8 @@ def _change_lines(inputs: PlanInputs, estimator: Estimator, setup: Setup, budget
         yield f"  {change.words}: {total.total / GIB:.2f} GiB{', fits' if fits else ''}"
         if fits:
             return
-    hint = "" if spec.adapter is not None else "; model.adapter trains a thousandth of the parameters"
-    yield f"  nothing of this makes it fit: take a smaller model or a larger GPU{hint}"
+    hint = "" if spec.adapter is not None else ", or train an adapter (model.adapter)"
+    yield f"  none of these makes it fit; use a smaller model or a larger GPU{hint}"
 
 
 def _model_lines(inputs: PlanInputs, memory: Memory, skeleton: Skeleton, budget: float) -> Iterator[str]:
@@ -164,8 +172,9 @@ def _model_lines(inputs: PlanInputs, memory: Memory, skeleton: Skeleton, budget:
     about = largest_model(memory, num_parameters, budget) / 1e9
     rule = budget * inputs.data.topology.world_size / 1e9 / 3
     yield (
-        f"largest model of this kind: about {about:.1f} B parameters, by scaling its {num_parameters / 1e9:.2f} B; "
-        f"DeepSpeed-Chat's rule, GPU memory / 3, says {rule:.1f} B (for ZeRO-3, checkpointing and LoRA)"
+        f"largest model of this kind: about {about:.1f} B parameters, scaled from this one "
+        f"({num_parameters / 1e9:.2f} B); by DeepSpeed-Chat's rule for ZeRO-3, checkpointing and LoRA "
+        f"(GPU memory / 3): {rule:.1f} B"
     )
 
 
@@ -192,21 +201,21 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
         checkpointing=setup.checkpointing,
     )
     yield (
-        f"arithmetic: {per_token.model / 1e9:.2f} GFLOP a token"
-        + (f" and {per_token.recomputed / 1e9:.2f} run again" if setup.checkpointing else "")
-        + f"; an epoch takes {_duration(seconds)} at {inputs.mfu:.0%} of {inputs.tflops:g} TFLOP/s a GPU"
+        f"arithmetic: {per_token.model / 1e9:.2f} GFLOP per token"
+        + (f" and {per_token.recomputed / 1e9:.2f} for recomputation" if setup.checkpointing else "")
+        + f"; an epoch takes {_duration(seconds)} at {inputs.mfu:.0%} of {inputs.tflops:g} TFLOP/s per GPU"
     )
 
 
 def _shared(inputs: PlanInputs) -> float:
-    """Return the share of tokens that is computed once for both answers of a pair, if `fit` proves that it may be."""
+    """Return the share of tokens that prompt sharing saves, provided that `fit` verifies it on the model."""
     spec, data = inputs.spec, inputs.data
-    asked = isinstance(spec, PreferenceSpec) and spec.preference.share_prompts
-    return shared_fraction(data) if asked and isinstance(data.kind, Pairs) else 0.0
+    shares = isinstance(spec, PreferenceSpec) and spec.preference.share_prompts
+    return shared_fraction(data) if shares and isinstance(data.kind, Pairs) else 0.0
 
 
 def _asks_reference(spec: TrainingSpec, skeleton: Skeleton) -> bool:
-    """Whether every step has a second forward pass."""
+    """Whether each step has a second forward pass, for the reference."""
     if not isinstance(spec, PreferenceSpec) or not spec.preference.has_reference:
         return False
     return choose_reference(spec.preference.reference, skeleton.model, spec.adapter).kind == "adapter_off"

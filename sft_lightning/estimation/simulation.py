@@ -1,4 +1,4 @@
-"""One micro-batch of training on fake tensors: what it allocates, and when most is alive."""
+"""Simulate a micro-batch of training on fake tensors, and count what it allocates."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sft_lightning.training.losses import Targets, linear_cross_entropy, project
 from sft_lightning.training.optim import build_optimizer
 
 Int8Kernel = Literal["cuda", "cpu"]
-"""Whose copies LLM.int8's layers make."""
+"""The device whose bitsandbytes kernels are imitated; they make different copies."""
 
 
 @dataclass(frozen=True)
 class SimulatedStep:
-    """Bytes of a micro-batch beside the weights."""
+    """Bytes of a micro-batch, without weights."""
 
     kept: int
-    """What the forward pass keeps for the backward, the gradients of the head's input among it."""
+    """Tensors that the forward pass keeps for the backward pass, and the gradient of the head's input."""
 
     peak: int
-    """Most that is alive at once, gradients included where they are made."""
+    """Largest number of bytes alive at once; includes gradients unless they existed before."""
 
 
 def simulate_step(
@@ -44,19 +44,19 @@ def simulate_step(
     int8: Int8Kernel | None = None,
     of_pairs: bool = False,
 ) -> SimulatedStep:
-    """Run a forward and a backward pass without a single number.
+    """Run a forward and a backward pass on tensors without values.
 
-    Every row is one document and every token supervised: the most that a micro-batch can take.
+    Every row is one document and every token is supervised: the largest memory that a micro-batch can take.
 
     Args:
-        skeleton: The model.
+        skeleton: The model without weights.
         batch_size: Rows.
         max_length: Tokens per row.
-        gradient_checkpointing: Whether layers are run again in the backward pass.
-        precision: The trainer's.
-        has_gradients: Whether gradients are there already, of an earlier micro-batch; they are not counted then.
-        int8: Whose LLM.int8 the frozen linear layers are; `None` if they are not.
-        of_pairs: Whether log-probabilities of answers are what is trained on.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        precision: `trainer.precision` in its long form, such as `bf16-mixed`.
+        has_gradients: Whether gradients of an earlier micro-batch exist already; they are not counted then.
+        int8: Device whose LLM.int8 kernels the frozen linear layers imitate; `None` if they are not in 8 bits.
+        of_pairs: Whether the loss is that of `task: dpo`.
     """
     layers = int8_layers(skeleton.base, skeleton.linears, int8)
     with skeleton.mode, checkpointing(skeleton.base, gradient_checkpointing), layers:
@@ -79,15 +79,15 @@ def training_step(
     *,
     of_pairs: bool = False,
 ) -> SimulatedStep:
-    """Take a step as `CausalLMModule` does with either objective, and count; tensors may be fake or real.
+    """Run the forward and backward pass of `CausalLMModule`, and count bytes; tensors may be fake or real.
 
     Args:
         model: The model, adapter included.
         base: The transformers model inside.
         batch_size: Rows.
         max_length: Tokens per row.
-        autocast: What the forward pass runs in.
-        of_pairs: Whether log-probabilities of answers are what is trained on.
+        autocast: Context of the forward pass.
+        of_pairs: Whether the loss is that of `task: dpo`.
     """
     known = [*model.parameters(), *model.buffers()]
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -117,7 +117,7 @@ def training_step(
 
 
 def autocast_of(precision: str) -> AbstractContextManager[Any]:
-    """Return what the trainer's precision runs the forward pass in."""
+    """Return the autocast context of a `trainer.precision` on the CPU."""
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return torch.autocast("cpu", dtypes[precision]) if precision in dtypes else nullcontext()
 
@@ -126,7 +126,7 @@ def fake_optimizer(skeleton: Skeleton, make: Callable[[Any], Optimizer]) -> Opti
     """Make the optimizer over the fake tensors that train.
 
     Args:
-        skeleton: The model.
+        skeleton: The model without weights.
         make: `model.optimizer`.
 
     Raises:
@@ -140,14 +140,14 @@ def fake_optimizer(skeleton: Skeleton, make: Callable[[Any], Optimizer]) -> Opti
 
 
 def optimizer_bytes(skeleton: Skeleton, optimizer: Optimizer) -> float | None:
-    """Return the bytes of the optimizer's states, found by a step on fake gradients.
+    """Return the bytes of the optimizer's state after a step on fake gradients.
 
     Args:
-        skeleton: The model.
+        skeleton: The model without weights.
         optimizer: From `fake_optimizer`.
 
     Returns:
-        `None` if the optimizer cannot step on fake tensors, as those with kernels of their own.
+        `None` if the optimizer cannot step on fake tensors, because it reads their values.
     """
     for group in optimizer.param_groups:
         group |= {key: False for key in ("fused", "foreach") if key in group}
@@ -166,11 +166,11 @@ def optimizer_bytes(skeleton: Skeleton, optimizer: Optimizer) -> float | None:
 
 
 class _Int8Linear(torch.autograd.Function):
-    """LLM.int8's linear layer as far as its memory goes, for fake tensors.
+    """A linear layer for fake tensors that allocates what LLM.int8's does.
 
     bitsandbytes keeps the input of every layer on the autograd context itself, out of reach of gradient checkpointing,
-    and makes whole copies on the way (0.50, `bitsandbytes/autograd/_functions.py`: MatMul8bitLt on CUDA, MatMul8bitFp
-    on the CPU, which shares its plan for weights). This one allocates the same.
+    and makes full copies (0.50, `bitsandbytes/autograd/_functions.py`): MatMul8bitLt on CUDA of the inputs and outputs,
+    MatMul8bitFp on the CPU of the weight, which it unpacks.
     """
 
     @staticmethod
@@ -200,12 +200,12 @@ def _unpacked(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @contextmanager
 def int8_layers(model: torch.nn.Module, linears: Collection[int], kernel: Int8Kernel | None) -> Iterator[None]:
-    """Let linear layers take the memory of LLM.int8's inside.
+    """Make linear layers allocate what LLM.int8's do while the context is open.
 
     Args:
         model: A model of fake tensors.
         linears: `id` of the weights that are quantized.
-        kernel: Whose copies are made; `None` leaves the layers as they are.
+        kernel: Device whose kernels are imitated; `None` leaves the layers as they are.
     """
     if kernel is None:
         yield

@@ -1,4 +1,4 @@
-"""A model with every shape and type of the real one, and no weights."""
+"""A model with the shapes and types of the real one and without weights."""
 
 from __future__ import annotations
 
@@ -29,34 +29,38 @@ from sft_lightning.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model of fake tensors, on the CPU."""
+    """A model of fake tensors on the CPU."""
 
     model: PreTrainedModel | PeftModel
+    """The model, adapter included."""
+
     mode: Any
+    """torch's fake tensor mode, which operations on the model must run in."""
+
     linears: frozenset[int]
-    """`id` of the weights of linear layers of the base that a quantization stores in fewer bits."""
+    """`id` of the base's linear weights that quantization stores in fewer bits."""
 
     num_matmul: int
-    """Parameters of linear layers of the base, the head included: two operations a token each in a forward pass."""
+    """Parameters of the base's linear layers, head included: two operations per token each in a forward pass."""
 
     @property
     def base(self) -> PreTrainedModel:
-        """The transformers model inside, without an adapter around it."""
+        """The transformers model, without the PEFT model around it."""
         return base_model(self.model)
 
     @functools.cached_property
     def trainable(self) -> list[torch.nn.Parameter]:
-        """What trains."""
+        """The parameters that train."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 def build_skeleton(spec: ModelSpec, vocab_size: int, precision: str = "32-true") -> Skeleton:
-    """Build the model of a configuration without its weights: only its `config.json` is read.
+    """Build the model of a configuration without weights; only its `config.json` is read.
 
     Args:
-        spec: The model.
-        vocab_size: Tokens of the tokenizer.
-        precision: The trainer's.
+        spec: The keys under `model`.
+        vocab_size: Number of tokens of the tokenizer.
+        precision: `trainer.precision` in its long form, such as `bf16-mixed`.
 
     Raises:
         UserError: If the model's configuration cannot be read, or the adapter does not fit the model.
@@ -78,7 +82,7 @@ def build_skeleton(spec: ModelSpec, vocab_size: int, precision: str = "32-true")
         num_matmul = num_matrix_entries(base)
         model: PreTrainedModel | PeftModel = base
         if spec.adapter is not None:
-            model = add_adapter(base, _plain_start(spec.adapter))
+            model = add_adapter(base, _without_init(spec.adapter))
         elif spec.trainable is not None:
             train_only(base, spec.trainable)
         if precision in _TRUE_PRECISION:
@@ -90,15 +94,15 @@ def build_skeleton(spec: ModelSpec, vocab_size: int, precision: str = "32-true")
 
 
 _TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""Precisions in which the trainer converts the whole model."""
+"""Precisions for which the trainer converts the full model → the type."""
 
 
 def _make_fake(model: torch.nn.Module, mode: Any) -> None:
-    """Turn the meta tensors of a model into fake ones on the CPU, whose operations allocate as real ones do."""
+    """Replace the meta tensors of a model by fake CPU tensors, whose operations allocate as those of real tensors."""
     fake: dict[int, torch.Tensor] = {}
-    kept: list[torch.Tensor] = []  # an id is only good as long as its tensor lives
+    kept: list[torch.Tensor] = []  # an id is unique only while its tensor is alive
 
-    def of(tensor: torch.Tensor) -> torch.Tensor:
+    def fake_of(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in fake:
             kept.append(tensor)
             with mode:
@@ -110,7 +114,7 @@ def _make_fake(model: torch.nn.Module, mode: Any) -> None:
     for module in model.modules():
         parameters = list(module.named_parameters(recurse=False, remove_duplicate=False))
         for name, tensor in [*parameters, *module.named_buffers(recurse=False, remove_duplicate=False)]:
-            setattr(module, name, of(tensor))
+            setattr(module, name, fake_of(tensor))
 
 
 def _config_values(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
@@ -135,8 +139,8 @@ def _config_values(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
     return values
 
 
-def _plain_start(config: AdapterConfig) -> AdapterConfig:
-    """Return an adapter of the same shapes whose start is no computation on weights that are not there."""
+def _without_init(config: AdapterConfig) -> AdapterConfig:
+    """Return an adapter of the same shapes whose initialization does not read weights."""
     if config.path is not None:
         continued = read_adapter_config(config.path, drop_modules_to_save=config.drop_modules_to_save)
         return AdapterConfig(peft_config=continued, only_adapter=config.only_adapter)  # type: ignore[arg-type]  # a virtual subclass
@@ -145,10 +149,11 @@ def _plain_start(config: AdapterConfig) -> AdapterConfig:
 
 
 def stored_bytes(skeleton: Skeleton, quantization: QuantizationConfig | None) -> tuple[float, float]:
-    """Return the bytes of what is frozen, and of what trains.
+    """Return the bytes of frozen weights and buffers, and the bytes of weights that train.
 
-    NF4 and FP4 take half a byte a parameter and a float32 constant per 64 of them, 8 bits and a float32 per 256 with
-    double quantization (Dettmers et al., 2023, arXiv:2305.14314, section 3); LLM.int8 one byte and a float32 per row.
+    Args:
+        skeleton: The model without weights.
+        quantization: How the base is quantized; `None` if it is not.
     """
     frozen, trained = stored_bytes_of(skeleton.model.parameters(), skeleton.linears, quantization)
     return frozen + sum(buffer.numel() * buffer.element_size() for buffer in skeleton.model.buffers()), trained
@@ -157,12 +162,12 @@ def stored_bytes(skeleton: Skeleton, quantization: QuantizationConfig | None) ->
 def stored_bytes_of(
     parameters: Iterable[torch.nn.Parameter], linears: Collection[int], quantization: QuantizationConfig | None
 ) -> tuple[float, float]:
-    """Return the bytes of those of some parameters that are frozen, and of those that train.
+    """Return the bytes of the frozen ones of some parameters, and the bytes of those that train.
 
     Args:
-        parameters: Some of a model's.
-        linears: `id` of the weights that a quantization stores in fewer bits.
-        quantization: Of the base.
+        parameters: Parameters of a model, of any shape.
+        linears: `id` of the weights that quantization stores in fewer bits.
+        quantization: How the base is quantized; `None` if it is not.
     """
     frozen = trained = 0.0
     for parameter in parameters:
@@ -176,7 +181,17 @@ def stored_bytes_of(
 
 
 def quantized_bytes(numel: int, columns: int, quantization: QuantizationConfig) -> float:
-    """Return the bytes of a quantized weight of `numel` parameters in rows of `columns`."""
+    """Return the bytes of a quantized weight.
+
+    NF4 and FP4 take half a byte per parameter and a float32 constant per 64 parameters; with double quantization, one
+    byte per 64 and a float32 per 64 · 256 (Dettmers et al., 2023, arXiv:2305.14314, section 3). LLM.int8 takes one byte
+    per parameter and a float32 per row.
+
+    Args:
+        numel: Number of parameters.
+        columns: Parameters per row.
+        quantization: How the weight is quantized.
+    """
     if quantization.bits == 8:
         return numel + 4 * numel / columns
     constants = (1 / 64 + 4 / (64 * 256)) if quantization.double_quant else 4 / 64
@@ -185,12 +200,16 @@ def quantized_bytes(numel: int, columns: int, quantization: QuantizationConfig) 
 
 @contextmanager
 def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
-    """Gradient checkpointing on or off inside."""
+    """Enable gradient checkpointing while the context is open.
+
+    Args:
+        model: The transformers model.
+        enabled: Whether to; otherwise nothing changes.
+    """
     options: Mapping[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*will be removed in v6.*"
-        )  # the new names are not in older versions
+        # transformers' new names of these methods do not exist in older versions
+        warnings.filterwarnings("ignore", message=".*will be removed in v6.*")
         if enabled:
             model.gradient_checkpointing_enable(**options)
         try:

@@ -1,4 +1,4 @@
-"""Arithmetic per token, and the time that it takes."""
+"""Floating-point operations per token, and the time that they take."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ PEAK_TFLOPS = {
     "B200": 2250.0, "H100": 989.4, "H100 PCIe": 756.0, "H200": 989.4, "H800": 989.4,
     "L4": 121.0, "L40": 181.0, "L40S": 362.0, "RTX 3090": 71.0, "RTX 4090": 165.2, "T4": 65.0, "V100": 125.0,
 }  # fmt: skip
-"""Peaks of GPUs in 10¹² operations a second, dense, in bfloat16 (T4, V100: float16), from NVIDIA's data sheets."""
+"""Dense peaks of GPUs in 10¹² operations per second, in bfloat16 (T4, V100: float16), from NVIDIA's data sheets."""
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Return the peak of a GPU by the name that CUDA gives it; `None` if it is not known here."""
+    """Return the peak of a GPU by its CUDA device name, in 10¹² operations per second; `None` if it is unknown."""
     words = f" {device_name.replace('-', ' ').replace('/', ' ')} "
     found = [name for name in PEAK_TFLOPS if f" {name} " in words]
     return PEAK_TFLOPS[max(found, key=len)] if found else None
 
 
 def num_matrix_entries(model: torch.nn.Module) -> int:
-    """Return the entries of a model's linear layers, its head's too and an adapter's not.
+    """Return the number of entries of a model's linear layers, with its head and without an adapter.
 
-    A quantized layer counts what it multiplies with, not the fewer numbers that it stores.
+    A quantized layer counts the entries that it multiplies with, not the fewer numbers that it stores.
     """
     modules = list(model.modules())
     tuned = [module for module in modules if isinstance(module, BaseTunerLayer)]
@@ -43,23 +43,23 @@ def num_matrix_entries(model: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Floating-point operations per token of training; a multiplication and an addition are two."""
+    """Floating-point operations per token of training; a multiplication and an addition are two operations."""
 
     model: float
-    """What the training is: the part that MFU counts."""
+    """Operations of the forward and backward pass, the part that MFU counts."""
 
     recomputed: float
-    """What gradient checkpointing runs a second time."""
+    """Operations that gradient checkpointing runs a second time."""
 
     def seconds(self, num_tokens: int, *, mfu: float, tflops: float, num_gpus: int, checkpointing: bool) -> float:
-        """Return how long training on tokens takes.
+        """Return how long training takes, in seconds.
 
         Args:
-            num_tokens: Tokens, padding left out.
+            num_tokens: Tokens, without padding.
             mfu: Share of the peak that the executed operations reach, 0 to 1.
-            tflops: Peak of a GPU in its training type, in 10¹² operations a second.
+            tflops: Peak of a GPU in its training type, in 10¹² operations per second.
             num_gpus: GPUs that share the tokens.
-            checkpointing: Whether layers are run again.
+            checkpointing: Whether activations are recomputed.
         """
         executed = self.model + (self.recomputed if checkpointing else 0.0)
         return num_tokens * executed / (mfu * tflops * 1e12 * num_gpus)
@@ -70,16 +70,17 @@ def arithmetic(
 ) -> Arithmetic:
     """Return the operations per token.
 
-    A forward pass takes 2N for its N matrix parameters and 2·s·h·L for causal attention over documents of s tokens; the
-    backward as much again for the inputs' gradients, and as much again for the weights', which a frozen base has not
-    (PaLM, Chowdhery et al., 2022, arXiv:2204.02311, appendix B, with causal attention counted at half).
+    A forward pass takes 2·N operations for N matrix parameters and 2·s·h·L for causal attention over documents of s
+    tokens, with L layers of width h. The backward pass takes as many again for the gradients of the inputs, and as many
+    again for the gradients of the weights, which a frozen base does not need (PaLM, Chowdhery et al., 2022,
+    arXiv:2204.02311, appendix B, with causal attention counted at half).
 
     Args:
         config: The model's configuration.
         num_matmul: N: parameters of the base's linear layers, head included.
         num_adapter: Parameters of the adapter.
         full: Whether the base trains.
-        document_length: s: mean length of the document that a token is in.
+        document_length: s: mean length of the document that a token is in, in tokens.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 0  # a state-space model has none
@@ -90,5 +91,5 @@ def arithmetic(
 
 
 def mean_document_length(lengths: npt.NDArray[np.int64]) -> float:
-    """Return the length of the document that a token is in, the mean over tokens: Σ s² / Σ s."""
+    """Return the mean length of the document that a token is in, Σ s² / Σ s tokens, for lengths (num_documents,)."""
     return float((lengths.astype(np.float64) ** 2).sum() / max(1, lengths.sum()))

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, counted as operations make them; for fake tensors and for real ones."""
+"""Count the bytes of live tensors, fake or real, as operations make them."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from sft_lightning.compat.torch import storage_key, watching_operations
 
 
 class StorageTracker:
-    """Counts the storages that operations inside the context make, until they are freed.
+    """Counts the storages that operations make while the context is open, until they are freed.
 
-    A view shares its storage and counts nothing. What a kernel takes and gives back within itself is not seen.
+    A view shares its storage and is not counted. Memory that a kernel allocates and frees by itself is not seen.
 
     Args:
-        known: Tensors that are there already and are not counted: weights, optimizer states.
+        known: Existing tensors, of any shape, that are not counted: weights, optimizer states.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         self.live = 0
-        """Bytes alive now."""
+        """Bytes that are alive now."""
 
         self.peak = 0
-        """Most bytes that were alive at once."""
+        """Largest number of bytes alive at once."""
 
         self._operations = watching_operations(self._see)
         self._seen: dict[int, weakref.ref[Any]] = {}

@@ -1,4 +1,4 @@
-"""What each part of a small model takes on a GPU, strategy by strategy, added up by hand."""
+"""Memory of each part of a small model under each strategy, against sums by hand."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def memory(estimator: Estimator, sharding: ShardingSpec, num_gpus: int = 4, bits
     return estimator.memory(setup)
 
 
-def test_one_gpu_has_all_of_a_model_and_nothing_for_others() -> None:
+def test_one_gpu_holds_the_full_model_and_no_buffers() -> None:
     found = memory(estimator(), REPLICATED, 1)
     assert found.weights == pytest.approx(4 * MODEL, rel=1e-3)  # and the rotary frequencies
     assert found.gradients == 4 * MODEL
@@ -49,7 +49,7 @@ def test_one_gpu_has_all_of_a_model_and_nothing_for_others() -> None:
     assert found.communication == 0
 
 
-def test_gradients_of_one_gpu_are_made_while_activations_go_and_divided_ones_go_at_once() -> None:
+def test_gradients_of_one_gpu_count_at_the_peak_and_sharded_ones_beside_it() -> None:
     full = estimator()
     options: Any = {"batch_size": 1, "max_length": 32, "gradient_checkpointing": False}
     alone, divided = memory(full, REPLICATED, 1), memory(full, fsdp2_sharding())
@@ -61,12 +61,12 @@ def test_gradients_of_one_gpu_are_made_while_activations_go_and_divided_ones_go_
     assert divided.activations + divided.temporary == waiting.peak
 
 
-def test_ddp_has_all_of_it_and_the_gradients_once_more() -> None:
+def test_ddp_holds_the_full_model_and_a_copy_of_the_gradients() -> None:
     found = memory(estimator(), REPLICATED)
     assert (found.gradients, found.communication) == (4 * MODEL, 4 * MODEL)
 
 
-def test_fsdp2_divides_all_and_gathers_two_layers_and_what_is_in_none() -> None:
+def test_fsdp2_shards_everything_and_gathers_two_layers_and_the_parameters_outside_them() -> None:
     found = memory(estimator(), fsdp2_sharding())
     assert found.weights == pytest.approx(MODEL, rel=1e-3)
     assert found.gradients == MODEL
@@ -78,7 +78,7 @@ def test_fsdp2_divides_all_and_gathers_two_layers_and_what_is_in_none() -> None:
     assert offloaded.communication == found.communication
 
 
-def test_zero_casts_to_half_precision_and_keeps_a_float32_copy_of_what_trains() -> None:
+def test_zero_casts_to_16_bits_and_keeps_a_float32_copy_of_trained_weights() -> None:
     full = estimator(precision="bf16-mixed")
     first, second, third = (memory(full, zero_sharding(stage)) for stage in (1, 2, 3))
     assert first.weights == second.weights == pytest.approx(2 * MODEL, rel=1e-3)
@@ -91,7 +91,7 @@ def test_zero_casts_to_half_precision_and_keeps_a_float32_copy_of_what_trains() 
     assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (second.weights, 0, 0)
 
 
-def test_an_adapter_is_what_gradients_and_the_optimizer_are_of() -> None:
+def test_gradients_and_optimizer_state_are_those_of_the_adapter() -> None:
     lora = estimator(AdapterConfig(r=4))
     found = memory(lora, fsdp2_sharding(), 2, bits=4)
     assert found.adapter == found.gradients == 4 * LORA / 2
@@ -107,7 +107,7 @@ def test_in_8_bits_layers_without_an_adapter_keep_their_input_too() -> None:
     assert int8.activations > plain.activations
 
 
-def test_a_state_space_models_long_rows_are_on_the_line_through_short_ones() -> None:
+def test_long_rows_of_a_state_space_model_are_extrapolated_from_short_ones() -> None:
     shape = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     spec = TrainingSpec(from_config=shape, tokenizer_name_or_path="none", dtype="float32")
     found = Estimator(spec, build_skeleton(spec, 100), precision="32-true", max_length=4096, accumulates=False)

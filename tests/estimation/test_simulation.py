@@ -1,16 +1,19 @@
-"""A simulated step against the peak of the CPU's allocator in a real one."""
+"""Memory of a simulated step, against the peak of the CPU's allocator in a real step."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.optim as bnb
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sft_lightning.estimation.simulation import simulate_step, training_step
+from sft_lightning.errors import UserError
+from sft_lightning.estimation.simulation import fake_optimizer, optimizer_bytes, simulate_step, training_step
 from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
@@ -37,14 +40,14 @@ def spec(name: str, adapter: AdapterConfig | None, dtype: DTypeName = "float32")
 
 
 def real_peak(name: str, adapter: AdapterConfig | None, rows: int, length: int, checkpointing: bool) -> int:
-    """Bytes that the allocator had out at once in a step, beside what was there before it."""
+    """Largest number of bytes that the allocator had out in a step, without those from before it."""
     values = {key: value for key, value in shape(name).items() if key != "model_type"}
     base = AutoModelForCausalLM.from_config(LlamaConfig(**values), attn_implementation=PACKED).train()
     return peak_of(base if adapter is None else add_adapter(base, adapter), rows, length, checkpointing)
 
 
 def peak_of(model: Any, rows: int, length: int, checkpointing: bool) -> int:
-    """Bytes that the allocator had out at once in a step of a model, beside what was there before it."""
+    """Largest number of bytes that the allocator had out in a step of a model, without those from before it."""
     if checkpointing:
         base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -59,7 +62,7 @@ def peak_of(model: Any, rows: int, length: int, checkpointing: bool) -> int:
 
 
 def int8_model(name: str, folder: Path) -> PreTrainedModel:
-    """The model, its linear layers in LLM.int8."""
+    """The model with its linear layers in LLM.int8."""
     values = {key: value for key, value in shape(name).items() if key != "model_type"}
     AutoModelForCausalLM.from_config(LlamaConfig(**values)).save_pretrained(folder)
     return load_quantized(
@@ -69,7 +72,7 @@ def int8_model(name: str, folder: Path) -> PreTrainedModel:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_a_simulated_step_of_8_bits_takes_what_bitsandbytes_takes_on_the_cpu(
+def test_a_simulated_8_bit_step_takes_the_memory_of_bitsandbytes_on_the_cpu(
     name: str, checkpointing: bool, tmp_path: Path
 ) -> None:
     skeleton = build_skeleton(spec(name, AdapterConfig(r=8), "bfloat16"), 2000)
@@ -84,7 +87,7 @@ def test_a_simulated_step_of_8_bits_takes_what_bitsandbytes_takes_on_the_cpu(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("adapter", [AdapterConfig(r=8), None], ids=["lora", "full"])
 @pytest.mark.parametrize("name", list(SHAPES))
-def test_a_simulated_step_takes_what_a_real_one_takes(
+def test_a_simulated_step_takes_the_memory_of_a_real_one(
     name: str, adapter: AdapterConfig | None, checkpointing: bool
 ) -> None:
     skeleton = build_skeleton(spec(name, adapter), 2000)
@@ -92,3 +95,23 @@ def test_a_simulated_step_takes_what_a_real_one_takes(
     real = real_peak(name, adapter, 2, 256, checkpointing)
     print(f"{name} {adapter is None} {checkpointing}: {simulated.peak / real - 1:+.2%} of {real / 2**20:.1f} MiB")
     assert simulated.peak == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("make", "bytes_per_parameter"),
+    [(torch.optim.AdamW, 8), (torch.optim.Adagrad, 4), (bnb.AdamW8bit, 2), (torch.optim.LBFGS, None)],
+)
+def test_an_optimizers_state_is_counted_unless_its_step_reads_values(
+    make: Any, bytes_per_parameter: int | None
+) -> None:
+    skeleton = build_skeleton(spec("wide", None), 2000)
+    found = optimizer_bytes(skeleton, fake_optimizer(skeleton, make))
+    num_parameters = sum(parameter.numel() for parameter in skeleton.trainable)
+    expected = None if bytes_per_parameter is None else pytest.approx(bytes_per_parameter * num_parameters, rel=0.03)
+    assert found == expected
+
+
+def test_an_optimizer_that_refuses_its_arguments_is_refused() -> None:
+    skeleton = build_skeleton(spec("narrow", None), 2000)
+    with pytest.raises(UserError, match=r"model\.optimizer\.init_args: the optimizer refuses them: .*momentun"):
+        fake_optimizer(skeleton, functools.partial(torch.optim.SGD, momentun=0.9))

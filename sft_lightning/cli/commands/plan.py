@@ -1,4 +1,4 @@
-"""Tell what a run will take before it starts: steps, memory by part, time; needs no GPU and no weights."""
+"""Estimate steps, memory by part and time of a run before it starts; needs neither a GPU nor weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40}
 
 
 def main(args: Sequence[str]) -> None:
-    """Plan the data, simulate a step, and print what was found."""
+    """Print the plan of a run."""
     inputs = plan_inputs(args)
     _read(inputs.data)
     from sft_lightning.estimation.report import plan_lines
@@ -30,19 +30,18 @@ def main(args: Sequence[str]) -> None:
 
 
 def plan_inputs(args: Sequence[str]) -> PlanInputs:
-    """Return what a command line asks to plan; nothing of the data is read yet.
+    """Return the inputs of the plan that a command line describes; no data is read.
 
     Args:
-        args: What follows `plan` on the command line.
+        args: Command-line arguments after `plan`.
 
     Raises:
-        UserError: If `fit` would refuse the configuration before it reads a weight, or an option of `plan` is wrong.
+        UserError: If `fit` would refuse the configuration before it reads any weight, or an option is out of range.
     """
     line = parse_configuration("plan", __doc__, args, _add_options)
     from sft_lightning.data.plan.epoch_plan import Topology
     from sft_lightning.estimation.inputs import PlanInputs, check_as_fit
     from sft_lightning.strategies.refusals import RunFacts
-    from sft_lightning.strategies.registry import sharding_of
 
     data, config = line.data, line.config
     trainer = line.config_init["trainer"]
@@ -67,7 +66,8 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
     return PlanInputs(
         spec=line.spec,
         data=data,
-        sharding=sharding_of(strategy),
+        strategy=strategy,
+        gradient_clip_val=trainer["gradient_clip_val"] or 0.0,
         precision=precision,
         num_epochs=_epochs(trainer),
         max_steps=trainer["max_steps"],
@@ -78,17 +78,27 @@ def plan_inputs(args: Sequence[str]) -> PlanInputs:
 
 
 def _add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--num_gpus", type=int | None, default=None, help="GPUs (default: as trainer.devices says).")
+    parser.add_argument(
+        "--num_gpus",
+        type=int | None,
+        default=None,
+        help="GPUs (default: trainer.devices × num_nodes).",
+    )
     parser.add_argument("--gpu_memory", type=str | None, default=None, help="Memory of a GPU, such as 48GiB.")
-    parser.add_argument("--mfu", type=float, default=0.4, help="Share of the GPU's peak that training reaches.")
-    parser.add_argument("--tflops", type=float, default=312.0, help="Peak of a GPU, 10¹² per second (A100: 312).")
+    parser.add_argument("--mfu", type=float, default=0.4, help="Share of the GPU's peak that training reaches, 0 to 1.")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        default=312.0,
+        help="Peak of a GPU, in TFLOP/s (default: an A100).",
+    )
 
 
 def _read(data: SFTDataModule) -> None:
     if not data.spec.sources:
-        raise UserError("data.sources: no source given, so there is nothing to plan")
+        raise UserError("data.sources: no source given; plan needs at least one")
     if data.spec.streams:
-        raise UserError("data.sources: streamed sources are planned while training; leave out `streaming` to plan")
+        raise UserError("data.sources: a streamed source cannot be planned; remove `streaming` to plan")
     data.prepare()
 
 
@@ -103,15 +113,15 @@ def _epochs(trainer: Any) -> int:
 
 
 def parse_memory(text: str) -> float:
-    """Return the bytes that `48GiB`, `80 GB` or `24` (GiB) say.
+    """Return an amount of memory in bytes, from text such as `48GiB`, `80 GB` or `24` (GiB).
 
     Raises:
-        UserError: If it says none.
+        UserError: If the text is not an amount of memory.
     """
     found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in _UNITS.items()} | {"": 2**30}
     if found is None or found[2].lower() not in units or not math.isfinite(_number(found[1])):
-        raise UserError(f"--gpu_memory: {text!r} is no amount of memory; write 48GiB or 80GB")
+        raise UserError(f"--gpu_memory: {text!r} is not an amount of memory; write 48GiB or 80GB")
     size = _number(found[1]) * units[found[2].lower()]
     if size <= 0:
         raise UserError(f"--gpu_memory: must be above 0 (got {text!r})")

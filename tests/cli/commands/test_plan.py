@@ -1,4 +1,4 @@
-"""`plan` tells steps, memory and time of a configuration that is never started."""
+"""`plan` estimates steps, memory and time of a configuration without starting it."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def peak(capsys: pytest.CaptureFixture[str]) -> float:
     return next(float(words[1]) for words in lines if words[:1] == ["peak"])
 
 
-def test_steps_memory_and_time_are_told_without_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_memory_and_time_are_estimated_without_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--model.adapter.r=4", "--num_gpus=2", "--trainer.max_epochs=3") == 0
     shown = capsys.readouterr().out
     assert "tokens supervised; 0 dropped" in shown
     assert "a step is 1 rows × 1 micro-batches × 2 GPUs" in shown
     for part in ("weights", "adapter", "gradients", "optimizer", "activations", "temporary", "peak"):
         assert f"\n  {part}" in shown
-    assert "GFLOP a token; an epoch takes" in shown
+    assert "GFLOP per token; an epoch takes" in shown
 
 
-def test_what_fits_and_what_would_make_it_fit_is_told(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_says_what_fits_and_which_changes_make_it_fit(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--model.adapter.r=4", "--data.batch_size=64", "--gpu_memory=48GiB") == 0
     shown = capsys.readouterr().out
     assert "fits into 48.0 GiB" in shown
     assert "changes" not in shown
-    assert "GPU memory / 3, says 17.2 B" in shown
+    assert "(GPU memory / 3): 17.2 B" in shown
     assert plan("--model.adapter.r=4", "--data.batch_size=64", "--gpu_memory=40MiB") == 0
     shown = capsys.readouterr().out
     assert "does not fit into 0.0 GiB" in shown
-    assert "data.batch_size: 1, with 64 times" in shown
+    assert "data.batch_size: 1 and 64 times" in shown
     assert shown.count(", fits") == 1
 
 
-def test_a_batch_takes_more_and_checkpointing_less(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_larger_batch_takes_more_and_checkpointing_less(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     small, large, recomputed = (
         (plan("--model.adapter.r=4", f"--data.batch_size={rows}", f"--model.gradient_checkpointing={on}"), peak(capsys))
         for rows, on in ((8, "false"), (64, "false"), (64, "true"))
@@ -73,13 +73,13 @@ def test_a_batch_takes_more_and_checkpointing_less(plan: Plan, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--gpu_memory=much", "--gpu_memory: 'much' is no amount of memory"),
+        ("--gpu_memory=much", "--gpu_memory: 'much' is not an amount of memory"),
         ("--num_gpus=0", "--num_gpus: must be at least 1"),
         ("--mfu=40", "--mfu: must be above 0 and at most 1"),
         ("--data.sources={}", "data.sources: no source given"),
     ],
 )
-def test_what_is_wrong_names_its_option(option: str, said: str, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_option_is_named(option: str, said: str, plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--model.adapter.r=4", option) == 2
     assert said in capsys.readouterr().err
 
@@ -87,12 +87,12 @@ def test_what_is_wrong_names_its_option(option: str, said: str, plan: Plan, caps
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--model.adapter.r=4"], "reference model: adapter_off, a second forward pass at every step"),
-        ([], "reference model: precomputed, a forward pass over the data first; 0.00 MiB"),
+        (["--model.adapter.r=4"], "reference model: adapter_off, a second forward pass in each step"),
+        ([], "reference model: precomputed, one forward pass over the data; 0.00 MiB"),
         (["--model.preference.loss=simpo"], "reference model: none, the loss is simpo"),
     ],
 )
-def test_preference_training_counts_pairs_and_tells_of_the_reference(
+def test_a_plan_of_preference_training_counts_pairs_and_names_the_reference(
     options: list[str], said: str, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad"} for i in range(7)]
@@ -104,15 +104,15 @@ def test_preference_training_counts_pairs_and_tells_of_the_reference(
     assert said in shown
 
 
-def test_prompts_of_pairs_are_off_the_time(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompt_sharing_saves_time(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "q" * 20, "chosen": "good", "rejected": "bad"}] * 3))
     source = f"--data.sources={{toy: {{path: {tmp_path / 'pairs.json'}, format: preference}}}}"
     assert plan("--task=dpo", source, "--model.adapter.r=4") == 0
     shown = capsys.readouterr().out
-    share = int(shown.split("prompts once for both answers: ")[1].split("%")[0])
+    share = int(shown.split("prompt sharing: ")[1].split("%")[0])
     assert 20 < share < 50
     assert plan("--task=dpo", source, "--model.adapter.r=4", "--model.preference.share_prompts=false") == 0
-    assert "prompts once for both answers: 0%" in capsys.readouterr().out
+    assert "prompt sharing: 0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_prompts_of_pairs_are_off_the_time(plan: Plan, tmp_path: Path, capsys: p
         ),
     ],
 )
-def test_what_fit_refuses_is_refused(
+def test_a_configuration_that_fit_refuses_is_refused(
     options: list[str], said: str, plan: Plan, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert plan(*options) == 2
@@ -165,7 +165,7 @@ def test_a_strategy_by_its_class_is_planned(plan: Plan, capsys: pytest.CaptureFi
     assert "FSDP2, offloaded" in capsys.readouterr().out
 
 
-def test_memory_is_read_in_its_units() -> None:
+def test_an_amount_of_memory_is_read_with_its_unit() -> None:
     assert parse_memory("48GiB") == parse_memory("48") == 48 * 2**30
     assert parse_memory("80 GB") == 80e9
     for wrong in ("1.2.3GB", "0GiB", "x"):
