@@ -63,7 +63,6 @@ def is_dataclass(node: ast.ClassDef) -> bool:
 
 
 UNFINISHED: tuple[str, ...] = (
-    "estimation",
     "training",
     "views",
 )

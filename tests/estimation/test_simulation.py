@@ -71,7 +71,9 @@ def int8_model(name: str, folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize(
+    "name", ["grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "wide"))]
+)
 def test_a_simulated_8_bit_step_takes_the_memory_of_bitsandbytes_on_the_cpu(
     name: str, checkpointing: bool, tmp_path: Path
 ) -> None:

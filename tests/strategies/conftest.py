@@ -1,4 +1,4 @@
-"""Runs of the real command in real processes over gloo, and what they logged."""
+"""Runs of the real command in real processes over gloo, and the metrics that they log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 TIMEOUT = 400
-"""Seconds after which a run hangs; DeepSpeed's Adam for the host is compiled at first use, in half of them."""
+"""Seconds after which a run counts as hung; DeepSpeed's CPU Adam is compiled at first use, in half of that time."""
 
 MODES: Mapping[str, tuple[str, ...]] = {
     "full": ("--model.optimizer.init_args.lr=1e-3",),
@@ -22,7 +22,7 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "lora_bf16_base": ("--model.adapter.r=4", "--model.adapter.dropout=0", "--model.dtype=bfloat16"),
     "qlora": ("--model.adapter.r=4", "--model.adapter.dropout=0", "--model.quantization.bits=4"),
 }
-"""What trains, as options."""
+"""Name of a mode of training → its options."""
 
 
 def options(model_dir: Path, data: Path) -> list[str]:
@@ -44,7 +44,7 @@ def options(model_dir: Path, data: Path) -> list[str]:
 
 
 class Runs:
-    """Makes runs of one model and one data file."""
+    """Starts runs of one model on one data file."""
 
     def __init__(self, model_dir: Path, data: Path) -> None:
         self._options = options(model_dir, data)
@@ -63,7 +63,7 @@ class Runs:
         ]
 
     def __call__(self, folder: Path, mode: str, *extra: str, **which: object) -> str:
-        """Run to the end; return what was said."""
+        """Run to the end and return the output."""
         with subprocess.Popen(
             self.command(folder, mode, *extra, **which),  # type: ignore[arg-type]
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -72,7 +72,7 @@ class Runs:
             try:
                 said, _ = process.communicate(timeout=TIMEOUT)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # the ranks that it started too, which hold the pipe
+                os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it started, which hold the pipe
                 raise
         assert process.returncode == 0, said[-5000:]
         return said
@@ -85,7 +85,7 @@ def runs(model_dir: Path, records_file: Path) -> Runs:
 
 @pytest.fixture(scope="session")
 def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run of a mode in one process, made once."""
+    """The folder of a run in one process, made once for each mode."""
     made: dict[str, Path] = {}
 
     def run(mode: str) -> Path:
@@ -99,7 +99,7 @@ def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 @pytest.fixture(scope="session")
 def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same records as `alpaca_file`, for the whole session."""
+    """The records of `alpaca_file`, for the whole session."""
     file = tmp_path_factory.mktemp("data") / "alpaca.json"
     records = [
         {"instruction": f"What is {i} and {i}?", "input": "", "output": f"{i} and {i} is {2 * i}" + "." * (i % 7 + 1)}
@@ -111,7 +111,7 @@ def records_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def logged() -> Callable[[Path, str], list[float]]:
-    """A column of a run's metrics."""
+    """Reads a column of a run's metrics."""
 
     def column(folder: Path, name: str) -> list[float]:
         with (folder / "metrics.csv").open() as file:

@@ -1,4 +1,7 @@
-"""Evaluating and answering in two real processes over gloo: what one process says, whoever has the weights."""
+"""Evaluation and generation in two real processes over gloo give the results of one process.
+
+Covers sft_lightning.strategies.fsdp2.strategy, zero.strategy and models.generation.lockstep.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def cell(strategy: str, *values: str, slow: bool = True) -> Any:
 
 @pytest.fixture(scope="session")
 def part_of(records_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """A file of the first records."""
+    """Writes a file of the first records."""
 
     def write(number: int) -> Path:
         file = tmp_path_factory.mktemp("part") / f"first_{number}.json"
@@ -44,7 +47,7 @@ def part_of(records_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 def asking(file: Path, decoding: str) -> list[str]:
-    """Options that answer the prompts of a file in batches of two."""
+    """Return options that answer the prompts of a file in batches of two."""
     source = f"--data.predict_sources={{asked: {{path: {file}, format: alpaca}}}}"
     return [source, "--data.batch_size=2", f"--model.generation={DECODING[decoding]}"]
 
@@ -70,7 +73,7 @@ def asking(file: Path, decoding: str) -> list[str]:
 def test_two_processes_predict_what_one_predicts(
     runs: Any, part_of: Callable[[int], Path], tmp_path: Path, strategy: str, mode: str, decoding: str
 ) -> None:
-    """Five prompts in batches of two: the second process has nothing to answer in the second round."""
+    """Five prompts in batches of two: the second process has no prompt in the second round."""
     ask = asking(part_of(5), decoding)
     assert main(runs.command(tmp_path / "one", mode, *ask, stage="predict")[3:]) == 0
     runs(tmp_path / "two", mode, *ask, stage="predict", processes=2, strategy=strategy)
@@ -88,7 +91,7 @@ def test_a_process_without_any_prompt_takes_part(
 
 
 @pytest.mark.slow
-def test_nothing_to_predict_is_said(runs: Any, part_of: Callable[[int], Path], tmp_path: Path) -> None:
+def test_a_file_without_prompts_is_refused(runs: Any, part_of: Callable[[int], Path], tmp_path: Path) -> None:
     ask = asking(part_of(0), "sampling")
     command = runs.command(tmp_path, "full", *ask, stage="predict", processes=2, strategy="fsdp2")
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -97,7 +100,7 @@ def test_nothing_to_predict_is_said(runs: Any, part_of: Callable[[int], Path], t
 
 
 def status_of(command: list[str]) -> int:
-    """Run to the end, whatever it is."""
+    """Run to the end and return the exit status."""
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as process:
@@ -105,7 +108,7 @@ def status_of(command: list[str]) -> int:
             return process.wait(timeout=240)
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # whoever is left of it
+                os.killpg(process.pid, signal.SIGKILL)  # processes that are left
 
 
 KILLER = """
@@ -120,7 +123,7 @@ class Killer(Callback):
 
 
 @pytest.mark.parametrize("strategy", [cell("ddp"), cell("fsdp2"), cell("deepspeed_stage_3")])
-def test_a_killed_run_goes_on_where_each_process_stopped(
+def test_a_killed_run_continues_where_each_process_stopped(
     runs: Any, records_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
 ) -> None:
     ask = asking(records_file, "sampling")
@@ -156,7 +159,7 @@ def test_a_killed_run_goes_on_where_each_process_stopped(
 def test_two_processes_evaluate_as_one_does(
     runs: Any, part_of: Callable[[int], Path], tmp_path: Path, strategy: str, stage: str
 ) -> None:
-    """Five rows of a source, and one of another, which the second process has nothing of."""
+    """Five rows of one source and one of another, of which the second process has none."""
     split = {"validate": "val", "test": "test"}[stage]
     sources = ", ".join(
         f"{name}: {{path: {part_of(size)}, format: alpaca}}" for name, size in (("five", 5), ("one", 1))
@@ -178,9 +181,7 @@ def metrics(folder: Path) -> dict[str, float]:
 @pytest.mark.slow
 @needs_deepspeed
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_what_every_strategy_exports_is_compared_with_the_base(
-    runs: Any, model_dir: Path, tmp_path: Path, mode: str
-) -> None:
+def test_exports_of_all_strategies_give_the_same_answers(runs: Any, model_dir: Path, tmp_path: Path, mode: str) -> None:
     strategies = ("ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3")
     rate = "--model.optimizer.init_args.lr=0.05"
     for strategy in strategies:

@@ -1,4 +1,7 @@
-"""Runs that are launched as on a cluster: two torchrun agents that meet."""
+"""Runs that are launched as on a cluster, by two torchrun agents.
+
+Covers configs/launch.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,6 @@ def test_two_agents_meet_and_learn_what_one_process_learns(
 
 
 @pytest.mark.parametrize("file", ["torchrun.sh", "slurm.sbatch"])
-def test_launch_scripts_are_shell(file: str) -> None:
+def test_launch_scripts_have_valid_syntax(file: str) -> None:
     shell = "sh" if file.endswith(".sh") else "bash"
     assert subprocess.run([shell, "-n", str(LAUNCH / file)], check=False).returncode == 0

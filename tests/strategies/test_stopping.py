@@ -1,4 +1,7 @@
-"""Runs that are stopped: told to leave with SIGTERM, or with a rank that dies; and their continuation."""
+"""Runs that SIGTERM or the death of a rank stops, and their continuation.
+
+Covers sft_lightning.strategies.preemption, full_tensors, fsdp2.strategy, zero.strategy and zero.state.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ EVERY_5 = (
     "--trainer.callbacks.save_last=true",
     "--trainer.callbacks.filename={step}",
 )
-UNDISTURBED_STEPS = 80
+UNINTERRUPTED_STEPS = 80
 FURTHER_STEPS = 3
 WITHIN_SECONDS = 60
-"""From the signal to the end of all processes, on a busy machine."""
+"""Longest time from the signal to the end of all processes, on a busy machine."""
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs the deepspeed extra")
 STRATEGIES = [
@@ -41,27 +44,28 @@ STRATEGIES = [
 
 @dataclass(frozen=True)
 class Stopped:
-    """What was seen of a run that was stopped."""
+    """The end of a stopped run."""
 
     status: int
-    """Exit status of rank 0, which the others are started by."""
+    """Exit status of rank 0, which starts the other ranks."""
 
     seconds: float
-    """From the signal until no process was left."""
+    """From the signal until the end of all processes."""
 
     said: str
+    """Output of all processes."""
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs: Any, logged: Logged, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[float]]:
-    """The losses of a run that nobody stops, made once for every strategy."""
+def uninterrupted(runs: Any, logged: Logged, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[float]]:
+    """The losses of a run that is not stopped, made once for each strategy."""
     made: dict[str, list[float]] = {}
 
     def losses(**where: Any) -> list[float]:
         name = where["strategy"]
         if name not in made:
-            folder = tmp_path_factory.mktemp(f"undisturbed_{name}")
-            runs(folder, "lora", *LONG, f"--trainer.max_steps={UNDISTURBED_STEPS}", **where)
+            folder = tmp_path_factory.mktemp(f"uninterrupted_{name}")
+            runs(folder, "lora", *LONG, f"--trainer.max_steps={UNINTERRUPTED_STEPS}", **where)
             made[name] = logged(folder, "train/loss")
         return made[name]
 
@@ -69,12 +73,12 @@ def undisturbed(runs: Any, logged: Logged, tmp_path_factory: pytest.TempPathFact
 
 
 def stop(command: list[str], ready: Path, send: Callable[[list[int]], None]) -> Stopped:
-    """Start a run, signal its processes once a file is there, and wait for their end.
+    """Start a run, signal its processes once a file exists, and wait for their end.
 
     Args:
-        command: Of the run.
+        command: Command of the run.
         ready: The file.
-        send: Gets the ids of the processes by rank, and signals them.
+        send: Signals the processes; gets their ids by rank.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -111,7 +115,7 @@ def is_alive(pid: int) -> bool:
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.1)
 
 
@@ -124,7 +128,7 @@ def to(*ranks: int, signum: signal.Signals) -> Callable[[list[int]], None]:
 @pytest.mark.parametrize("ranks", [(0,), (1,), ()], ids=["rank 0", "rank 1", "all"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_sigterm_writes_a_checkpoint_and_the_restart_continues(
-    runs: Any, logged: Logged, undisturbed: Callable[..., list[float]], tmp_path: Path, strategy: str, ranks: Any
+    runs: Any, logged: Logged, uninterrupted: Callable[..., list[float]], tmp_path: Path, strategy: str, ranks: Any
 ) -> None:
     folder, where = tmp_path / "run", {"processes": 2, "strategy": strategy}
     command = runs.command(folder, "lora", *LONG, "--trainer.max_steps=2000", **where)
@@ -132,40 +136,40 @@ def test_sigterm_writes_a_checkpoint_and_the_restart_continues(
     assert stopped.status == 143, stopped.said[-3000:]
     assert "continue with --ckpt_path last" in stopped.said
     done = torch.load(folder / "checkpoints/last.ckpt")["global_step"]
-    expected = undisturbed(**where)
+    expected = uninterrupted(**where)
     assert logged(folder, "train/loss") == expected[:done]
     assert_continues(runs, logged, folder, done, expected, **where)
 
 
 @pytest.mark.slow
 def test_sigterm_to_a_single_process_writes_a_checkpoint_too(
-    runs: Any, logged: Logged, undisturbed: Callable[..., list[float]], tmp_path: Path
+    runs: Any, logged: Logged, uninterrupted: Callable[..., list[float]], tmp_path: Path
 ) -> None:
     folder, where = tmp_path / "run", {"processes": 1, "strategy": "auto"}
     command = runs.command(folder, "lora", *LONG, "--trainer.max_steps=2000", **where)
     stopped = stop(command, folder / "metrics.csv", to(0, signum=signal.SIGTERM))
     assert stopped.status == 143, stopped.said[-3000:]
     done = torch.load(folder / "checkpoints/last.ckpt")["global_step"]
-    assert_continues(runs, logged, folder, done, undisturbed(**where), **where)
+    assert_continues(runs, logged, folder, done, uninterrupted(**where), **where)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1], ids=["rank 0", "rank 1"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_rank_that_is_killed_takes_the_other_down_and_the_restart_continues(
-    runs: Any, logged: Logged, undisturbed: Callable[..., list[float]], tmp_path: Path, strategy: str, dead: int
+def test_the_death_of_a_rank_ends_the_other_and_the_restart_continues(
+    runs: Any, logged: Logged, uninterrupted: Callable[..., list[float]], tmp_path: Path, strategy: str, dead: int
 ) -> None:
     folder, where = tmp_path / "run", {"processes": 2, "strategy": strategy}
     command = runs.command(folder, "lora", *LONG, *EVERY_5, "--trainer.max_steps=2000", **where)
     stopped = stop(command, folder / "checkpoints/last.ckpt", to(dead, signum=signal.SIGKILL))
     assert stopped.status != 0
-    assert "onnection" in stopped.said, stopped.said[-3000:]  # what gloo says of a peer that is gone
+    assert "onnection" in stopped.said, stopped.said[-3000:]  # gloo's message about a lost peer
     done = torch.load(folder / "checkpoints/last.ckpt")["global_step"]
-    assert_continues(runs, logged, folder, done, undisturbed(**where), **where)
+    assert_continues(runs, logged, folder, done, uninterrupted(**where), **where)
 
 
 def assert_continues(runs: Any, logged: Logged, folder: Path, done: int, expected: list[float], **where: Any) -> None:
-    """Check that `--ckpt_path last` goes on to the same bits, and a single process to the same losses."""
+    """Check that `--ckpt_path last` continues to the same bits, and a single process to the same losses."""
     steps = (*LONG, f"--trainer.max_steps={done + FURTHER_STEPS}", "--ckpt_path=last")
     for name, place in {"again": where, "alone": {}}.items():
         there = folder.with_name(name)

@@ -1,8 +1,9 @@
-"""Mode × strategy: every cell that can run here, in two real processes; `docs/scaling.md` holds what came out.
+"""Every mode under every strategy, in two real processes; the results are the table in `docs/scaling.md`.
 
     SFT_WRITE_MATRIX=1 python -m pytest tests/strategies/test_support_matrix.py -m "slow or not slow"
 
-runs every cell and writes the table into the page.
+runs all cells and writes the table into the page. Covers sft_lightning.strategies.fsdp2.strategy, zero.strategy and
+refusals.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ REFUSED = "refused"
 
 @pytest.fixture(scope="module")
 def one_process(runs: Any, logged: Logged, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[float]]:
-    """A mode's training losses in one process, found once."""
+    """The training losses of a mode in one process, made once."""
     losses: dict[str, list[float]] = {}
 
     def run(mode: str) -> list[float]:
@@ -78,14 +79,14 @@ def test_a_cell_learns_what_one_process_learns_or_is_refused(
     base, extra, model = MODES[mode]
     if sharding_refusal(model, SHORT_NAMES[strategy]) is not None:
         assert_refused(runs.command(tmp_path / "run", base, *extra, processes=2, strategy=strategy))
-        check_page(mode, strategy, REFUSED)
+        compare_with_page(mode, strategy, REFUSED)
         return
     runs(tmp_path / "run", base, *extra, processes=2, strategy=strategy)
     one, two = one_process(mode), logged(tmp_path / "run", "train/loss")
     assert one
     worst = max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=True))
     assert worst <= 1e-5
-    check_page(mode, strategy, f"{worst:.0e}")
+    compare_with_page(mode, strategy, f"{worst:.0e}")
 
 
 def assert_refused(command: list[str]) -> None:
@@ -95,8 +96,8 @@ def assert_refused(command: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def check_page(mode: str, strategy: str, found: str) -> None:
-    """Check that the page says of a cell what came out; write it there first, if asked to."""
+def compare_with_page(mode: str, strategy: str, found: str) -> None:
+    """Check that the page has the result of a cell, after writing it there if `SFT_WRITE_MATRIX` is set."""
     text = PAGE.read_text(encoding="utf-8")
     [row] = re.findall(rf"(?m)^\| {re.escape(mode)} \|.*\|$", text)
     cells = row.split(" | ")
@@ -108,7 +109,7 @@ def check_page(mode: str, strategy: str, found: str) -> None:
     assert (cells[column].removesuffix(" |") == REFUSED) == (found == REFUSED)
 
 
-def test_the_page_has_a_row_of_every_mode() -> None:
+def test_the_page_has_a_row_for_every_mode() -> None:
     rows = re.findall(
         r"(?m)^\| ([^|]+) \|.*\|$",
         PAGE.read_text(encoding="utf-8").split("<!-- matrix -->")[1].split("<!-- end -->")[0],

@@ -1,4 +1,7 @@
-"""`plan` estimates steps, memory and time of a configuration without starting it."""
+"""`plan` estimates steps, memory and time of a configuration without starting it.
+
+Covers sft_lightning.cli.commands.plan and sft_lightning.estimation.report.
+"""
 
 from __future__ import annotations
 

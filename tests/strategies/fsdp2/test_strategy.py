@@ -1,4 +1,4 @@
-"""FSDP2 in two real processes over gloo: the losses of one process, and everything that a run leaves behind."""
+"""FSDP2 in two real processes over gloo: losses, checkpoints and exports are those of one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from sft_lightning.errors import UserError
+from sft_lightning.strategies import FSDP2
 
 Logged = Callable[[Path, str], list[float]]
 EVERY_3 = (
@@ -46,7 +49,7 @@ def test_lora_learns_what_one_process_learns_and_exports_it(
     [beside] = (tmp_path / "two/checkpoints").glob("step=3.adapter")
     assert (beside / "adapter_model.safetensors").is_file()
     samples = (tmp_path / "two/samples.jsonl").read_text(encoding="utf-8")
-    assert samples == (one / "samples.jsonl").read_text(encoding="utf-8")  # rank 0 alone writes them
+    assert samples == (one / "samples.jsonl").read_text(encoding="utf-8")
     assert "logits not compared, because no process has the whole model" in said
 
 
@@ -127,3 +130,9 @@ def test_replicas_that_do_not_divide_the_processes_are_refused(runs: Any, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "trainer.strategy.replicas: 3 does not divide the number of processes, which is 2" in done.stderr
+
+
+@pytest.mark.parametrize("replicas", [0, -1])
+def test_a_number_of_replicas_below_1_is_refused(replicas: int) -> None:
+    with pytest.raises(UserError, match=rf"trainer\.strategy\.replicas: must be at least 1 \(got {replicas}\)"):
+        FSDP2(replicas=replicas)

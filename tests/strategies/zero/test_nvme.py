@@ -1,4 +1,7 @@
-"""ZeRO-3 with its optimizer and its weights in files, as on an NVMe disk: real files, written and read by libaio."""
+"""ZeRO-3 with its optimizer and its weights offloaded to files, written and read by libaio as on an NVMe disk.
+
+Covers sft_lightning.strategies.zero.strategy, state, partition and compat.deepspeed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture
 def zero(tmp_path: Path) -> dict[str, Any]:
-    """Two processes whose state and weights all lie in files."""
+    """Options of two processes that offload all optimizer state and weights to files."""
     if not importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("needs libaio (Debian: apt install libaio-dev)")
     (tmp_path / "disk").mkdir()
@@ -51,7 +54,7 @@ def zero(tmp_path: Path) -> dict[str, Any]:
 def larger(
     runs: Any, records_file: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
-    """Makes runs of a model whose layers have the MiB that DeepSpeed wants of a tensor to write it to a file."""
+    """Starts runs of a model whose layers have 1 MiB, the smallest tensor that DeepSpeed writes to a file."""
     folder = tmp_path_factory.mktemp("larger_llama")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -63,7 +66,7 @@ def larger(
     return type(runs)(folder, records_file)
 
 
-def test_it_learns_what_one_process_learns_and_continues_on_two_processes_and_on_one(
+def test_full_fine_tuning_learns_what_one_process_learns_and_continues_on_two_processes_and_on_one(
     larger: Any, logged: Logged, tmp_path: Path, zero: dict[str, Any]
 ) -> None:
     extra = zero.pop("extra")
@@ -83,7 +86,7 @@ def test_it_learns_what_one_process_learns_and_continues_on_two_processes_and_on
     assert logged(tmp_path / "alone", "train/loss") == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_adapter_learns_over_a_base_that_lies_in_files(
+def test_an_adapter_over_an_offloaded_base_learns_what_one_process_learns(
     larger: Any, logged: Logged, tmp_path: Path, zero: dict[str, Any]
 ) -> None:
     extra = zero.pop("extra")
@@ -94,7 +97,7 @@ def test_an_adapter_learns_over_a_base_that_lies_in_files(
 
 
 @pytest.mark.parametrize("folder", ["/no/such/folder", "/proc"])
-def test_a_folder_that_will_not_do_is_refused_in_one_message(runs: Any, tmp_path: Path, folder: str) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(runs: Any, tmp_path: Path, folder: str) -> None:
     keys = ("--trainer.strategy.stage=3", "--trainer.strategy.offload_optimizer=nvme")
     path, strategy = f"--trainer.strategy.nvme_path={folder}", "sft_lightning.strategies.DeepSpeedZeRO"
     command = runs.command(tmp_path, "full", *keys, path, processes=2, strategy=strategy)
