@@ -1,1 +1,1 @@
-"""What people look at: tables, highlighted tokens, the preview page."""
+"""Output for people: tables of the data report, highlighted tokens, the preview page."""

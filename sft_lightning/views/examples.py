@@ -1,4 +1,4 @@
-"""The first examples of a configuration's sources, as the model will see them, in the terminal."""
+"""The first examples of each source as the model will see them, printed to the terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def first_examples(data: SFTDataModule, num: int) -> PreviewPage:
         num: Records of each source.
 
     Raises:
-        UserError: If there is no source, or a record is wrong.
+        UserError: If there is no source, or a record is malformed and not dropped.
     """
     if not data.spec.sources:
         raise UserError("data.sources: no source given, so there is nothing to show")
@@ -36,7 +36,7 @@ def first_examples(data: SFTDataModule, num: int) -> PreviewPage:
         stop=data.template.stop,
         loss_on=data.spec.loss_on,
         max_length=data.spec.max_length,
-        # With concat no example is too long by itself; of a pair both conversations count together.
+        # No example is too long by itself with packing: concat, and in a pair both conversations count together.
         overlong=None if data.spec.packing == "concat" or data.spec.task == "dpo" else data.spec.overlong,
         sources=[
             _show_source(data, split, name, config, num)
@@ -47,11 +47,11 @@ def first_examples(data: SFTDataModule, num: int) -> PreviewPage:
 
 
 def print_examples(page: PreviewPage, console: Console) -> None:
-    """Print examples: supervised tokens green, special tokens reversed, line feeds and weights other than 1 marked.
+    """Print examples: supervised tokens green, special tokens reversed, line feeds and other loss weights marked.
 
     Args:
         page: The examples.
-        console: Where to print.
+        console: The console to print to.
     """
     coloured = console.is_terminal and not console.no_color
     legend = "green" if coloured else "between " + " and ".join(FRAME)
@@ -63,8 +63,8 @@ def print_examples(page: PreviewPage, console: Console) -> None:
         for example in source.examples:
             _line(console, Text(f"\n{_heading(example)}", "bold"))
             _line(console, marked_text(example.tokens, colours=coloured))
-        for reason in source.left_out:
-            _line(console, Text(f"\nleft out: {reason}", "yellow"))
+        for reason in source.dropped:
+            _line(console, Text(f"\ndropped: {reason}", "yellow"))
 
 
 def _line(console: Console, text: Text) -> None:

@@ -1,4 +1,4 @@
-"""Tokens as a person reads them: the text that each one adds, with what the eye would miss made visible."""
+"""Tokens for people to read: the text that each token adds, with marks for invisible characters."""
 
 from __future__ import annotations
 
@@ -13,26 +13,28 @@ from transformers import PreTrainedTokenizerFast
 from sft_lightning.types import Message, Segment, TokenizedExample
 
 _MAX_UNFINISHED = 16
-"""Tokens to wait for the end of a character; it has at most 4 bytes, but a token may end one and begin another."""
+"""Tokens to wait for the end of a character: it has at most 4 bytes, but a token may end one and begin another."""
 
 _LINE_FEED = "\n"
 _NAMED = {" ": "·", "\t": "⇥", _LINE_FEED: "↵", "\r": "␍", "\x7f": "␡", "\u00a0": "⍽"}
 _JOINERS = "\u200c\u200d"
-"""Inside a word or an emoji these shape what is shown, so that a mark in a running text would destroy it."""
+"""Zero-width joiners: inside a word or an emoji they change its shape, so a mark in their place would break it."""
 
 
 class ShownToken(NamedTuple):
     """A token of an example."""
 
     position: int
-    """From 0."""
+    """Position in the example, from 0."""
 
     id: int
+    """Token id."""
+
     name: str
-    """As the vocabulary writes it: `Ġthe`, `▁the`, `<0x0A>`."""
+    """The token in the vocabulary: `Ġthe`, `▁the`, `<0x0A>`."""
 
     text: str
-    """What it adds to the decoded text; empty for a token with a part of a character, which the last part has."""
+    """Text that it adds to the decoded text; empty if it ends within a character, which the last of its tokens has."""
 
     weight: float
     """Loss weight as a prediction target; 0 where it has no loss."""
@@ -42,43 +44,51 @@ class ShownToken(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A piece of a text: either as it stands, or the mark of a character that cannot be seen."""
+    """A piece of a text, or the mark of an invisible character."""
 
     text: str
+    """The text, or the mark."""
+
     is_mark: bool
+    """Whether it is a mark."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShownExample:
-    """An example with what it was made of."""
+    """An example with the messages and segments that it was made of."""
 
     location: str
-    """Where its record stands."""
+    """Location of its record."""
 
     name: str = ""
     """Which conversation of its record it is, `chosen` or `rejected`; empty for the only one."""
 
     number: int
-    """Which of its record's examples it is, from 1."""
+    """Number of the example among those of its record, from 1."""
 
     num_of_record: int
-    """Examples that the record makes; more than one where the template rewrites earlier turns."""
+    """Examples of the record; more than one where the template rewrites earlier answers."""
 
     repairs: Sequence[str]
     """What was repaired in the record: `leading_answer`, `trailing_user`, `empty_turn`."""
 
     messages: Sequence[Message]
+    """The messages of the conversation."""
+
     segments: Sequence[Segment]
+    """The rendered text of the example."""
+
     tokens: Sequence[ShownToken]
+    """The tokens of the example."""
 
     @property
     def title(self) -> str:
-        """What stands above it."""
+        """The heading of the example."""
         return f"{self.location}, {self.name}" if self.name else self.location
 
     @property
     def num_supervised(self) -> int:
-        """Tokens with a loss."""
+        """Number of tokens with a loss."""
         return sum(token.weight > 0 for token in self.tokens)
 
 
@@ -90,29 +100,38 @@ class ShownSource:
     """Split and name: `train/alpaca`."""
 
     path: str
+    """The source's `path`."""
+
     format: str
-    """As configured, or as the first record tells."""
+    """The format of the records, configured or detected."""
 
     num_records: int
-    """Records read."""
+    """Number of records read."""
 
     examples: Sequence[ShownExample]
-    left_out: Sequence[str] = ()
-    """Why a record makes no example: reason and message, for each that is left out."""
+    """The examples of those records."""
+
+    dropped: Sequence[str] = ()
+    """Reason and message for each record that is dropped."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the examples shown."""
+        """Number of tokens of the examples."""
         return sum(len(example.tokens) for example in self.examples)
 
     @property
     def num_supervised(self) -> int:
-        """Tokens with a loss in the examples shown."""
+        """Number of tokens with a loss of the examples."""
         return sum(example.num_supervised for example in self.examples)
 
 
 def show_tokens(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[ShownToken]:
-    """Return the tokens of an example with the text that each one adds."""
+    """Return the tokens of an example with the text that each one adds.
+
+    Args:
+        example: The example.
+        tokenizer: Its tokenizer.
+    """
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -130,18 +149,18 @@ def show_tokens(example: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[str]:
-    """Return the text that each token adds to what is before it; joined, they are the decoded whole.
+    """Return the text that each token adds to the decoded text; joined, they are the whole decoded text.
 
-    Each token is decoded together with the ones before it, as servers that stream do (vLLM, `detokenizer_utils.py`):
-    some tokenizers drop the leading space of what is decoded alone. A token that ends within a character gets an empty
-    text, and the token that completes the character gets all of it.
+    Each token is decoded together with the ones before it, as in servers that stream (vLLM, `detokenizer_utils.py`),
+    because some tokenizers drop a leading space. A token that ends within a character gets an empty text, and the token
+    that completes the character gets all of it.
 
     Args:
         ids: Token ids, (L,).
         decode: Ids → text.
     """
     texts: list[str] = []
-    context, done = 0, 0  # tokens before `done` have their text; those from `context` on are what `decode` is told
+    context, done = 0, 0  # tokens before `done` have their text; `decode` gets those from `context` on
     for end in range(1, len(ids) + 1):
         before, whole = decode(list(ids[context:done])), decode(list(ids[context:end]))
         if whole.endswith("\ufffd") and end < len(ids) and end - done < _MAX_UNFINISHED:
@@ -153,17 +172,17 @@ def token_texts(ids: Sequence[int], decode: Callable[[list[int]], str]) -> list[
 
 
 def visible(text: str, *, spaces: bool) -> Iterator[Piece]:
-    """Yield a text with a mark for each character that cannot be seen.
+    """Yield the pieces of a text, with a mark for each invisible character.
 
-    A line feed is kept after its mark, so that lines still break; any other such character is replaced by its mark:
-    control characters, and those that change the direction of what follows.
+    The mark replaces the character; only a line feed is kept after its mark, so that lines still break. Invisible are
+    control characters, and characters that change the direction of the text that follows.
 
     Args:
         text: Any text.
-        spaces: Also mark spaces and joiners, as for a single token.
+        spaces: Whether to mark spaces and joiners, too, as for a single token.
     """
     for i, piece in enumerate((_HIDDEN_AND_SPACES if spaces else _HIDDEN).split(text)):
-        hidden = i % 2 == 1  # `split` with a group returns the matches too, between the rest
+        hidden = i % 2 == 1  # `split` with a group returns the matches between the other pieces
         if piece:
             yield Piece(_mark(piece) if hidden else piece, hidden)
         if hidden and piece == _LINE_FEED:
@@ -179,7 +198,7 @@ def _mark(character: str) -> str:
 
 
 def _pattern(spaces: bool) -> re.Pattern[str]:
-    """Match one character of Unicode's classes Cc (control), Cf (format), Zl and Zp (separators), below U+10000."""
+    """Return a pattern for one character below U+10000 of Unicode's classes Cc (control), Cf (format), Zl, Zp."""
     hidden = {chr(code) for code in range(0x10000) if unicodedata.category(chr(code)) in ("Cc", "Cf", "Zl", "Zp")}
     hidden = (hidden | {" ", "\u00a0"}) if spaces else (hidden - set(_JOINERS) - {"\u00ad"})
     return re.compile(f"([{re.escape(''.join(sorted(hidden)))}])")

@@ -1,4 +1,4 @@
-"""Tokens as one text in which supervised tokens stand out, with colours and without."""
+"""Tokens as one text that highlights the supervised ones, with or without colours."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rich.text import Text
 from sft_lightning.views.highlight import ShownToken, visible
 
 FRAME = ("⟦", "⟧")
-"""Around supervised text where there are no colours."""
+"""Frame around supervised text without colours."""
 
 
 def marked_text(tokens: Sequence[ShownToken], *, colours: bool) -> Text:
-    """Return the text, each run of tokens in the colour of what happens to it, its weight before it if that is not 1.
+    """Return the text of tokens with the supervised ones highlighted, and with loss weights other than 1.
 
     Args:
-        tokens: Of an example, or a part of one.
-        colours: Supervised tokens green and special ones reversed; else supervised runs stand between frames.
+        tokens: The tokens of an example, or of a part of one.
+        colours: Whether supervised tokens are green and special tokens reversed; else supervised text is framed.
     """
     text = Text()
     frame = ("", "") if colours else FRAME
@@ -35,7 +35,12 @@ def marked_text(tokens: Sequence[ShownToken], *, colours: bool) -> Text:
 
 
 def around_the_first_answer(tokens: Sequence[ShownToken], limit: int) -> list[ShownToken]:
-    """Return at most `limit` tokens that follow each other, the first supervised one among them."""
+    """Return consecutive tokens with the first supervised one among them.
+
+    Args:
+        tokens: The tokens of an example.
+        limit: The most tokens to return.
+    """
     first = next((token.position for token in tokens if token.weight > 0), 0)
     start = max(0, min(first - limit // 2, len(tokens) - limit))
     return list(tokens[start : start + limit])

@@ -1,4 +1,4 @@
-"""A `DataReport` for the terminal: what was read, how long it is, and what was left out, cut or repaired."""
+"""A `DataReport` as tables for the terminal: records, lengths, drops, cuts and repairs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from sft_lightning.data.sources.report import DataReport, SourceReport
 
 _TEXT_COLUMNS = ("source", "format", "what", "first of them")
 _MAX_PLACES = 3
-"""Locations shown of each drop; `data_report.json` has more."""
+"""Locations to show for each reason of a drop; `data_report.json` has more."""
 
 
 def report_tables(report: DataReport) -> list[Table | str]:
-    """Return what to print of a report, in order, readable at 100 columns.
-
-    Args:
-        report: The counts; a table without rows is left out.
+    """Return the tables of a report, readable at 100 columns; empty tables are left out.
 
     Returns:
-        Tables, and lines of plain text (no rich markup).
+        Tables, and lines of plain text without rich markup, in the order to print.
     """
     if not report.sources:
         return ["data: no source was read"]
@@ -41,9 +38,9 @@ def _first_epoch(report: DataReport) -> str:
         f"{report.optimizer_steps:,} optimizer steps per epoch"
     )
     blended = sum(source.wanted is not None for source in report.sources.values())
-    if blended < 2:  # a source alone has all of the epoch everywhere
+    if blended < 2:  # a single source has the whole epoch
         return line
-    return f"{line}; no source strays more than {report.largest_deviation:.1f} rows from its share of it"
+    return f"{line}; every source is within {report.largest_deviation:.1f} rows of its share throughout the epoch"
 
 
 def _read(report: DataReport) -> Table:
@@ -60,7 +57,7 @@ def _supervised(source: SourceReport, share: float) -> str:
 
 
 def _lengths(report: DataReport) -> Table:
-    """Tokens per example, and, where there is a blend, the share of the epoch that each source has."""
+    """Return the table of tokens per example and, in a blend, of the share of each source in the epoch."""
     blended = any(source.wanted is not None for source in report.sources.values())
     shares = (f"wanted ({report.blend_unit})", "delivered") if blended else ()
     table = _table("tokens per example, before any cut", ("source", "half ≤", "90% ≤", "99% ≤", "longest", *shares))
@@ -83,12 +80,12 @@ def _losses(report: DataReport) -> Table:
         shown = name
         for what, count, places in _losses_of(source):
             _add(table, shown, what, f"{count:,}", "\n".join(places[:_MAX_PLACES]))
-            shown = ""  # once for all of its rows
+            shown = ""  # the name only in the first row
     return table
 
 
 def _losses_of(source: SourceReport) -> Iterator[tuple[str, int, Sequence[str]]]:
-    """Yield (what, count, first locations) of everything that is not as the file has it."""
+    """Yield (what, count, first locations) of every drop, repair, cut and rewriting."""
     for reason, count in source.dropped.items():
         yield f"dropped: {reason}", count, source.dropped_at.get(reason, [])
     for kind, count in source.repairs.items():
@@ -107,10 +104,12 @@ def _table(title: str, headings: Sequence[str]) -> Table:
         if heading in _TEXT_COLUMNS:
             table.add_column(heading, overflow="fold")
         else:
-            table.add_column(heading, justify="right", no_wrap=True)  # the text gives way: half a number is another one
+            table.add_column(
+                heading, justify="right", no_wrap=True
+            )  # text columns shrink instead: half a number is another number
     return table
 
 
 def _add(table: Table, *cells: str) -> None:
-    # As Text, because a path may hold what rich takes for markup: `data/[1].json`.
+    # As Text, because rich takes parts of a path such as `data/[1].json` for markup.
     table.add_row(*(Text(cell) for cell in cells))

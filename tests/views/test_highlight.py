@@ -18,11 +18,11 @@ def shown(tokenizer: PreTrainedTokenizerFast, text: str) -> list[ShownToken]:
 
 @settings(max_examples=20, deadline=None)
 @given(text=st.text(max_size=40))
-def test_the_texts_of_all_tokens_joined_are_the_decoded_whole(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+def test_the_joined_texts_of_all_tokens_are_the_decoded_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert "".join(token.text for token in shown(tokenizer, text)) == text
 
 
-def test_a_character_of_several_tokens_stands_at_its_last(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_last_token_of_a_character_has_its_text(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [token.text for token in shown(tokenizer, "a👍b")]
     assert texts == ["a", "", "", "", "👍", "b"]
 
@@ -32,7 +32,7 @@ def test_a_text_that_ends_within_a_character_keeps_all_its_tokens(tokenizer: Pre
     assert token_texts(ids, lambda part: str(tokenizer.decode(part))) == ["a", "", "", "\ufffd"]
 
 
-def test_a_genuine_replacement_character_is_not_waited_for_without_end() -> None:
+def test_the_wait_for_the_end_of_a_character_is_limited() -> None:
     asked: list[int] = []
 
     def decode(ids: list[int]) -> str:
@@ -43,7 +43,7 @@ def test_a_genuine_replacement_character_is_not_waited_for_without_end() -> None
     assert max(asked) <= 32
 
 
-def test_leading_spaces_stay_where_the_tokenizer_drops_them_from_what_is_decoded_alone() -> None:
+def test_leading_spaces_that_the_tokenizer_drops_are_kept() -> None:
     backend = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "?": 2}, unk_token="?"))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.decoder = decoders.Sequence(
@@ -54,7 +54,7 @@ def test_leading_spaces_stay_where_the_tokenizer_drops_them_from_what_is_decoded
     assert [token.text for token in show_tokens(example, tokenizer)] == ["one", " two", " two"]
 
 
-def test_tokens_know_their_place_id_name_weight_and_whether_they_are_special(
+def test_tokens_have_position_id_name_weight_and_whether_they_are_special(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     example = TokenizedExample(np.array([1, 2], np.int32), np.array([0, 0.5], np.float32))
@@ -64,7 +64,7 @@ def test_tokens_know_their_place_id_name_weight_and_whether_they_are_special(
     ]
 
 
-def test_an_example_without_tokens_shows_none(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_an_example_without_tokens_has_none_to_show(tokenizer: PreTrainedTokenizerFast) -> None:
     assert show_tokens(TokenizedExample(np.zeros(0, np.int32), np.zeros(0, np.float32)), tokenizer) == []
 
 
@@ -83,21 +83,21 @@ def test_an_example_without_tokens_shows_none(tokenizer: PreTrainedTokenizerFast
         ("👨\u200d👩\u200d👧", []),
     ],
 )
-def test_what_cannot_be_seen_in_a_text_gets_a_mark(text: str, marks: list[str]) -> None:
+def test_invisible_characters_are_marked(text: str, marks: list[str]) -> None:
     assert [piece.text for piece in visible(text, spaces=False) if piece.is_mark] == marks
 
 
-def test_a_line_feed_still_breaks_the_line() -> None:
+def test_a_line_feed_is_kept_after_its_mark() -> None:
     assert list(visible("a\n", spaces=False)) == [Piece("a", False), Piece("↵", True), Piece("\n", False)]
 
 
-def test_spaces_and_joiners_are_marked_in_tokens_alone() -> None:
+def test_spaces_and_joiners_are_only_marked_in_tokens() -> None:
     assert [piece.text for piece in visible(" a\u200d", spaces=True)] == ["·", "a", "⟨U+200D⟩"]
     assert [piece.text for piece in visible(" a\u200d", spaces=False)] == [" a\u200d"]
 
 
 @given(text=st.text())
-def test_without_its_marks_a_text_is_what_it_was_but_for_the_hidden_characters(text: str) -> None:
+def test_a_text_without_its_marks_has_all_visible_characters(text: str) -> None:
     kept = "".join(piece.text for piece in visible(text, spaces=False) if not piece.is_mark)
     assert kept == "".join(character for character in text if character == "\n" or not _is_marked_alone(character))
 

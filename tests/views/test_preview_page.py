@@ -30,8 +30,8 @@ def example(**changes: Any) -> ShownExample:
     return replace(shown, **changes)
 
 
-def render(*examples: ShownExample, left_out: tuple[str, ...] = (), **changes: Any) -> str:
-    source = ShownSource("train/chat", "chat.jsonl", "messages", len(examples), examples, left_out)
+def render(*examples: ShownExample, dropped: tuple[str, ...] = (), **changes: Any) -> str:
+    source = ShownSource("train/chat", "chat.jsonl", "messages", len(examples), examples, dropped)
     page = PreviewPage(
         template="alpaca", stop="</s>", loss_on="assistant", max_length=10, overlong="error", sources=[source]
     )
@@ -57,13 +57,13 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == "span" and attributes.get("title")]
 
 
-def test_every_token_is_a_span_that_tells_id_position_and_weight() -> None:
+def test_every_token_is_a_span_with_id_position_and_weight() -> None:
     tokens = Page(render(example())).tokens()
     assert [token["class"] for token in tokens] == ["t x", "t s"]
     assert tokens[1]["title"] == "id 7, position 1, weight 1, 'Ġyes'"
 
 
-def test_the_page_gives_totals_of_each_source() -> None:
+def test_the_page_has_the_totals_of_each_source() -> None:
     text = " ".join(Page(render(example(), example())).text.split())
     assert "train/chat messages" in text or "train/chatmessages" in text.replace(" ", "")
     assert "2 (50 %)" in text
@@ -79,7 +79,7 @@ def test_nothing_from_the_data_becomes_markup(hostile: str) -> None:
             segments=[Segment(hostile, False)],
             tokens=[ShownToken(0, 1, hostile, hostile, 1.0, special=False)],
         ),
-        left_out=(hostile,),
+        dropped=(hostile,),
         template=hostile,
         stop=hostile,
     )
@@ -90,7 +90,7 @@ def test_nothing_from_the_data_becomes_markup(hostile: str) -> None:
     assert page.text.count(hostile) >= 8
 
 
-def test_the_page_needs_nothing_but_itself() -> None:
+def test_the_page_loads_nothing() -> None:
     page = Page(render(example()))
     assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert not any(name in ("src", "srcset") for _, attributes in page.tags for name in attributes)
@@ -98,7 +98,7 @@ def test_the_page_needs_nothing_but_itself() -> None:
 
 
 @pytest.mark.parametrize("element", ["style", "script"])
-def test_the_content_security_policy_names_the_hash_of_what_is_in_the_page(element: str) -> None:
+def test_the_content_security_policy_has_the_hashes_of_style_and_script(element: str) -> None:
     html = render(example())
     inside = re.search(f"<{element}>(.*?)</{element}>", html, re.DOTALL)
     assert inside
@@ -119,47 +119,47 @@ def test_weights_other_than_one_are_shown_at_tokens_segments_and_messages() -> N
     assert html.count('<b class="weight">×0.25</b>') == 3  # once for the run of tokens
 
 
-def test_right_to_left_text_and_emoji_arrive_as_they_are() -> None:
+def test_right_to_left_text_and_emoji_are_not_changed() -> None:
     page = Page(render(example(segments=[Segment("مرحبا 👨‍👩‍👧", True)])))
     assert "مرحبا 👨‍👩‍👧" in page.text
 
 
-def test_right_to_left_tokens_are_kept_in_their_place() -> None:
+def test_right_to_left_tokens_keep_their_position() -> None:
     tokens = [ANSWER._replace(text="مرحبا"), ANSWER._replace(text="?"), ANSWER._replace(text="שלום", weight=0.0)]
     assert [token["class"] for token in Page(render(example(tokens=tokens))).tokens()] == ["t s r", "t s", "t r"]
 
 
-def test_an_empty_message_is_called_empty() -> None:
+def test_an_empty_message_is_marked_as_empty() -> None:
     assert "<em>empty</em>" in render(example(messages=[Message("user", "")]))
 
 
-def test_a_token_without_text_still_has_a_box() -> None:
+def test_a_token_without_text_has_a_box() -> None:
     html = render(example(tokens=[ANSWER._replace(text="")]))
     assert "no text of its own" in html
     assert len(Page(html).tokens()) == 1
 
 
-def test_a_line_feed_is_marked_and_breaks_behind_its_token() -> None:
+def test_a_line_feed_is_marked_and_breaks_the_line_after_its_token() -> None:
     html = render(example(tokens=[ANSWER._replace(text=".\n"), ANSWER]))
     assert ".<i>↵</i></span>\n<span" in html
 
 
 @pytest.mark.parametrize(("overlong", "told"), [("drop", True), ("error", True), (None, False)])
-def test_an_example_over_max_length_is_told_unless_packing_cuts_it_anyway(overlong: str | None, told: bool) -> None:
+def test_an_example_over_max_length_has_a_badge_unless_packing_cuts_it_anyway(overlong: str | None, told: bool) -> None:
     assert ("longer than max_length" in render(example(tokens=[ANSWER] * 11), overlong=overlong)) == told
     assert "longer than max_length" not in render(example(tokens=[ANSWER] * 10), overlong=overlong)
 
 
-def test_repairs_rewritten_turns_and_records_left_out_are_told() -> None:
+def test_repairs_rewritten_answers_and_dropped_records_have_a_badge() -> None:
     html = render(
-        example(repairs=["empty_turn"], number=2, num_of_record=3), left_out=("no_answer: chat.jsonl, line 2",)
+        example(repairs=["empty_turn"], number=2, num_of_record=3), dropped=("no_answer: chat.jsonl, line 2",)
     )
     assert "repaired: empty_turn" in html
     assert "example 2 of 3" in html
     assert "no_answer: chat.jsonl, line 2" in html
 
 
-def test_ten_thousand_tokens_take_no_more_than_a_moment() -> None:
+def test_ten_thousand_tokens_are_rendered_fast() -> None:
     tokens = [ANSWER._replace(position=i) for i in range(10_000)]
     start = time.perf_counter()
     html = render(example(tokens=tokens))

@@ -1,7 +1,7 @@
-"""Examples as one self-contained HTML page: no external resource, nothing that data could make run.
+"""Examples as one self-contained HTML page: it loads nothing, and nothing in the data can run.
 
-Everything from the data goes through Jinja's autoescape; and the page's Content-Security-Policy allows this folder's
-own style and script, named by their hashes, and nothing else.
+Everything from the data goes through Jinja's autoescape, and the page's Content-Security-Policy allows only the style
+and the script of this folder, by their hashes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewPage:
-    """What the page shows."""
+    """Content of the page."""
 
     template: str
     """Name of the template."""
 
     stop: str
-    """The token that ends an answer, as text."""
+    """The stop token, as text."""
 
     loss_on: str
     """`data.loss_on`."""
@@ -40,9 +40,10 @@ class PreviewPage:
     """`data.max_length`, in tokens."""
 
     overlong: str | None
-    """What is done with an example longer than `max_length`; `None` if it is no matter, as with packing: concat."""
+    """`data.overlong`; `None` if no example is too long by itself, as with packing: concat."""
 
     sources: Sequence[ShownSource]
+    """The first examples of each source."""
 
 
 def render_page(page: PreviewPage) -> str:
@@ -70,7 +71,7 @@ def _hash(text: str) -> str:
 
 
 def _marked(text: str, spaces: bool = False) -> Markup:
-    """Return escaped text, each mark of a character that cannot be seen in an element of its own."""
+    """Return escaped text with each mark of an invisible character in an element of its own."""
     pieces = (
         Markup("<i>{}</i>").format(text) if is_mark else escape(text) for text, is_mark in visible(text, spaces=spaces)
     )
@@ -87,7 +88,7 @@ def _runs(tokens: Sequence[ShownToken]) -> list[tuple[float, list[ShownToken]]]:
 
 
 def _classes(token: ShownToken) -> str:
-    """Return the CSS classes of a token: t, and s(upervised), x (special), r(ight to left) where it is so."""
+    """Return the CSS classes of a token: always t; s if supervised, x if special, r if right to left."""
     right_to_left = any(unicodedata.bidirectional(character) in ("R", "AL", "AN") for character in token.text)
     flags = {"s": token.weight > 0, "x": token.special, "r": right_to_left}
     return " ".join(["t", *(name for name, on in flags.items() if on)])

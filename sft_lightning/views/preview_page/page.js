@@ -1,5 +1,5 @@
 "use strict";
-// The bar at the bottom says what is known of the token under the pointer, or of the one the arrow keys have reached.
+// The bar at the bottom shows id, weight and position of the token under the pointer, or of the focused one.
 const bar = document.getElementById("bar");
 bar.textContent = "Point at a token, or focus an example and use the arrow keys, to see its id, weight and position.";
 let current = null;

@@ -22,7 +22,7 @@ def preview_of(fit_args: list[str], write_json: WriteJson) -> Callable[..., int]
     return run
 
 
-def test_examples_are_shown_with_their_place_and_counts(
+def test_examples_are_shown_with_their_location_and_counts(
     fit_args: list[str], alpaca_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["preview", *fit_args, "--num=2"]) == 0
@@ -41,7 +41,7 @@ def test_validation_sources_are_shown_too(
     assert "val/held  alpaca; 1 records" in capsys.readouterr().out
 
 
-def test_a_source_with_fewer_max_examples_than_asked_for_keeps_to_them(
+def test_max_examples_below_the_number_to_show_is_kept(
     fit_args: list[str], alpaca_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = f"--data.sources={{toy: {{path: {alpaca_file}, max_examples: 1}}}}"
@@ -84,33 +84,33 @@ def test_the_page_holds_no_markup_of_the_data(preview_of: Callable[..., int], tm
     assert '<span class="s">👍&lt;/s&gt;</span>' in page
 
 
-def test_a_wrong_record_ends_the_preview_as_it_would_the_training(
+def test_a_malformed_record_ends_the_preview_as_it_ends_training(
     preview_of: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert preview_of([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]) == 2
     assert "chat.json, record 0" in capsys.readouterr().err
 
 
-def test_a_record_that_training_leaves_out_is_named_with_the_reason(
+def test_a_record_that_training_drops_is_shown_with_its_reason(
     preview_of: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert preview_of([{"role": "user", "content": "no answer"}]) == 0
     shown = capsys.readouterr().out
-    assert "left out: no_answer: " in shown
+    assert "dropped: no_answer: " in shown
     assert "chat.json, record 0" in shown
 
 
-def test_a_preview_of_nothing_names_the_key(fit_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_without_sources_is_refused(fit_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", *fit_args, "--data.sources={}"]) == 2
     assert "data.sources" in capsys.readouterr().err
 
 
-def test_a_number_below_one_names_the_option(fit_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_number_below_one_is_refused_with_the_option(fit_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["preview", *fit_args, "--num=0"]) == 2
     assert "--num: must be at least 1 (got 0)" in capsys.readouterr().err
 
 
-def test_a_page_that_cannot_be_written_names_the_option(
+def test_a_page_that_cannot_be_written_is_refused_with_the_option(
     fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["preview", *fit_args, f"--html={tmp_path / 'missing' / 'page.html'}"]) == 2
@@ -122,7 +122,7 @@ def test_templates_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"vicuna_v1.1", "alpaca"} <= set(capsys.readouterr().out.split())
 
 
-def test_of_a_pair_both_conversations_are_shown_with_their_masks(
+def test_both_conversations_of_a_pair_are_shown_with_their_masks(
     fit_args: list[str], write_json: WriteJson, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [
@@ -138,5 +138,5 @@ def test_of_a_pair_both_conversations_are_shown_with_their_masks(
     assert "⟦Cold.</s>⟧" in chosen
     assert "⟦Red.</s>⟧" in rejected
     assert "⟦" not in rejected.partition("Hot?")[0]
-    assert "left out: same_answers" in shown
+    assert "dropped: same_answers" in shown
     assert "record 0, rejected</h3>" in page.read_text(encoding="utf-8")
