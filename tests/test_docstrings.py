@@ -62,9 +62,7 @@ def is_dataclass(node: ast.ClassDef) -> bool:
     return any(mark.split("(")[0] in ("dataclass", "NamedTuple", "TypedDict") for mark in marks)
 
 
-UNFINISHED: tuple[str, ...] = (
-    "training",
-)
+UNFINISHED: tuple[str, ...] = ("training",)
 """Folders and modules that are not written up yet: each leaves this list when it is."""
 
 
