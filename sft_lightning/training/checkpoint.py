@@ -1,7 +1,7 @@
-"""What a checkpoint holds, and how it reaches the disk: whole or not at all.
+"""What a checkpoint contains, how it is written atomically, and which folder a run may write to.
 
-Only trainable weights are kept, never the frozen base; beside them Lightning keeps the optimizer, the schedule and the
-position in the data, and we add the random states, so that dropout continues to the same bits.
+A checkpoint contains the trainable weights, never the frozen base. Lightning adds the optimizer, the schedule and the
+position in the data; we add the random states, so that dropout continues to the same bits.
 """
 
 from __future__ import annotations
@@ -23,25 +23,38 @@ from sft_lightning.errors import UserError
 
 
 def trainable_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the part of a state dict that trains."""
+    """Return the part of a state dict that trains.
+
+    Args:
+        module: The module that the state dict is of.
+        state: Name → tensor of any shape.
+    """
     trainable = _trainable_names(module)
     return {name: tensor for name, tensor in state.items() if name in trainable}
 
 
 def check_trainable_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Check that a state is what `trainable_state` returns for this module.
+    """Check that a checkpoint has exactly the weights that train here.
+
+    Args:
+        module: The module to load the weights into.
+        state: Weights of a checkpoint: name → tensor of any shape.
 
     Raises:
-        RuntimeError: If the keys are not exactly the trainable parameters: the configuration is another one.
+        UserError: If some are missing, or some do not train here.
     """
     trainable = _trainable_names(module)
     missing, extra = sorted(trainable - state.keys()), sorted(state.keys() - trainable)
     if missing or extra:
-        raise RuntimeError(
-            "the checkpoint is of another configuration: "
-            f"{len(missing)} trainable weights are not in it ({', '.join(missing[:3])}…), "
-            f"{len(extra)} of its weights do not train here ({', '.join(extra[:3])}…)"
+        raise UserError(
+            "--ckpt_path: the checkpoint was saved with different keys under model: "
+            f"{_describe_names(missing)} train here and are missing in it, {_describe_names(extra)} are in it and do "
+            "not train here; restore the keys of the run that saved it, or start a new run"
         )
+
+
+def _describe_names(names: list[str]) -> str:
+    return f"{len(names)} weights{f' ({names[0]}, …)' if names else ''}"
 
 
 def _trainable_names(module: torch.nn.Module) -> set[str]:
@@ -49,7 +62,7 @@ def _trainable_names(module: torch.nn.Module) -> set[str]:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the states of the random generators of this process, as values that `torch.load` reads safely."""
+    """Return the states of this process's random generators, as values that `torch.load(weights_only=True)` reads."""
     algorithm, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -60,7 +73,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Continue the random generators where `random_state` found them."""
+    """Set this process's random generators to a state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -71,9 +84,9 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def gather_random_states(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the random states of all processes, by rank: dropout draws as much as a rank's rows are long.
+    """Return the random states of all processes, by rank; every process must call this.
 
-    Every process has to call it.
+    They differ from rank to rank, because dropout draws a number for each token of the rank's rows.
     """
     if not torch.distributed.is_initialized():
         return [own]
@@ -83,10 +96,10 @@ def gather_random_states(own: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 class RandomStates:
-    """The random states that a checkpoint continues, and those that it saves.
+    """The random states that a run continues from a checkpoint, and those that it saves in one.
 
-    A checkpoint has no gradients, so an optimizer step under way is taken again from its first micro-batch: the states
-    from before that one are saved.
+    A checkpoint has no gradients, so an optimizer step under way is taken again from its first micro-batch. The states
+    from before that micro-batch are saved.
     """
 
     def __init__(self) -> None:
@@ -97,8 +110,8 @@ class RandomStates:
         """Keep the states of a checkpoint until `continue_loaded`.
 
         Args:
-            states: Of each process that wrote the checkpoint.
-            rank: Number of this process; there may be more processes now.
+            states: One for each process of the run that saved the checkpoint.
+            rank: Rank of this process; there may be more processes now.
         """
         self._loaded = states[rank % len(states)]
 
@@ -120,7 +133,7 @@ class RandomStates:
         Args:
             within_step: Whether an optimizer step is under way.
         """
-        # Loaded states that were never continued are those of a run without a step left.
+        # Loaded states that were not continued: the run had no step left to take.
         own = self._before_step if within_step else self._loaded
         return gather_random_states(own or random_state())
 
@@ -142,35 +155,44 @@ def rewind_to_step_start(fit_loop: dict[str, Any], rows: TrainingRows) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes under a temporary name in the same folder, flushes to the disk, and renames.
+    """Writes a checkpoint under a temporary name in the same folder, flushes it to the disk, and renames it.
 
-    A process killed at any moment leaves either the old file or the new one. Lightning's own writer stages in the
-    system's temporary folder, from which a file may have to be copied, and a copy can be cut short.
+    A process that is killed at any moment leaves either the old file or the new one. Lightning's own writer uses the
+    system's temporary folder; copying a file from there to another file system can be interrupted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.after_save: list[Callable[[Path], None]] = []
-        """Called with the path of every checkpoint that was written."""
+        """Functions that are called with the path of each written checkpoint."""
 
         self.after_remove: list[Callable[[Path], None]] = []
-        """Called with the path of every checkpoint that was removed."""
+        """Functions that are called with the path of each removed checkpoint."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save a checkpoint file."""
+        """Write a checkpoint file.
+
+        Args:
+            checkpoint: What it contains.
+            path: Where to write it.
+            storage_options: Not supported, because files are written to local file systems only.
+
+        Raises:
+            UserError: If the file cannot be written, for instance because the disk is full.
+        """
         if storage_options is not None:
-            raise TypeError("storage_options are for remote file systems, which this checkpoint IO does not write to")
+            raise TypeError("storage_options are for remote file systems; checkpoints are written to local ones only")
         target = Path(path)
         try:
-            _write_whole(checkpoint, target)
+            _write_atomically(checkpoint, target)
         except (OSError, RuntimeError) as error:
-            # torch's writer stumbles over what the file has raised, and hides it.
+            # torch's writer replaces the error of the file by one of its own.
             reason = error if isinstance(error, OSError) else error.__context__
             if not isinstance(reason, OSError):
                 raise
             raise UserError(
                 f"trainer.default_root_dir: the checkpoint {str(target)!r} cannot be written: {reason.strerror}; "
-                "earlier ones are as they were. Make room or choose another folder, and continue with --ckpt_path"
+                "earlier checkpoints are unchanged. Make room or choose another folder, and continue with --ckpt_path"
             ) from error
         for listener in self.after_save:
             listener(target)
@@ -182,8 +204,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             listener(Path(path))
 
 
-def _write_whole(checkpoint: dict[str, Any], target: Path) -> None:
-    """Write a file under its name only when all of it is on the disk."""
+def _write_atomically(checkpoint: dict[str, Any], target: Path) -> None:
+    """Give a file its name only when all of it is on the disk."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_process in target.parent.glob(".*.ckpt.*.tmp"):
         left_by_a_killed_process.unlink(missing_ok=True)
@@ -199,17 +221,17 @@ def _write_whole(checkpoint: dict[str, Any], target: Path) -> None:
 
 
 def check_run_folder(root: Path, ckpt_path: str | None) -> bool:
-    """Check that a run may write into its folder, and does not write over another run.
+    """Check that a run can write to its folder without overwriting another run.
 
     Args:
         root: `trainer.default_root_dir`.
-        ckpt_path: What the run continues from: a checkpoint, `last`, or nothing.
+        ckpt_path: What the run continues from: a checkpoint, `last`, or `None`.
 
     Returns:
-        Whether `last` was asked for, and there is none: the run starts from the beginning.
+        Whether `last` was asked for but does not exist, so that the run starts from the beginning.
 
     Raises:
-        UserError: If it holds results and the run does not continue from them, or nothing can be written to it.
+        UserError: If the folder has results that the run does not continue from, or cannot be written to.
     """
     has_last = any(root.glob("checkpoints/last*.ckpt"))
     results = [name for name in ("checkpoints", "adapter", "model") if any(root.glob(f"{name}/[!.]*"))]

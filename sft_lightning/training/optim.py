@@ -1,4 +1,4 @@
-"""Parameter groups, and learning-rate schedules as pure functions of the planned optimizer steps."""
+"""Learning-rate schedules, parameter groups, gradient clipping, and checks of the optimizer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class LRScheduleConfig:
     """How the learning rate changes over the planned optimizer steps.
 
     Raises:
-        UserError: If both `warmup_ratio` and `warmup_steps` are set, a value is out of range, or a key is of another
-            schedule.
+        UserError: If both `warmup_ratio` and `warmup_steps` are set, a value is out of range, or a key does not apply
+            to the schedule.
     """
 
     name: Literal["cosine", "linear", "constant", "polynomial", "wsd", "cosine_with_restarts"] = "cosine"
@@ -36,16 +36,16 @@ class LRScheduleConfig:
     """Warm-up in optimizer steps; excludes `warmup_ratio`. With neither, there is no warm-up."""
 
     min_lr_ratio: float = 0.0
-    """The learning rate that the decay ends at, as a share of the peak."""
+    """Learning rate at the end of the decay, as a share of the peak."""
 
     power: float | None = None
-    """Of `polynomial` alone: the exponent of the decay; default 1, which is linear."""
+    """Only with `polynomial`: the exponent of the decay; default 1, which is linear."""
 
     decay_ratio: float | None = None
-    """Of `wsd` alone: share of all optimizer steps that the decay at the end takes; default 0.1."""
+    """Only with `wsd`: share of all optimizer steps spent in the decay at the end; default 0.1."""
 
     num_cycles: int | None = None
-    """Of `cosine_with_restarts` alone: how often the rate falls from its peak; default 1, which is `cosine`."""
+    """Only with `cosine_with_restarts`: number of decays from the peak; default 1, which is `cosine`."""
 
     def __post_init__(self) -> None:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
@@ -56,7 +56,7 @@ class LRScheduleConfig:
         for key in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
-                raise UserError(f"model.lr_scheduler.{key}: must be in 0..1 (got {value})")
+                raise UserError(f"model.lr_scheduler.{key}: must be in [0, 1] (got {value})")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise UserError(f"model.lr_scheduler.warmup_steps: must be at least 0 (got {self.warmup_steps})")
         if self.power is not None and self.power <= 0:
@@ -65,11 +65,11 @@ class LRScheduleConfig:
             raise UserError(f"model.lr_scheduler.num_cycles: must be at least 1 (got {self.num_cycles})")
         for key, name in {"power": "polynomial", "decay_ratio": "wsd", "num_cycles": "cosine_with_restarts"}.items():
             if getattr(self, key) is not None and self.name != name:
-                raise UserError(f"model.lr_scheduler.{key}: is of {name!r}, but the schedule is {self.name!r}")
+                raise UserError(f"model.lr_scheduler.{key}: only valid with name: {name} (got {self.name})")
 
 
 def lr_factor(config: LRScheduleConfig, step: int, num_steps: int) -> float:
-    """Return the factor on the peak learning rate at an optimizer step.
+    """Return the factor that the peak learning rate is multiplied by at an optimizer step.
 
     Warm-up rises linearly from 0 at step 0 to 1 at the end of the warm-up; the decay reaches `min_lr_ratio` at
     `num_steps`. Cosine and its restarts: Loshchilov & Hutter, 2016, arXiv:1608.03983; warmup-stable-decay: Hu et al.,
@@ -77,8 +77,8 @@ def lr_factor(config: LRScheduleConfig, step: int, num_steps: int) -> float:
 
     Args:
         config: The schedule.
-        step: Optimizer steps already taken, from 0.
-        num_steps: Planned optimizer steps of the whole run.
+        step: Number of optimizer steps already taken, from 0.
+        num_steps: Number of planned optimizer steps of the whole run.
     """
     warmup = config.warmup_steps if config.warmup_ratio is None else math.ceil(config.warmup_ratio * num_steps)
     warmup = warmup or 0
@@ -88,7 +88,7 @@ def lr_factor(config: LRScheduleConfig, step: int, num_steps: int) -> float:
     if config.name == "wsd":
         decay = (0.1 if config.decay_ratio is None else config.decay_ratio) * num_steps
         remaining = max(0, num_steps - step)
-        # A warm-up that reaches into the decay leaves less of it, never a jump.
+        # A warm-up that reaches into the decay makes it shorter; the rate never jumps.
         shape = min(1.0, remaining / max(1.0, min(decay, num_steps - warmup)))
     else:
         shape = _shape(config, progress)
@@ -115,19 +115,20 @@ def parameter_groups(
     base_lr: float | None = None,
     lora_plus_ratio: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the trainable parameters in groups; no group is empty, and one with the optimizer's own rate comes first.
+    """Return the trainable parameters in groups; no group is empty, and those with the optimizer's own rate come first.
 
-    Vectors (biases, norms) get no weight decay. With LoRA+, the B matrices' groups carry `lr_ratio`, which
-    `build_optimizer` multiplies the rate by.
+    Vectors (biases, norms) get no weight decay. With LoRA+, the groups of the B matrices have an `lr_ratio`;
+    `build_optimizer` multiplies their rate by it.
 
     Args:
-        named_parameters: All parameters.
-        base_names: Names of those that learn at `base_lr`.
-        base_lr: Learning rate of these; `None` for the optimizer's own.
-        lora_plus_ratio: LoRA+ (Hayou et al., 2024, arXiv:2402.12354); `None` for one rate.
+        named_parameters: All parameters of the model.
+        base_names: Names of the parameters that learn at `base_lr`.
+        base_lr: Learning rate of these parameters; `None` for the optimizer's own.
+        lora_plus_ratio: LoRA+ (Hayou et al., 2024, arXiv:2402.12354): rate of B matrices divided by that of A
+            matrices; `None` for one rate.
 
     Raises:
-        UserError: If nothing trains, or LoRA+ finds no B matrix.
+        UserError: If no parameter trains, or there is no B matrix for LoRA+.
     """
     groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in named_parameters:
@@ -137,7 +138,7 @@ def parameter_groups(
             kind = 2 if is_base else 1 if is_b else 0
             groups.setdefault((kind, len(full_shape(parameter)) < 2), []).append(parameter)
     if not groups:
-        raise UserError("model: nothing trains; set model.adapter, or remove it for full fine-tuning")
+        raise UserError("model: no parameter trains; set model.adapter, or remove it for full fine-tuning")
     if lora_plus_ratio is not None and not any(kind == 1 for kind, _ in groups):
         raise UserError(f"model.adapter.lora_plus_ratio: {lora_plus_ratio}, but the adapter has no LoRA B matrices")
     rates: list[dict[str, Any]] = [{}, {"lr_ratio": lora_plus_ratio}, {"lr": base_lr}]
@@ -148,39 +149,43 @@ def parameter_groups(
 
 
 def build_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
-    """Make the optimizer, and scale the rates of the groups that have a `lr_ratio`.
+    """Make the optimizer, and multiply the rate of each group by its `lr_ratio`.
+
+    Args:
+        make: `model.optimizer`: makes an optimizer over groups.
+        groups: From `parameter_groups`.
 
     Raises:
-        UserError: If the class refuses its arguments, or sets its rate itself, which a schedule cannot scale.
+        UserError: If the class does not accept its arguments, or sets its rate itself, which a schedule cannot scale.
     """
     try:
         optimizer = make(groups)
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.optimizer.init_args: the optimizer refuses them: {error}") from error
+        raise UserError(f"model.optimizer.init_args: not accepted by the optimizer: {error}") from error
     for group in optimizer.param_groups:
         if group["lr"] is None:
             raise UserError(
-                f"model.optimizer: {type(optimizer).__name__} without lr sets its own rate, and model.lr_scheduler has "
-                "nothing to scale; set init_args: {lr: 1.0e-3, relative_step: false, scale_parameter: false}"
+                f"model.optimizer: {type(optimizer).__name__} without lr sets its own rate, which model.lr_scheduler "
+                "cannot scale; set init_args: {lr: 1.0e-3, relative_step: false, scale_parameter: false}"
             )
         group["lr"] *= group.pop("lr_ratio", 1.0)
     return optimizer
 
 
 def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | None) -> torch.Tensor:
-    """Clip as the trainer says; one computation of the norm is for clipping and for the log, and waits for no device.
+    """Clip the gradients as the trainer says, and return their norm; does not wait for the device.
 
     Args:
-        optimizer: What it trains.
-        value: `trainer.gradient_clip_val`; `None` or 0 clips nothing.
+        optimizer: The optimizer whose parameters have the gradients.
+        value: `trainer.gradient_clip_val`; `None` or 0 for no clipping.
         algorithm: `trainer.gradient_clip_algorithm`: `norm` (the default) or `value`.
 
     Returns:
-        The norm before clipping, over all processes, a scalar.
+        The L2 norm before clipping, over all processes, a scalar.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of shards: over all processes
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded: over all processes
     if value and algorithm != "value":
         torch.nn.utils.clip_grads_with_norm_(parameters, value, norm)
     elif value:
@@ -189,30 +194,30 @@ def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | N
 
 
 def check_float16(optimizer: Optimizer, *, scales_loss: bool) -> None:
-    """Check that no float16 weight trains, and that a scaled loss goes with the optimizer.
+    """Check that no float16 weight trains, and that the optimizer can be used with a scaled loss.
 
     Args:
-        optimizer: What it trains.
+        optimizer: The optimizer.
         scales_loss: Whether the trainer scales the loss, as `trainer.precision: 16-mixed` does.
 
     Raises:
-        UserError: If weights in float16 train, or the optimizer unscales inside its step.
+        UserError: If float16 weights train, or the loss is scaled and the optimizer is fused.
     """
     if scales_loss and unscales_in_step(optimizer):
-        # A fused optimizer unscales inside its step: clipping and the logged norm would see scaled gradients.
+        # A fused optimizer unscales the gradients in its step: they would be clipped and logged while still scaled.
         raise UserError(
-            "model.optimizer: a fused optimizer does not go with trainer.precision: 16-mixed; "
+            "model.optimizer: a fused optimizer cannot be combined with trainer.precision: 16-mixed; "
             "set init_args.fused: false, or trainer.precision: bf16-mixed"
         )
     if not any(parameter.dtype == torch.float16 for group in optimizer.param_groups for parameter in group["params"]):
         return
     if scales_loss:
         raise UserError(
-            "model.dtype: float16 weights of the base train, whose gradients trainer.precision: 16-mixed cannot "
-            "unscale; set model.dtype: float32"
+            "model.dtype: float16 weights of the base train, and trainer.precision: 16-mixed cannot unscale their "
+            "gradients; set model.dtype: float32"
         )
     raise UserError(
-        "model.dtype, trainer.precision: float16 weights train, and would become NaN: without a scaled loss, gradients "
-        "below 6e-8 are zero in float16, and so is AdamW's eps of 1e-8. Set model.dtype: float32 with "
+        "model.dtype, trainer.precision: float16 weights train without a scaled loss and would become NaN, because "
+        "gradients below 6e-8 and AdamW's eps of 1e-8 are zero in float16; set model.dtype: float32 with "
         "trainer.precision: bf16-mixed (16-mixed on a GPU without bfloat16)"
     )

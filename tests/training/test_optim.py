@@ -97,7 +97,7 @@ def test_what_zero_3_flattened_is_still_a_matrix() -> None:
 
 
 def test_nothing_to_train_is_an_error() -> None:
-    with pytest.raises(UserError, match="nothing trains"):
+    with pytest.raises(UserError, match="no parameter trains"):
         parameter_groups([])
 
 

@@ -46,10 +46,10 @@ def test_a_run_in_half_precision_learns(
 @pytest.mark.parametrize(
     ("dtype", "precision", "adapter", "message"),
     [
-        ("float32", "16-mixed", False, "trainer.precision: 16-mixed scales the loss for float16, which needs a GPU"),
-        ("float16", "32-true", False, "float16 weights train, and would become NaN"),
-        ("float16", "16-true", False, "float16 weights train, and would become NaN"),
-        ("float16", "16-true", True, "float16 weights train, and would become NaN"),
+        ("float32", "16-mixed", False, "trainer.precision: 16-mixed scales the loss for float16, which requires a GPU"),
+        ("float16", "32-true", False, "float16 weights train without a scaled loss and would become NaN"),
+        ("float16", "16-true", False, "float16 weights train without a scaled loss and would become NaN"),
+        ("float16", "16-true", True, "float16 weights train without a scaled loss and would become NaN"),
     ],
 )
 def test_float16_that_cannot_be_trained_here_is_refused(
