@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -36,3 +37,19 @@ def test_every_key_of_the_configuration_has_a_meaning(generate: ModuleType) -> N
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def literals_of(package: Path) -> list[str]:
+    """The literal parts, of at least 10 characters, of all strings in a package; a docstring is one of them."""
+    texts = (path.read_text(encoding="utf-8") for path in package.rglob("*.py"))
+    constants = (node.value for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
+    return [each for each in constants if isinstance(each, str) and len(each.strip()) >= 10]
+
+
+def test_the_messages_quoted_in_troubleshooting_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(quoted) >= 8
+    literals = literals_of(ROOT / "sft_lightning")
+    parts = [part for message in quoted for part in re.split(r"…|\d+", message) if len(part.strip()) >= 10]
+    assert [part for part in parts if not any(each in part or part.strip() in each for each in literals)] == []
