@@ -20,64 +20,64 @@ IGNORE_INDEX = -100
 """Label of a token without a loss, as in `torch.nn.functional.cross_entropy`."""
 
 Role = Literal["system", "user", "assistant", "tool", "text"]
-"""Who speaks. `tool` is the answer of a tool that the assistant called; `text` is a plain document: it has no template,
-and every token is supervised."""
+"""Author of a message. A `tool` message is the result of a tool that the assistant called; a `text` message is a plain
+document without a template."""
 
 LossOn = Literal["assistant", "last_turn", "all"]
-"""Which messages are supervised unless they say so themselves (`Message.train`)."""
+"""Which messages are supervised unless they have a `train` of their own."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row as stored."""
+    """A row of a source as stored."""
 
     fields: Mapping[str, Any]
-    """The row's keys and values, untouched."""
+    """The row's keys and values, unchanged."""
 
     source: str
     """Name of the source in the YAML."""
 
     location: str
-    """Where the row stands: `data/chat.jsonl, line 12` or `data/alpaca.json, record 3`."""
+    """Where to find the row: `data/chat.jsonl, line 12` or `data/alpaca.json, record 3`."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """A message of a conversation, or a piece of a document."""
 
     role: Role
-    """Who speaks."""
+    """Author of the message."""
 
     content: str
-    """The text, without anything that a template adds."""
+    """The text, without what a template adds."""
 
     context: str | None = None
-    """Alpaca's `input`: what the instruction is about. The template decides how it joins the instruction."""
+    """Alpaca's `input`: the text that the instruction is about. The template decides how the two are joined."""
 
     train: bool | None = None
-    """Whether the turn is supervised; `None` leaves it to `data.loss_on`."""
+    """Whether the message is supervised; `None` leaves it to `data.loss_on`."""
 
     weight: float = 1.0
-    """Loss weight of each of the turn's supervised tokens."""
+    """Loss weight of each supervised token of the message."""
 
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Further keys that a chat template may read: `tool_calls`, `tool_call_id`, `name`, `reasoning_content`."""
 
     tools: Sequence[Mapping[str, Any]] = ()
-    """On the first message only: the tools that the conversation offers, as JSON schemas."""
+    """The tools of the conversation as JSON schemas; on the first message only."""
 
 
 class Segment(NamedTuple):
-    """A piece of rendered text; the segments of an example, joined, are what the template renders for serving."""
+    """A piece of rendered text; the joined segments of an example are the text that the template renders for serving."""
 
     text: str
-    """The text as rendered."""
+    """The rendered text."""
 
     supervised: bool
     """Whether its tokens have a loss."""
 
     weight: float = 1.0
-    """Loss weight of each of its supervised tokens."""
+    """Loss weight of each of its tokens, if supervised."""
 
 
 @dataclass
@@ -115,7 +115,7 @@ def num_tokens(length: DocumentLength) -> int:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A tokenized conversation: aligned, not shifted."""
+    """A tokenized conversation or document; token ids and loss weights are aligned, not shifted."""
 
     input_ids: npt.NDArray[np.int32]
     """Token ids, (L,)."""
@@ -141,7 +141,7 @@ class Batch(TypedDict):
     """Token ids, (B, S) int64."""
 
     labels: torch.Tensor
-    """The token ids again where they are supervised, else `IGNORE_INDEX`; aligned, not shifted, (B, S) int64."""
+    """Token ids of supervised tokens, else `IGNORE_INDEX`; aligned with `input_ids`, not shifted, (B, S) int64."""
 
     loss_weights: torch.Tensor
     """Loss weight of each label, (B, S) float32; 0 where the label is `IGNORE_INDEX`."""
@@ -157,7 +157,7 @@ class Batch(TypedDict):
     """Supervised weight of the whole optimizer step that this micro-batch belongs to, over all ranks."""
 
     num_tokens: int
-    """Tokens in the micro-batch without padding."""
+    """Number of tokens in the micro-batch without padding."""
 
     num_supervised: int
-    """Tokens with a loss."""
+    """Number of tokens with a loss."""
