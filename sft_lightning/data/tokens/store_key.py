@@ -2,7 +2,7 @@
 
 The parts are the bytes of the data, the template, the tokenizer, the options of reading and of the loss, the code of a
 user's own format, and the versions of the software. What only decides how tokens are used (`max_length`, packing,
-blend, seed, split) is not a part, so changing it tokenizes nothing.
+blend, seed, `val_fraction`, `data_split`) is not a part, so changing it tokenizes nothing.
 """
 
 from __future__ import annotations
