@@ -68,7 +68,7 @@ class Message:
 
 
 class Segment(NamedTuple):
-    """A piece of rendered text; the joined segments of an example are the text that the template renders for serving."""
+    """A piece of rendered text; the segments of an example, joined, are what the template renders for serving."""
 
     text: str
     """The rendered text."""
