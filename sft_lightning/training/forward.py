@@ -1,4 +1,4 @@
-"""What a model makes of a micro-batch: logits and losses at supervised tokens only."""
+"""The forward pass of a micro-batch: logits and losses, at supervised tokens only."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def find_any_head(
 
 
 def decoder_inputs(batch: Batch) -> dict[str, Any]:
-    """Return what the decoder is called with."""
+    """Return the arguments that the decoder is called with."""
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
@@ -52,8 +52,8 @@ def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | ShardedHead
 
     Args:
         model: The model, adapters included.
-        head: Its head, an inner one if its weights are sharded; `None` lets the model itself make the logits.
-        batch: Rows.
+        head: The model's head, a sharded one if its weights are sharded; `None` to use the model's own logits.
+        batch: Packed rows.
     """
     targets = find_targets(batch["labels"], batch["loss_weights"])
     inputs = decoder_inputs(batch)
@@ -66,7 +66,7 @@ def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | ShardedHead
         out = head.decoder(**inputs)
         sums = _sums_under(head, out.last_hidden_state.flatten(0, 1)[targets.positions], targets, base_model(model))
     routers = router_loss(model, out, batch) if model.training else None
-    # Each token of the step carries its share of the routers' loss, as of its own.
+    # Each token of the step carries its part of the routers' loss.
     return sums if routers is None else sums._replace(loss=sums.loss + routers * sums.weight)
 
 
@@ -82,7 +82,7 @@ def _sums_under(head: Head, hidden: torch.Tensor, targets: Targets, base: PreTra
 def _sums_within(
     model: PreTrainedModel | PeftModel, head: ShardedHead, inputs: dict[str, Any], targets: Targets
 ) -> tuple[LossSums, Any]:
-    """Return the loss sums, made in the head's place, and all that the model returned."""
+    """Return the loss sums, computed in the place of the head, and the model's whole output."""
     columns, rows, index = _places(inputs, targets.positions)
 
     def sums(hidden: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _sums_within(
 
 
 def router_loss(model: PreTrainedModel | PeftModel, outputs: Any, batch: Batch) -> torch.Tensor | None:
-    """Return the loss of a mixture of experts' routers, its coefficient included; `None` for other models.
+    """Return the loss of a mixture of experts' routers, a scalar, its coefficient included; `None` for other models.
 
     Args:
         model: The model, adapters included.
@@ -113,15 +113,15 @@ def router_loss(model: PreTrainedModel | PeftModel, outputs: Any, batch: Batch) 
 def logits_at(
     model: PreTrainedModel | PeftModel, inputs: dict[str, Any], positions: torch.Tensor
 ) -> tuple[torch.Tensor, Any]:
-    """Let the model itself make the logits, of all columns at which some row has one of the positions.
+    """Return the model's own logits at some positions; it computes those of all columns that contain a position.
 
     Args:
         model: The model, adapters included.
         inputs: As `decoder_inputs` makes them.
-        positions: In the flattened (B · S) micro-batch, (N,).
+        positions: Positions in the flattened (B · S) micro-batch, (N,).
 
     Returns:
-        The logits, (N, V), and all that the model returned.
+        The logits, (N, V), and the model's whole output.
     """
     columns, rows, index = _places(inputs, positions)
     out = model(**inputs, logits_to_keep=columns)
@@ -129,7 +129,7 @@ def logits_at(
 
 
 def _places(inputs: dict[str, Any], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return all columns at which some row has one of the positions; and each position's row, and place among those."""
+    """Return the columns that contain a position, and for each position its row and its index among the columns."""
     width = inputs["input_ids"].shape[1]
     columns, index = torch.unique(positions % width, return_inverse=True)
     return columns, positions // width, index

@@ -1,9 +1,9 @@
 """Token-weighted cross entropy over supervised tokens; the only place that shifts labels.
 
-A token's loss is predicted at the position before it. Logits are made only for those positions, some hundred at a time,
-and turned into gradients at once: the (tokens × vocabulary) table never exists, so the head's memory does not grow with
-the length of the rows (as in Wijmans et al., 2024, arXiv:2411.09009, and Liger-Kernel, Hsu et al., 2024,
-arXiv:2410.10989). Everything after the head runs in float32.
+A token is predicted at the position before it. Logits are computed only at these positions, in chunks of a few hundred,
+and each chunk is turned into gradients at once. The (tokens × vocabulary) matrix of logits never exists, so the head's
+memory does not grow with the length of the rows (as in Wijmans et al., 2024, arXiv:2411.09009, and Liger-Kernel, Hsu et
+al., 2024, arXiv:2410.10989). Everything after the head is computed in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from sft_lightning.types import IGNORE_INDEX
 
 CHUNK_LOGITS = 1 << 25
-"""Logits made at once: 128 MiB in float32."""
+"""Number of logits in a chunk: 128 MiB in float32."""
 
 
 class LossSums(NamedTuple):
@@ -32,14 +32,14 @@ class LossSums(NamedTuple):
     """Σ weight."""
 
     correct: torch.Tensor
-    """Σ weight over the tokens that the model ranks first; counted only without gradients."""
+    """Σ weight over the tokens to which the model gives the highest logit; computed only without gradients."""
 
 
 class Targets(NamedTuple):
     """The supervised tokens of a micro-batch."""
 
     positions: torch.Tensor
-    """Where each is predicted, one before it, in the flattened (B · S) micro-batch, (N,)."""
+    """Positions that predict the tokens, each one before its token, in the flattened (B · S) micro-batch, (N,)."""
 
     ids: torch.Tensor
     """Token ids, (N,)."""
@@ -69,14 +69,14 @@ def cross_entropy_sums(logits: torch.Tensor, targets: Targets) -> LossSums:
     """
     scores = logits.float()
     losses = F.cross_entropy(scores, targets.ids, reduction="none")
-    # With nothing supervised, `losses` is empty and its sum still carries a graph: every rank has a backward.
+    # Without supervised tokens `losses` is empty, and its sum still has a graph: every rank has a backward pass.
     return LossSums((losses * targets.weights).sum(), targets.weights.sum(), _correct(scores, targets))
 
 
 def projected_cross_entropy(
     hidden: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor], targets: Targets, vocab_size: int
 ) -> LossSums:
-    """Sum the weighted cross entropy of hidden states under any head, recomputing its logits in the backward pass.
+    """Sum the weighted cross entropy of hidden states under any head; the backward pass computes its logits again.
 
     Args:
         hidden: Hidden states at `targets.positions`, (N, D).
@@ -103,22 +103,22 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> LossSums:
-    """Sum the weighted cross entropy of hidden states under a linear head, without keeping or recomputing its logits.
+    """Sum the weighted cross entropy of hidden states under a linear head; its logits are neither kept nor recomputed.
 
     Args:
         hidden: Hidden states at `targets.positions`, (N, D).
         weight: The head's weight, (V, D).
-        bias: Its bias, (V,).
+        bias: The head's bias, (V,); `None` if it has none.
         targets: The supervised tokens.
-        scale: What the head's output is multiplied by.
-        softcap: Logits are squashed to ± this by a tanh.
+        scale: Factor on the head's output.
+        softcap: Bound of the logits, applied with a tanh; `None` for no bound.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    hidden = hidden.to(weight.dtype)  # a head that trains in float32 over a base in half precision
+    hidden = hidden.to(weight.dtype)  # the head may train in float32 above a base in half precision
     loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return LossSums(loss, targets.weights.sum(), correct)
 
@@ -138,8 +138,8 @@ def projected_log_probs(
 ) -> torch.Tensor:
     """Return the log-probability of each token under any head, (N,) float32, in nats.
 
-    A loss of sums over answers has its slope only when all of an answer's tokens are known, so a chunk's logits are
-    made again in the backward pass.
+    The gradient of a loss on whole answers is known only when all tokens of an answer are, so the backward pass
+    computes each chunk's logits again.
 
     Args:
         hidden: Hidden states at the positions that predict the tokens, (N, D).
@@ -148,16 +148,16 @@ def projected_log_probs(
         vocab_size: V.
     """
 
-    def of_part(part: torch.Tensor, some: torch.Tensor) -> torch.Tensor:
-        return log_probs_of(project(part), some)
+    def chunk(part: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return log_probs_of(project(part), ids)
 
     rows = max(1, CHUNK_LOGITS // vocab_size)
     parts = zip(hidden.split(rows), ids.split(rows), strict=True)
-    return torch.cat([checkpoint(of_part, *part, use_reentrant=False) for part in parts])
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Makes the gradients while the logits of a chunk are at hand; the backward pass only scales them."""
+    """Computes the gradients of each chunk in the forward pass, from its logits; the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        # Sums over chunks are kept in float32, or as many small terms would be lost as there are chunks.
+        # Sums over chunks are kept in float32: in half precision, each chunk would round them once more.
         of_hidden = torch.empty_like(hidden) if wanted[0] else None
         of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
@@ -180,7 +180,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, CHUNK_LOGITS // len(weight))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            some = Targets(*(column[part] for column in targets))
+            chunk = Targets(*(column[part] for column in targets))
             logits = F.linear(hidden[part], weight, bias).float()
             if scale != 1.0:
                 logits *= scale
@@ -189,13 +189,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 squashed = torch.tanh(logits / softcap)
                 logits = squashed * softcap
             log_p = F.log_softmax(logits, dim=-1)
-            index = some.ids[:, None]
-            loss -= (log_p.gather(1, index).squeeze(1) * some.weights).sum()
+            index = chunk.ids[:, None]
+            loss -= (log_p.gather(1, index).squeeze(1) * chunk.weights).sum()
             if not any(wanted):
-                correct += _correct(log_p, some)
+                correct += _correct(log_p, chunk)
                 continue
             slope = log_p.exp_()
-            slope.scatter_add_(1, index, -torch.ones_like(index, dtype=slope.dtype)).mul_(some.weights[:, None])
+            slope.scatter_add_(1, index, -torch.ones_like(index, dtype=slope.dtype)).mul_(chunk.weights[:, None])
             if squashed is not None:
                 slope *= 1 - squashed**2
             slope = (slope * scale if scale != 1.0 else slope).to(weight.dtype)

@@ -18,30 +18,37 @@ if TYPE_CHECKING:
 
 
 class SourceMeans:
-    """The means of a stage: of each of its sources, and of all together.
+    """The metrics of an evaluation: of all sources together, and of each source.
 
     Args:
-        names: The sources.
+        names: Names of the sources.
         make: Makes the metric of one source.
-        of_each: Which of the means are of interest source by source; `None` for all.
+        per_source: Names of the means that are reported for each source too; `None` for all.
     """
 
-    def __init__(self, names: Sequence[str], make: Callable[[], Metric], of_each: Sequence[str] | None = None) -> None:
-        self._of_each = of_each
+    def __init__(
+        self, names: Sequence[str], make: Callable[[], Metric], per_source: Sequence[str] | None = None
+    ) -> None:
+        self._per_source = per_source
         self._means = {name: make() for name in names}
         self._total = make()
 
     def update(self, source: int, *sums: Any) -> None:
-        """Add a micro-batch of a source, counted from 0: what its metric's `update` takes."""
+        """Add a micro-batch of one source.
+
+        Args:
+            source: Number of the source, from 0.
+            sums: Arguments of the metric's `update`.
+        """
         for means in (list(self._means.values())[source], self._total):
             means.update(*sums)
 
     def compute(self) -> dict[str, torch.Tensor]:
-        """Return each source's means as `mean/source`, then the means of all; float32 scalars."""
+        """Return each source's means as `mean/source`, then the means of all sources; float32 scalars."""
         found: dict[str, torch.Tensor] = {}
-        for name, means in self._means.items():
-            of_source = means.compute()
-            found |= {f"{key}/{name}": of_source[key] for key in self._of_each or of_source}
+        for name, metric in self._means.items():
+            means = metric.compute()
+            found |= {f"{key}/{name}": means[key] for key in self._per_source or means}
         return {key: value.float() for key, value in (found | self._total.compute()).items()}
 
 
@@ -107,7 +114,7 @@ class Objective(ABC):
 
 
 class TokenMeans(Metric):
-    """Loss, perplexity and accuracy per supervised token; only three scalars are kept, never logits."""
+    """Loss, perplexity and accuracy per supervised token; keeps three sums, never logits."""
 
     full_state_update = False
 
@@ -151,7 +158,7 @@ class NextToken(Objective):
             module: The model.
             names: The sources that are evaluated.
         """
-        return SourceMeans(names, lambda: TokenMeans().to(module.device), of_each=["loss", "perplexity"])
+        return SourceMeans(names, lambda: TokenMeans().to(module.device), per_source=["loss", "perplexity"])
 
     def update_means(self, module: CausalLMModule, means: SourceMeans, batch: Any, split: Split, source: int) -> None:
         """Add the sums of a micro-batch.

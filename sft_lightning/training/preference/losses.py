@@ -1,4 +1,4 @@
-"""Losses on pairs of answers: log-probabilities → loss and rewards of each pair. Everything is float32."""
+"""Losses on pairs of answers, from their log-probabilities; everything is float32."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PreferenceConfig:
     """What is learned from a pair of answers.
 
     Raises:
-        UserError: If a value is out of range, or does not go with the loss.
+        UserError: If a value is out of range, or does not apply to the loss.
     """
 
     loss: PreferenceLoss = "sigmoid"
@@ -32,23 +32,23 @@ class PreferenceConfig:
     reference model: `orpo` (Hong et al., 2024, arXiv:2403.07691), `simpo` (Meng et al., 2024, arXiv:2405.14734)."""
 
     beta: float = 0.1
-    """How strongly the model is held to the reference: a reward is beta times a log-ratio. With `orpo` the weight of
-    the odds-ratio term (the paper's lambda); with `simpo` the scale of the reward (the paper takes 2 to 10)."""
+    """Strength of the pull towards the reference: a reward is beta times a log-ratio. With `orpo`, the weight of the
+    odds-ratio term (lambda in the paper); with `simpo`, the scale of the reward (2 to 10 in the paper)."""
 
     label_smoothing: float = 0.0
-    """Probability that the two answers of a pair are the wrong way round (conservative DPO, Mitchell, 2023); for
-    `sigmoid` only, at least 0 and below 0.5."""
+    """Probability that the two answers of a pair are swapped (conservative DPO, Mitchell, 2023); only with `sigmoid`,
+    at least 0 and below 0.5."""
 
     gamma: float | None = None
-    """The margin that `simpo` wants between two rewards; default 0.5. For no other loss."""
+    """Only with `simpo`: target margin between the two rewards; default 0.5."""
 
     reference: Reference = "auto"
-    """Where the reference's log-probabilities come from: `adapter_off` asks the model with its adapter switched off, at
-    every step; `precomputed` asks the model as it is before training, once. `auto` takes the first where it is the
-    model before training, else the second."""
+    """Where the reference's log-probabilities come from. `adapter_off`: the model with its adapter switched off, in a
+    second forward pass at every step. `precomputed`: the model before training, in one pass over the data. `auto`:
+    `adapter_off` if that is the model before training, else `precomputed`."""
 
     share_prompts: bool = True
-    """Compute a prompt once for both of its answers, where that is proven on the loaded model to change nothing."""
+    """Compute a prompt once for both of its answers, if a probe of the loaded model shows that this changes nothing."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -56,12 +56,9 @@ class PreferenceConfig:
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"model.preference.label_smoothing: must be in [0, 0.5) (got {self.label_smoothing})")
         if self.label_smoothing and self.loss != "sigmoid":
-            raise UserError(
-                f"model.preference.label_smoothing: {self.label_smoothing} is for the loss sigmoid, not {self.loss}; "
-                "remove it"
-            )
+            raise UserError(f"model.preference.label_smoothing: only valid with loss: sigmoid (got {self.loss})")
         if self.gamma is not None and self.loss != "simpo":
-            raise UserError(f"model.preference.gamma: {self.gamma} is for the loss simpo, not {self.loss}; remove it")
+            raise UserError(f"model.preference.gamma: only valid with loss: simpo (got {self.loss})")
         if self.gamma is not None and self.gamma < 0:
             raise UserError(f"model.preference.gamma: must be at least 0 (got {self.gamma})")
         if self.reference != "auto" and not self.has_reference:
@@ -72,33 +69,36 @@ class PreferenceConfig:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss compares with a reference model."""
+        """Whether the loss compares the model with a reference model."""
         return self.loss not in _WITHOUT_REFERENCE
 
 
 class PairScores(NamedTuple):
-    """What becomes of P pairs, all (P,)."""
+    """Losses and rewards of P pairs."""
 
     losses: torch.Tensor
+    """Loss of each pair, (P,)."""
+
     chosen_rewards: torch.Tensor
-    """Implicit rewards, detached."""
+    """Implicit rewards of the chosen answers, detached, (P,)."""
 
     rejected_rewards: torch.Tensor
+    """Implicit rewards of the rejected answers, detached, (P,)."""
 
 
 def score_pairs(
     config: PreferenceConfig, policy: torch.Tensor, reference: torch.Tensor | None, lengths: torch.Tensor
 ) -> PairScores:
-    """Return loss and rewards of pairs.
+    """Return the loss and the rewards of each pair, (P,).
 
     Args:
         config: The loss.
         policy: Log-probabilities of the chosen and the rejected answers under the model, sums over tokens, (P, 2).
-        reference: The same under the reference model; `None` for losses that have none.
-        lengths: Supervised tokens of the answers, (P, 2).
+        reference: Log-probabilities of the same answers under the reference model, (P, 2); `None` for losses without.
+        lengths: Number of supervised tokens of the answers, (P, 2).
 
     Raises:
-        ValueError: If the loss needs a reference and there is none.
+        ValueError: If the loss needs a reference and `reference` is `None`.
     """
     if not config.has_reference:
         means = policy / lengths
@@ -116,7 +116,7 @@ def _scores(losses: torch.Tensor, rewards: torch.Tensor) -> PairScores:
 
 
 def _with_reference(config: PreferenceConfig, difference: torch.Tensor) -> torch.Tensor:
-    """Return losses of the difference between two log-ratios, (P,) → (P,)."""
+    """Return the losses for the differences between two log-ratios, (P,) → (P,)."""
     margin = config.beta * difference
     if config.loss == "ipo":
         # Equation 17 of the paper, on sums over tokens as there.
@@ -136,7 +136,7 @@ def _simpo(config: PreferenceConfig, means: torch.Tensor) -> torch.Tensor:
 
 def _orpo(config: PreferenceConfig, means: torch.Tensor) -> torch.Tensor:
     """Equation 6 of ORPO: the chosen answer's loss per token, and beta times the odds-ratio loss, (P, 2) → (P,)."""
-    # log(p / (1 - p)); a probability that rounds to 1 would have infinite odds.
+    # log(p / (1 - p)); a probability that rounds to 1 has infinite odds.
     means = means.clamp(max=-torch.finfo(means.dtype).eps)
     log_odds = means - torch.log(-torch.expm1(means))
     return -means[:, 0] - config.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1])

@@ -1,4 +1,4 @@
-"""What is logged of preference training: means over pairs, however they are split over micro-batches and ranks."""
+"""Metrics of preference training: means over pairs, independent of how they are split over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ NAMES = (
     "log_probs/chosen",
     "log_probs/rejected",
 )
-"""What each mean is of: implicit rewards, the share of pairs with the higher reward for the chosen answer (equal ones
-are not), and log-probabilities of whole answers, in nats."""
+"""Names of the means: loss, implicit rewards, share of pairs whose chosen answer has the higher reward (equal rewards
+do not count), and log-probabilities of whole answers in nats."""
 
 
 def pair_sums(scores: PairScores, policy: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sums over pairs of what `NAMES` says, detached, (7,).
+    """Return the weighted sums over pairs of the values in `NAMES`, detached, (7,).
 
     Args:
         scores: Loss and rewards of the pairs.
         policy: Log-probabilities of the chosen and the rejected answers, (P, 2).
-        weights: What each pair weighs, (P,).
+        weights: Weight of each pair, (P,).
     """
     chosen, rejected = scores.chosen_rewards, scores.rejected_rewards
     values = [
@@ -41,7 +41,7 @@ def pair_sums(scores: PairScores, policy: torch.Tensor, weights: torch.Tensor) -
 
 
 class PairMeans(Metric):
-    """Means over the pairs of a source; only a few scalars are kept."""
+    """Means over the pairs of a source; keeps a sum for each, never logits."""
 
     full_state_update = False
 
@@ -54,7 +54,12 @@ class PairMeans(Metric):
         self.add_state("weight", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, sums: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add a micro-batch: what `pair_sums` returns, and the weight of its pairs."""
+        """Add a micro-batch.
+
+        Args:
+            sums: From `pair_sums`, (7,).
+            weight: Sum of the pairs' weights, a scalar.
+        """
         self.sums += sums
         self.weight += weight
 
