@@ -41,7 +41,7 @@ from sft_lightning.types import Batch
 
 
 class CausalLMModule(LightningModule):
-    """A causal language model that is fine-tuned in full or by an adapter.
+    """A causal language model that is fine-tuned in full or with an adapter.
 
     Args:
         spec: The model, and how it is trained; a `PreferenceSpec` to learn from pairs of answers.
@@ -164,8 +164,8 @@ class CausalLMModule(LightningModule):
         self.log("train/lr", torch.tensor(self._lr))
         for name, value in zip(self.objective.step_means, () if means is None else means.unbind(), strict=True):
             self.log(f"train/{name}", value, sync_dist=several, reduce_fx=torch.sum)
-        if self._services.grad_norm is not None:
-            self.log("train/grad_norm", self._services.grad_norm)
+        if (norm := self._services.grad_norm) is not None:
+            self.log("train/grad_norm", norm)
         if self._scaler is not None:
             self.log_dict(self._loss_scale.note(self._scaler))
         self._nonfinite_losses.note(loss, self.trainer.global_step)
