@@ -68,7 +68,7 @@ def clear_load_errors(
         key: The YAML key or option that names it.
         what: What is loaded: `model`, `tokenizer` or `adapter`.
         name_or_path: Folder or Hub id.
-        files: Files of which a local folder must hold at least one; empty: anything goes.
+        files: Files of which a local folder must hold at least one; empty for no check.
         also: Further exceptions that mean a wrong name or folder.
 
     Raises:

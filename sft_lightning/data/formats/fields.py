@@ -125,7 +125,7 @@ def read_train(record: Record, fields: Mapping[str, Any], where: str) -> bool | 
 
 
 def actual_value(fields: Mapping[str, Any], key: str) -> str:
-    """Return the end of a message that tells what stands under a key: its type, or the keys that exist.
+    """Return the end of a message that says what a key holds: the type of its value, or the keys that exist.
 
     Args:
         fields: The record's fields.

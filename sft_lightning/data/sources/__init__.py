@@ -1,1 +1,1 @@
-"""A file, a folder or a Hub id becomes records; what was read is counted."""
+"""A file, a folder or a Hub data set → records, and the counts of the data report."""

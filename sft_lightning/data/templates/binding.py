@@ -132,9 +132,9 @@ def _read_template(path: str) -> str:
 def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> ApplyTemplate:
     """Return the tokenizer's chat template as a function.
 
-    It is what `apply_chat_template` renders with (transformers' own `ImmutableSandboxedEnvironment`, compiled once),
-    without the copying around it, which takes longer than the rendering; `check_serving` compares the two. The clock
-    stands still, so that a prompt and its conversation cannot come out with two dates.
+    It renders as `apply_chat_template` does (with transformers' `ImmutableSandboxedEnvironment`, compiled once), but
+    without the copies that take longer than the rendering; `check_serving` compares the two. The clock is stopped, so
+    that a prompt and its conversation have the same date.
     """
     now = datetime.now()
     names: dict[str, Any] = {**tokenizer.special_tokens_map, "documents": None}

@@ -2,8 +2,8 @@
 
 Conversations have two kinds of templates: *named* templates (`named`), written down as data in `turn_formats`, and
 *Jinja* templates (`jinja`), the tokenizer's own `chat_template` or a user's `.jinja` file. Both render exactly what is
-served: a named template exports itself as a chat template, and a Jinja template is asked for the generation prompt of
-every turn, so that the supervised part is what the model must write after that prompt, up to and including the stop
+served: a named template exports itself as a chat template, and a Jinja template renders the generation prompt of
+every answer, so that the supervised part is what the model must write after that prompt, up to and including the stop
 token. Plain documents have a template of their own, `DocumentTemplate`.
 """
 

@@ -46,7 +46,7 @@ class RecordLog:
 
         Args:
             reason: Why; a code of the data report.
-            location: Where the record stands.
+            location: Location of the record.
         """
         self.mark(reason)
         if reason not in self.dropped:

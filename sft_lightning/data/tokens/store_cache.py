@@ -80,7 +80,7 @@ def prepare_source(
     Args:
         name: The source's name in the YAML.
         config: The source.
-        builder: What makes examples.
+        builder: Turns records into examples.
         root: Folder of token stores.
         rebuild: Build the store even if there is one.
 
@@ -139,9 +139,9 @@ def _changes(root: Path, made_of: dict[str, Any]) -> str:
     nearest: list[str] = []
     for manifest in _manifests(root):
         if manifest.get("source") == made_of["source"]:
-            told = differences(manifest["parts"], made_of["parts"], manifest.get("paths", []), made_of["paths"])
-            if told and (not nearest or len(told) < len(nearest)):
-                nearest = told
+            changes = differences(manifest["parts"], made_of["parts"], manifest.get("paths", []), made_of["paths"])
+            if changes and (not nearest or len(changes) < len(nearest)):
+                nearest = changes
         elif "source" not in manifest and manifest.get("places") == made_of["paths"]:
             old_version = True
     if nearest:

@@ -45,7 +45,7 @@ def key_parts(name: str, config: SourceConfig, builder: ExampleBuilder) -> Parts
     Args:
         name: The source's name in the YAML, for messages.
         config: The source.
-        builder: What makes examples.
+        builder: Turns records into examples.
 
     Raises:
         UserError: If the source cannot be read.
@@ -107,20 +107,20 @@ def differences(old: Parts, new: Parts, old_paths: Sequence[str], new_paths: Seq
         changed = [part for part in changed if part != _TEXT_OF_TEMPLATE]  # it follows from these
     if _FORMAT in changed:
         changed = [part for part in changed if part != _CODE_OF_FORMAT]
-    told: list[str] = []
+    found: list[str] = []
     for part in changed:
         before, now = old.get(part), new[part]
         if part == _DATA:
-            told.append(_data_difference(before or [], now, old_paths, new_paths))
+            found.append(_data_difference(before or [], now, old_paths, new_paths))
         elif part == _SOFTWARE:
-            told += [f"{name} changed: {_shown(was)} → {_shown(is_)}" for name, was, is_ in _changes(before, now)]
+            found += [f"{name} changed: {_shown(was)} → {_shown(is_)}" for name, was, is_ in _changes(before, now)]
         elif part == _CODE_OF_FORMAT:
-            told.append(f"code of the format changed: {', '.join(name for name, _, _ in _changes(before, now))}")
+            found.append(f"code of the format changed: {', '.join(name for name, _, _ in _changes(before, now))}")
         elif part in (_TOKENIZER, _TEXT_OF_TEMPLATE):
-            told.append("tokenizer changed" if part == _TOKENIZER else f"text of template {new[_TEMPLATE]} changed")
+            found.append("tokenizer changed" if part == _TOKENIZER else f"text of template {new[_TEMPLATE]} changed")
         else:
-            told.append(f"{part} changed: {_shown(before)} → {_shown(now)}")
-    return told
+            found.append(f"{part} changed: {_shown(before)} → {_shown(now)}")
+    return found
 
 
 def _data_difference(old: Sequence[str], new: Sequence[str], old_paths: Sequence[str], new_paths: Sequence[str]) -> str:
@@ -167,7 +167,7 @@ def _format_code(name: str, format_name: str | None) -> dict[str, str] | None:
 
 
 def _template_text(builder: ExampleBuilder) -> str | None:
-    """Return a hash of a Jinja template; a named template's text is told by its name and `TOKENIZATION_VERSION`."""
+    """Return a hash of a Jinja template; a named template is identified by its name and `TOKENIZATION_VERSION`."""
     if not isinstance(builder.template, JinjaTemplate):
         return None
     return xxhash.xxh3_128_hexdigest(str(builder.tokenizer.chat_template).encode())
