@@ -29,6 +29,7 @@ def test_a_run_folder_with_tip_in_its_name_is_still_reported(caplog: pytest.LogC
 
 def test_expected_warnings_are_silent_and_others_are_not() -> None:
     with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         quiet_libraries()
         warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck.", stacklevel=1)
         warnings.warn("the tokenizer has no chat template", stacklevel=1)

@@ -29,7 +29,7 @@ def test_answers_go_to_the_terminal_and_to_every_file(
         (["--mode=gready"], "Did you mean 'greedy'"),
         (["--prompts=gone.jsonl"], "--prompts: 'gone.jsonl' does not exist"),
         (["--finetuned=./gone"], "--finetuned: the folder './gone' does not exist"),
-        (["--adapter=./gone"], "--adapter: './gone' is not an adapter folder"),
+        (["--adapter=./gone"], "--adapter: 'gone' is not an adapter folder"),
         (["--quantization=3"], "--quantization: must be 4 or 8"),
         (["--html=gone/page.html"], "--html: the folder of 'gone/page.html' does not exist"),
         (["--max_new_tokenz=3"], "Did you mean 'max_new_tokens'"),

@@ -26,7 +26,9 @@ CONVERSATIONS = [
 
 @pytest.fixture
 def own(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    return copy.deepcopy(tokenizer)
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = None  # another test may have bound one to the session's tokenizer
+    return own
 
 
 def bound(name: str, own: PreTrainedTokenizerFast) -> NamedTemplate:
