@@ -7,7 +7,6 @@ import torch
 
 from sft_lightning.errors import UserError
 from sft_lightning.training.preference.losses import PreferenceConfig, score_pairs
-from sft_lightning.training.preference.metrics import NAMES, PairMeans, pair_sums
 
 POLICY = torch.tensor([[-10.0, -12.0], [-8.0, -3.0]])
 REFERENCE = torch.tensor([[-11.0, -11.0], [-8.0, -4.0]])
@@ -86,18 +85,3 @@ def test_a_loss_with_a_reference_wants_one() -> None:
 def test_values_that_do_not_go_together_are_refused(values: dict[str, object], key: str) -> None:
     with pytest.raises(UserError, match=f"model.preference.{key}"):
         PreferenceConfig(**values)  # type: ignore[arg-type]
-
-
-def test_means_are_over_pairs_however_they_are_split() -> None:
-    scores = score_pairs(PreferenceConfig(beta=0.5), POLICY, REFERENCE, LENGTHS)
-    weights = torch.tensor([1.0, 3.0])
-    whole, split = PairMeans(), PairMeans()
-    whole.update(pair_sums(scores, POLICY, weights), weights.sum())
-    for i in range(2):
-        one = type(scores)(*(column[i : i + 1] for column in scores))
-        split.update(pair_sums(one, POLICY[i : i + 1], weights[i : i + 1]), weights[i])
-    found = {name: float(value) for name, value in whole.compute().items()}
-    assert found == pytest.approx({name: float(value) for name, value in split.compute().items()}, rel=1e-6)
-    assert tuple(found) == NAMES
-    assert found["rewards/accuracy"] == 0.25
-    assert found["log_probs/chosen"] == pytest.approx((-10 - 3 * 8) / 4)
