@@ -1,13 +1,7 @@
-"""Examples as one self-contained HTML page: it loads nothing, and nothing in the data can run.
-
-Everything from the data goes through Jinja's autoescape, and the page's Content-Security-Policy allows only the style
-and the script of this folder, by their hashes.
-"""
+"""Examples as one self-contained HTML page."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
@@ -15,10 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from sft_lightning.views.highlight import ShownSource, ShownToken, visible
+from sft_lightning.views.html_page import Filters, render_html
 
 _FOLDER = Path(__file__).parent
 
@@ -48,26 +42,8 @@ class PreviewPage:
 
 def render_page(page: PreviewPage) -> str:
     """Return the page as HTML text."""
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"marked": _marked, "json": _json, "runs": _runs, "tip": _tip, "classes": _classes}
-    style, script = (_own(name) for name in ("page.css", "page.js"))
-    return environment.get_template("page.html.jinja").render(
-        page=page, style=style, script=script, style_hash=_hash(style), script_hash=_hash(script)
-    )
-
-
-def _own(name: str) -> Markup:
-    return Markup((_FOLDER / name).read_text(encoding="utf-8"))  # noqa: S704 (our own file)
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    filters: Filters = {"marked": _marked, "json": _json, "runs": _runs, "tip": _tip, "classes": _classes}
+    return render_html(_FOLDER / "page.html.jinja", {"page": page}, filters, scripts=[_FOLDER / "page.js"])
 
 
 def _marked(text: str, spaces: bool = False) -> Markup:
