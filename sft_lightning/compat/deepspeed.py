@@ -31,7 +31,7 @@ _SAVING = "saving and continuing a run under trainer.strategy: deepspeed_stage_*
 @uses(
     "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator.is_fp16_supported",
     feature="trainer.precision: 16-mixed or 16-true under trainer.strategy: deepspeed_stage_* on a CPU",
-    since="0.15",
+    since="0.10",
     replacement="DeepSpeed's own refusal, which comes after the model is loaded",
 )
 def cpu_has_float16() -> bool:
@@ -45,7 +45,7 @@ def cpu_has_float16() -> bool:
 
 @uses(
     feature="trainer.strategy: deepspeed_stage_3",
-    since="0.3",
+    since="0.5",
     replacement="`deepspeed.runtime.zero.partition_parameters.is_zero_param`",
 )
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -55,7 +55,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 @uses(
     feature="trainer.strategy: deepspeed_stage_3",
-    since="0.3",
+    since="0.5",
     replacement="noting the shapes before the model is partitioned",
 )
 def full_shape(parameter: torch.Tensor) -> torch.Size:
@@ -65,7 +65,7 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
 
 @uses(
     feature="trainer.strategy: deepspeed_stage_3",
-    since="0.3",
+    since="0.5",
     replacement="`deepspeed.utils.safe_get_local_fp32_param`",
 )
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     f"{_PARAMETERS}:Init",
     attributes=("ds_tensor.ds_numel", "ds_process_group"),
     feature=_SAVING,
-    since="0.3",
+    since="0.5",
     replacement="loading inside `deepspeed.zero.GatheredParameters`, one parameter at a time",
 )
 def cut_own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def own_part_in_memory(parameter: Any) -> Iterator[torch.Tensor]:
     f"{_PARAMETERS}:ZeroParamStatus.AVAILABLE",
     attributes=("ds_status.name",),
     feature="trainer.strategy: deepspeed_stage_3",
-    since="0.3",
+    since="0.5",
     replacement="the size of `parameter.data`, which is 0 while it is partitioned",
 )
 def is_gathered(parameter: Any) -> bool:
@@ -131,7 +131,7 @@ def is_gathered(parameter: Any) -> bool:
 @uses(
     f"{_PARAMETERS}:_init_external_params",
     feature="trainer.strategy: deepspeed_stage_3",
-    since="0.3",
+    since="0.5",
     replacement="a list of our own of what was given to `register_external_parameter`",
 )
 def external_weights(module: nn.Module) -> list[nn.Parameter]:
@@ -145,7 +145,7 @@ def external_weights(module: nn.Module) -> list[nn.Parameter]:
 
 @uses(
     feature="saving and continuing a run under trainer.strategy: deepspeed_stage_*",
-    since="0.9",
+    since="0.5",
     replacement="`deepspeed.utils.safe_get_local_fp32_param`",
 )
 def flat_partitions(zero: Any) -> list[torch.Tensor]:
@@ -196,7 +196,7 @@ def partitions_in_memory(
     f"{_STAGE_3}._optimizer_states_and_gradient_swap_out",
     f"{_STAGE_3}._release_swap_buffers",
     feature=_SAVING,
-    since="0.5",
+    since="0.17",
     replacement="`deepspeed.utils.safe_get_full_fp32_param` and its kin",
 )
 def _off_nvme(zero: Any, index: int, *, changed: bool) -> Iterator[None]:
@@ -215,7 +215,7 @@ def _off_nvme(zero: Any, index: int, *, changed: bool) -> Iterator[None]:
 @uses(
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
     feature=_SAVING,
-    since="0.10",
+    since="0.14",
     replacement="nothing, once DeepSpeed links the states of every group when they are made",
 )
 def link_states(zero: Any) -> None:
@@ -242,7 +242,7 @@ def _part(zero: Any, parameter: Any, key: str | None) -> torch.Tensor:
     f"{_STAGE_3}._fp32_state_allgather",
     "deepspeed.utils.mixed_precision_linkage:get_full_hp_param",
     feature=_SAVING,
-    since="0.10",
+    since="0.11",
     replacement="`deepspeed.utils.safe_get_full_fp32_param` and `safe_get_full_optimizer_state`",
 )
 def gather(zero: Any, parameter: Any, key: str | None) -> torch.Tensor:
@@ -264,7 +264,7 @@ def gather(zero: Any, parameter: Any, key: str | None) -> torch.Tensor:
 @uses(
     "deepspeed.utils.mixed_precision_linkage:set_full_hp_param",
     feature=_SAVING,
-    since="0.10",
+    since="0.11",
     replacement="`deepspeed.utils.safe_set_full_fp32_param` and `safe_set_full_optimizer_state`",
 )
 def scatter(zero: Any, parameter: Any, value: torch.Tensor, key: str | None) -> None:

@@ -41,7 +41,7 @@ _REQUIRED = re.compile(r"the following arguments are required: (?P<keys>[\w., ]+
 _STRAY = re.compile(r"unrecognized arguments: (?P<words>.+)")
 
 _FEATURE = "short messages for errors on the command line"
-_SINCE = "4.40"
+_SINCE = "4.44"
 _INSTEAD = "structured errors, once jsonargparse has them; unknown wording is shown as it is"
 
 
@@ -136,7 +136,7 @@ def is_about_a_value(error: Exception) -> bool:
 @uses(
     attributes=("_actions",),
     feature="the nearest valid key in errors on the command line",
-    since="4.0",
+    since="4.27",
     replacement="`parser.get_defaults().keys()`, which has no fields of what is null by default",
     optional=True,
 )

@@ -38,7 +38,7 @@ class Entry:
     """What is refused without them: a YAML key, a command, or what the user gets from it."""
 
     since: str
-    """The library's release that brought the names in the form that is used here."""
+    """The earliest release of the library in which the names were found as they are used here."""
 
     replacement: str
     """What to use once they are gone."""
@@ -95,7 +95,7 @@ def uses(
     Args:
         names: `module:attribute`, the first one of the library that the entry belongs to; none for a behaviour.
         feature: As in `Entry`, as all that follow.
-        since: The release that brought them.
+        since: The earliest release in which they were found.
         replacement: What to use once they are gone.
         attributes: Attributes of the function's first argument.
         optional: Return `None` and warn once, instead of refusing the feature.

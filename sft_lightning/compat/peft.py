@@ -80,7 +80,7 @@ def adapts_parameter(module: torch.nn.Module) -> bool:
     f"{_LAYER}:BaseTunerLayer.merge",
     f"{_LAYER}:BaseTunerLayer.merged_adapters",
     feature="merge",
-    since="0.6",
+    since="0.8",
     replacement="merging on the whole model in memory",
 )
 def merge_into_weight(layer: Any, adapter: str, attribute: str, weight: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def adapter_name_parts(model: PeftModel) -> tuple[str, ...]:
 
 @uses(
     feature="model.adapter.only_adapter: false",
-    since="0.6",
+    since="0.8",
     replacement="`module_under_adapter` on every module",
 )
 def is_replaced_by_adapter(name: str) -> bool:
@@ -151,7 +151,7 @@ def is_replaced_by_adapter(name: str) -> bool:
 
 @uses(
     feature="model.adapter.use_dora under trainer.strategy: deepspeed_stage_3",
-    since="0.11",
+    since="0.10",
     replacement="the documented `get_base_layer`, and a forward pass that notes what is read",
 )
 def weights_read_by_dora(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Parameter]]:

@@ -22,7 +22,7 @@ _BITSANDBYTES = "transformers.integrations.bitsandbytes"
 @uses(
     "transformers.utils.chat_template_utils:_compile_jinja_template",
     feature="data.template: chat_template and .jinja files",
-    since="4.44",
+    since="4.46",
     replacement="`tokenizer.apply_chat_template`, which compiles at every call and fixes no date",
 )
 def compile_chat_template(source: str) -> Any:
@@ -67,7 +67,7 @@ def set_attention(config: PretrainedConfig, name: str) -> None:
 @uses(
     "transformers:PreTrainedModel._supports_attention_backend",
     feature="model.attn_implementation: auto",
-    since="4.48",
+    since="4.50",
     replacement="loading the model with a registered attention, and looking whether it is called",
 )
 def calls_registered_attention(model: PreTrainedModel | type[PreTrainedModel]) -> bool:

@@ -20,7 +20,7 @@ class CommandLine(LightningCLI):
 
     @uses(
         feature="starting fit, validate, test and predict quickly",
-        since="1.9",
+        since="2.0",
         replacement="the parsers of all four commands, which take three times as long to build",
     )
     def __init__(self, command: str, args: list[str], **options: Any) -> None:

@@ -17,7 +17,7 @@ _LOOPS = "lightning.pytorch.loops"
 @uses(
     f"{_LOOPS}.fit_loop:_FitLoop._should_accumulate",
     feature="fit",
-    since="1.5",
+    since="2.0",
     replacement="the same from `epoch_loop.batch_progress`, `accumulate_grad_batches` and `num_training_batches`",
 )
 def is_accumulating(trainer: Trainer) -> bool:
@@ -29,7 +29,7 @@ def is_accumulating(trainer: Trainer) -> bool:
     f"{_LOOPS}.training_epoch_loop:_TrainingEpochLoop.on_save_checkpoint",
     attributes=("fit_loop.epoch_loop._batches_that_stepped",),
     feature="fit --ckpt_path",
-    since="1.6",
+    since="2.0",
     replacement="logging `step` with every metric, which Lightning takes for the x axis",
 )
 def set_logged_step(trainer: Trainer) -> None:
@@ -41,7 +41,7 @@ def set_logged_step(trainer: Trainer) -> None:
     f"{_LOOPS}.evaluation_loop:_EvaluationLoop.run",
     attributes=("_logger_connector._first_loop_iter", "fit_loop.epoch_loop.val_loop"),
     feature="callbacks.EvaluateFirst",
-    since="2.0",
+    since="2.1",
     replacement="`trainer.validate` before `trainer.fit`",
 )
 def validate_before_training(trainer: Trainer) -> None:
@@ -126,7 +126,7 @@ def set_device(module: LightningModule, device: torch.device) -> None:
 @uses(
     "lightning.pytorch.core.optimizer:LightningOptimizer.optimizer",
     feature="saving the optimizer's state",
-    since="1.3",
+    since="2.0",
     replacement="nothing: the property is documented, its class is not exported",
 )
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ class MeshStrategy(ModelParallelStrategy):
         "lightning.pytorch.strategies.model_parallel:ModelParallelStrategy.setup_environment",
         attributes=("_data_parallel_size", "_tensor_parallel_size"),
         feature="trainer.strategy: fsdp2",
-        since="2.4",
+        since="2.3",
         replacement="the constructor's `data_parallel_size`, which wants the number of processes before it is known",
     )
     def use_one_mesh_axis(self, num_processes: int) -> None:
@@ -32,7 +32,7 @@ class MeshStrategy(ModelParallelStrategy):
         "lightning.pytorch.strategies.model_parallel:ModelParallelStrategy.process_group_backend",
         attributes=("_process_group_backend",),
         feature="trainer.strategy: fsdp2_offload",
-        since="2.4",
+        since="2.3",
         replacement="the constructor's `process_group_backend`, which wants the device before it is known",
     )
     def use_backend(self, backend: str) -> None:
@@ -53,7 +53,7 @@ class HookedDeepSpeedStrategy(DeepSpeedStrategy):
         f"{_DEEPSPEED}._init_config_if_needed",
         f"{_DEEPSPEED}._init_deepspeed_distributed",
         feature="trainer.strategy: deepspeed_stage_*",
-        since="1.5",
+        since="2.2",
         replacement="trainer.strategy: fsdp2",
     )
     def __init__(self, **options: Any) -> None:
