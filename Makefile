@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test test-all test-gpu test-browser check docs bench bench-data bench-scaling equality wheel clean
+.PHONY: help setup demo test test-all test-oldest test-newest test-gpu test-browser check docs bench bench-data bench-scaling equality wheel clean
 
 help:  ## Show this list (the default)
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ test: setup  ## Run the tests (CPU, no downloads)
 test-all: setup  ## Run the tests, slow ones too
 	$(BIN)/python -m pytest -m "not gpu and not browser"
 
+test-oldest:  ## Install the lowest versions allowed in .venv-oldest, test them end to end (TORCH=2.13.0: that torch)
+	sh .ci/versions oldest
+
+test-newest:  ## The same for the newest versions allowed, in .venv-newest
+	sh .ci/versions newest
+
 test-gpu: setup  ## Run the tests that need an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu
 
@@ -36,6 +42,7 @@ check: setup  ## Lint, check the formatting, check the types
 
 docs: setup  ## Write the pages of docs/ that are made from the code
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/generate_compatibility.py
 	$(BIN)/python -m sft_lightning migrate --table > docs/migrating.md
 
 bench: setup  ## Run the benchmarks; results go to benchmarks/results/

@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -22,9 +21,21 @@ def generate() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return script("generate")
+
+
 def test_the_page_of_the_configuration_is_what_the_code_says(generate: ModuleType) -> None:
     said = "docs/configuration.md is not what the code says; run make docs"
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), said
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="the page has DeepSpeed's names too")
+def test_the_page_of_compatibility_is_what_the_code_says() -> None:
+    written = script("generate_compatibility")
+    said = "docs/compatibility.md is not what the code says; run make docs"
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), said
 
 
 def test_every_key_of_the_configuration_has_a_meaning(generate: ModuleType) -> None:

@@ -20,7 +20,7 @@ _LINEAR_8BIT = "bitsandbytes.nn:Linear8bitLt"
 @uses(
     "bitsandbytes.optim.optimizer:Optimizer8bit",
     feature="trainer.strategy that shards, with an optimizer of bitsandbytes",
-    since="0.38",
+    since="0.43",
     replacement="the class's module, which begins with `bitsandbytes.optim`",
 )
 def state_bits(optimizer: torch.optim.Optimizer) -> int | None:
@@ -65,7 +65,7 @@ def _return_scales(layer: Any, args: Any) -> None:
 @uses(
     _LINEAR_4BIT,
     feature="trainer.precision: bf16-true, or trainer.strategy: deepspeed_stage_*, with a base in 4 bits",
-    since="0.42",
+    since="0.43",
     replacement="model.quantization.storage_dtype: uint8",
 )
 def store_4bit_as_bytes(model: nn.Module) -> None:
@@ -86,7 +86,7 @@ def store_4bit_as_bytes(model: nn.Module) -> None:
 @uses(
     _LINEAR_4BIT,
     feature="trainer.strategy that shards weights, with a base in 4 bits",
-    since="0.43",
+    since="0.45",
     replacement="nothing, once the layer keeps its state itself",
 )
 def keep_quantization_states(model: nn.Module, device: torch.device) -> None:
@@ -111,7 +111,7 @@ def keep_quantization_states(model: nn.Module, device: torch.device) -> None:
     "bitsandbytes.autograd._functions:MatmulLtState.threshold",
     _LINEAR_8BIT,
     feature="comparing packed with separate documents on a base in 8 bits",
-    since="0.37",
+    since="0.43",
     replacement="a tolerance of the size that outlier columns make",
 )
 def without_int8_outliers(model: nn.Module) -> Iterator[None]:

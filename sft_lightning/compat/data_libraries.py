@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     "datasets:Dataset",
     attributes=("_fingerprint",),
     feature="data.sources: a data set of the Hub",
-    since="1.0",
+    since="4.0",
     replacement="a hash of every row, which reads the whole data set at each start",
 )
 def content_fingerprint(dataset: Dataset) -> str:
@@ -26,7 +26,7 @@ def content_fingerprint(dataset: Dataset) -> str:
 @uses(
     "tokenizers:Tokenizer",
     feature="tokenizing at full speed",
-    since="0.21",
+    since="0.23",
     replacement="the default of 10,000 words, which is a fifth slower on large files",
 )
 def remember_words(tokenizer: Tokenizer, number: int) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     "torch.amp:GradScaler.get_scale",
     attributes=("_scale", "_init_scale"),
     feature="trainer.precision: 16-mixed",
-    since="1.6",
+    since="2.3",
     replacement="`get_scale`, which waits for the device",
 )
 def loss_scale(scaler: torch.amp.GradScaler) -> tuple[torch.Tensor | None, float]:
@@ -49,7 +49,7 @@ def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
 @uses(
     "torch._subclasses.fake_tensor:FakeTensorMode",
     feature="plan",
-    since="1.13",
+    since="2.0",
     replacement="`torch.device('meta')`, whose operations allocate nothing",
 )
 def fake_tensor_mode() -> Any:
@@ -61,7 +61,7 @@ def fake_tensor_mode() -> Any:
     "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
     "torch.utils._pytree:tree_map_only",
     feature="plan",
-    since="1.13",
+    since="2.0",
     replacement="the documented `torch.overrides.TorchFunctionMode`, which does not see the backward pass",
 )
 def watching_operations(see: Callable[[torch.Tensor], Any]) -> AbstractContextManager[Any]:
@@ -100,7 +100,7 @@ def storage_key(storage: torch.UntypedStorage) -> int:
     "torch.nn:Module.children",
     attributes=("_modules", "_parameters"),
     feature="exporting an adapter, and the check of what was exported",
-    since="1.0",
+    since="2.0",
     replacement="`copy.deepcopy` of the model, which doubles its memory",
 )
 def copy_sharing_tensors(
@@ -124,7 +124,7 @@ def copy_sharing_tensors(
 @contextmanager
 @uses(
     feature="the loss of a sharded model in its head's place, and `plan` with bits: 8",
-    since="1.0",
+    since="2.0",
     replacement="a module of our own in the other's place, which hooks and sharding would have to be told of",
 )
 def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[None]:
@@ -148,7 +148,7 @@ def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -
 
 @uses(
     feature="fused LoRA layers",
-    since="1.0",
+    since="2.0",
     replacement="modules of our own in the place of PEFT's, which PEFT would have to be told of",
 )
 def change_class(module: torch.nn.Module, subclass: type[torch.nn.Module]) -> None:
@@ -164,7 +164,7 @@ def change_class(module: torch.nn.Module, subclass: type[torch.nn.Module]) -> No
 @uses(
     attributes=("_forward_hooks", "_forward_pre_hooks"),
     feature="fused LoRA layers",
-    since="1.0",
+    since="2.0",
     replacement="the layers' own forward pass",
 )
 def runs_more_than_forward(module: torch.nn.Module) -> bool:
@@ -175,7 +175,7 @@ def runs_more_than_forward(module: torch.nn.Module) -> bool:
 @uses(
     "torch.nn.attention.varlen:varlen_attn",
     feature="model.attn_implementation: auto on a GPU",
-    since="2.10",
+    since="2.11",
     replacement="model.attn_implementation: flash_attention_2",
 )
 def attend_within_documents(

@@ -61,6 +61,7 @@ def test_the_manifest_has_the_facts_about_the_base_that_merge_requires(fit: Call
     assert manifest["rope_parameters"]["rope_type"] == "default"
 
 
+@pytest.mark.end_to_end
 def test_the_logits_of_the_final_export_are_verified(fit: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("callbacks.exports.rank_zero_info", said.append)
@@ -96,6 +97,7 @@ def test_an_export_that_differs_from_the_trained_model_stops_the_run(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.end_to_end
 def test_full_fine_tuning_leaves_a_model_that_plain_transformers_loads(
     fit_args: list[str], model_dir: Path, tmp_path: Path
 ) -> None:

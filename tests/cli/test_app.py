@@ -147,6 +147,7 @@ def test_a_finished_run_is_not_overwritten(fit_args: list[str], capsys: pytest.C
     assert "--ckpt_path last" in message
 
 
+@pytest.mark.end_to_end
 def test_a_run_leaves_every_promised_output(fit_args: list[str], tmp_path: Path) -> None:
     assert main(["fit", *fit_args, "--trainer.max_steps=2", "--data.val_fraction=0.2"]) == 0
     run = tmp_path / "run"
@@ -158,6 +159,7 @@ def test_a_run_leaves_every_promised_output(fit_args: list[str], tmp_path: Path)
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["template"] == "alpaca"
 
 
+@pytest.mark.end_to_end
 def test_validate_test_and_predict_run_from_a_checkpoint(
     fit_args: list[str], alpaca_file: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +173,7 @@ def test_validate_test_and_predict_run_from_a_checkpoint(
     assert {"prompt", "reference", "answer", "source", "location"} <= rows[0].keys()
 
 
+@pytest.mark.end_to_end
 def test_max_steps_alone_runs_over_as_many_epochs_as_it_takes(fit_args: list[str], tmp_path: Path) -> None:
     assert main(["fit", *fit_args, "--trainer.max_steps=20", "--trainer.accumulate_grad_batches=4"]) == 0
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()

@@ -61,6 +61,7 @@ NAMES = {
 }  # fmt: skip
 
 
+@pytest.mark.end_to_end
 def test_lora_passes_every_check_and_writes_nothing_to_the_run_folder(
     selftest: Selftest, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def largest_difference(first: list[Grads], second: list[Grads]) -> float:
 Train = Callable[..., tuple[list[Grads], CausalLMModule]]
 
 
+@pytest.mark.end_to_end
 def test_the_packed_loss_is_the_token_weighted_loss_of_the_examples_alone(train: Train) -> None:
     means = []
     for packing in ("best_fit", "none"):
@@ -128,6 +129,7 @@ def test_gradient_checkpointing_changes_no_gradient(model: dict[str, Any], train
     assert largest_difference(plain, recomputed) <= 1e-6
 
 
+@pytest.mark.end_to_end
 def test_a_quantized_base_trains_only_its_adapter(train: Train) -> None:
     steps, module = train(quantization=QuantizationConfig())
     assert all(".lora_" in name for name in steps[0])

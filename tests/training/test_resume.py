@@ -42,6 +42,7 @@ def without_adapter(args: list[str]) -> list[str]:
 @pytest.mark.parametrize(
     ("mode", "stop"), [("lora", "step=4"), ("lora", "step=8"), ("qlora", "step=4"), ("full", "step=14")]
 )
+@pytest.mark.end_to_end
 def test_a_run_continued_from_a_checkpoint_ends_in_the_same_bits(
     mode: str, stop: str, fit_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:

@@ -23,6 +23,7 @@ def fit(fit_args: list[str], tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.mark.end_to_end
 def test_an_adapter_is_merged_and_the_measured_difference_is_printed(
     fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +43,7 @@ def test_several_adapters_are_merged(fit: Callable[..., Path], tmp_path: Path) -
     assert main(["merge", "--adapter", adapter, "--adapter", adapter, "--output_dir", str(tmp_path / "merged")]) == 0
 
 
+@pytest.mark.end_to_end
 def test_a_quantized_base_is_compared_on_the_data_of_the_run(
     fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

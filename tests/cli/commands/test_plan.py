@@ -42,6 +42,7 @@ def peak(capsys: pytest.CaptureFixture[str]) -> float:
     return next(float(words[1]) for words in lines if words[:1] == ["peak"])
 
 
+@pytest.mark.end_to_end
 def test_steps_memory_and_time_are_estimated_without_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--model.adapter.r=4", "--num_gpus=2", "--trainer.max_epochs=3") == 0
     shown = capsys.readouterr().out

@@ -40,6 +40,7 @@ def prepare(config: dict[str, Any], tmp_path: Path) -> Prepare:
     return run
 
 
+@pytest.mark.end_to_end
 def test_the_data_is_tokenized_and_told_about(
     prepare: Prepare, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ def preview_of(fit_args: list[str], write_json: WriteJson) -> Callable[..., int]
     return run
 
 
+@pytest.mark.end_to_end
 def test_examples_are_shown_with_their_location_and_counts(
     fit_args: list[str], alpaca_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

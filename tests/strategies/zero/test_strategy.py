@@ -49,7 +49,7 @@ def assert_same(logged: Logged, found: Path, expected: Path) -> None:
         pytest.param("lora", 1, marks=pytest.mark.slow),
         pytest.param("full", 2, marks=pytest.mark.slow),
         pytest.param("qlora", 2, marks=pytest.mark.slow),
-        ("full", 3),
+        pytest.param("full", 3, marks=pytest.mark.end_to_end),
         pytest.param("lora", 3, marks=pytest.mark.slow),
         pytest.param("qlora", 3, marks=pytest.mark.slow),
     ],

@@ -31,6 +31,7 @@ def dpo_args(model_dir: Path, tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.end_to_end
 def test_a_preference_run_exports_its_adapter_and_logs_rewards(dpo_args: list[str], tmp_path: Path) -> None:
     assert main(["fit", *dpo_args, "--model.adapter.r=4", "--model.preference.beta=0.2"]) == 0
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()

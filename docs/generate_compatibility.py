@@ -1,0 +1,97 @@
+"""Writes docs/compatibility.md from sft_lightning/compat: what is used of each library beyond its documentation.
+
+python docs/generate_compatibility.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import sft_lightning.compat
+from sft_lightning.compat.names import ENTRIES, Entry
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "compatibility.md"
+
+_INTRODUCTION = """\
+# Compatibility
+
+What is used of other libraries beyond their documentation stands in `sft_lightning/compat`, one module a library, and
+nowhere else (`tests/compat/test_seam.py`): private names, patches, the wording of messages. Each function looks for its
+names when it is called. Where an installed version does not have them, that one feature is refused with a message that
+names the versions to install; help, `preview` and all other runs work. Each function has a test of the behaviour that
+is relied on. Expected warnings of the libraries are silenced in `sft_lightning/cli/quiet.py`.
+
+## Versions
+
+Lower bounds are the oldest releases that the tests pass with. Upper bounds are the next releases that nobody has tried:
+the next minor one of a library that moves such names between minor releases, else the next major one.
+
+    make test-oldest   # the lowest versions allowed, in .venv-oldest: the tests of compat, and the end-to-end tests
+    make test-newest   # the same with the newest versions allowed, in .venv-newest
+
+Both take `TORCH=2.13.0` for that torch instead; a build for CPUs alone spares gigabytes.
+"""
+
+_NAMES = """
+## Names
+
+`since` is the earliest release that was looked at and has them.
+"""
+
+_TABLE = """
+| function | what for | uses | since | without it, refused | afterwards |
+| --- | --- | --- | --- | --- | --- |
+"""
+
+
+def page() -> str:
+    """Return the page, as Markdown."""
+    for found in pkgutil.walk_packages(sft_lightning.compat.__path__, "sft_lightning.compat."):
+        importlib.import_module(found.name)
+    by_library = sorted(ENTRIES, key=lambda entry: (entry.library.lower(), ENTRIES.index(entry)))
+    parts = [
+        _INTRODUCTION,
+        "\n".join(_versions()),
+        _NAMES,
+    ]
+    for library, entries in itertools.groupby(by_library, key=lambda entry: entry.library):
+        parts.append(f"\n### {library}\n{_TABLE}" + "\n".join(map(_row, entries)) + "\n")
+    return "".join(parts)
+
+
+def _versions() -> Iterator[str]:
+    """Yield the table of what is allowed and what was tried."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    oldest, newest = (_pins(ROOT / name) for name in ("constraints-oldest.txt", "constraints.txt"))
+    yield "\n| library | allowed | `make test-oldest` | `make setup` |\n| --- | --- | --- | --- |"
+    for library in sorted({entry.library for entry in ENTRIES}):
+        allowed = re.search(rf'"{library}(?:\[\w+\])?(>=[^"]+)"', project)
+        if allowed is None:
+            raise ValueError(f"pyproject.toml has no bounds for {library}")
+        yield f"| {library} | {allowed[1].replace(',', ', ')} | {oldest[library]} | {newest[library]} |"
+    yield ""
+
+
+def _pins(file: Path) -> dict[str, str]:
+    """Return the versions that a constraints file pins; of several for one library, the last."""
+    return dict(re.findall(r"(?m)^([\w-]+)==([^;\s]+)", file.read_text(encoding="utf-8")))
+
+
+def _row(entry: Entry) -> str:
+    function = pkgutil.resolve_name(f"sft_lightning.compat.{entry.function}")
+    meaning = (function.__doc__ or "").partition("\n\n")[0]
+    names = [f"`{name.replace(':', '.')}`" for name in entry.names]
+    used = ", ".join([*names, *(f"attribute `{path}`" for path in entry.attributes)]) or "behaviour"
+    refused = f"{entry.feature} (left out, with a warning)" if entry.optional else entry.feature
+    cells = [f"`{entry.function}`", meaning, used, entry.since, refused, entry.replacement]
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "&#124;") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
