@@ -54,7 +54,8 @@ def page() -> str:
     """Return the page, as Markdown."""
     for found in pkgutil.walk_packages(sft_lightning.compat.__path__, "sft_lightning.compat."):
         importlib.import_module(found.name)
-    by_library = sorted(ENTRIES, key=lambda entry: (entry.library.lower(), ENTRIES.index(entry)))
+    places = {entry.function: number for number, entry in enumerate(ENTRIES)}  # modules in the order of their import
+    by_library = sorted(ENTRIES, key=lambda each: (each.library, _module(each), places[each.function]))
     parts = [
         _INTRODUCTION,
         "\n".join(_versions()),
@@ -63,6 +64,10 @@ def page() -> str:
     for library, entries in itertools.groupby(by_library, key=lambda entry: entry.library):
         parts.append(f"\n### {library}\n{_TABLE}" + "\n".join(map(_row, entries)) + "\n")
     return "".join(parts)
+
+
+def _module(entry: Entry) -> str:
+    return pkgutil.resolve_name(f"sft_lightning.compat.{entry.function}").__module__
 
 
 def _versions() -> Iterator[str]:
