@@ -1,4 +1,4 @@
-"""What a run left behind, read back."""
+"""Runs in this process, runs that are killed, and what a run left in its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sft_lightning.data.datamodule import SFTDataModule
+from sft_lightning.data.sources.source import SourceConfig
+from sft_lightning.data.spec import DataSpec
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 
 class RunFolder:
@@ -63,6 +70,43 @@ def assert_same_bits(one: Any, other: Any, where: str) -> None:
             assert_same_bits(value, other[index], f"{where}/{index}")
     else:
         assert one == other, where
+
+
+@pytest.fixture
+def make_run(
+    model_dir: Path, alpaca_file: Path, tmp_path: Path
+) -> Callable[..., tuple[Trainer, CausalLMModule, SFTDataModule]]:
+    """Make a trainer, a module and its data, from `packing`, keys of the trainer (`trainer_…`) and of the model."""
+
+    def build(**changes: Any) -> tuple[Trainer, CausalLMModule, SFTDataModule]:
+        torch.manual_seed(0)
+        data = SFTDataModule(
+            DataSpec(
+                sources={"toy": SourceConfig(path=str(alpaca_file))},
+                template="alpaca",
+                max_length=200,
+                tokenizer_name_or_path=str(model_dir),
+                packing=changes.pop("packing", "auto"),
+                store_dir=str(tmp_path / "stores"),
+            )
+        )
+        options: dict[str, Any] = {"model_name_or_path": str(model_dir), "dtype": "float32"}
+        module = CausalLMModule(
+            TrainingSpec(
+                optimizer=lambda groups: torch.optim.SGD(groups, lr=1e-2),
+                **{**options, **{key: changes.pop(key) for key in list(changes) if not key.startswith("trainer_")}},
+            )
+        )
+        trainer = Trainer(
+            **{
+                "max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
+                "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path,
+                **{key.removeprefix("trainer_"): value for key, value in changes.items()},
+            }
+        )  # fmt: skip
+        return trainer, module, data
+
+    return build
 
 
 @pytest.fixture(scope="session")

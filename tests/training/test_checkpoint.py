@@ -4,10 +4,9 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +15,11 @@ import torch
 from sft_lightning.errors import UserError
 from sft_lightning.training.checkpoint import (
     AtomicCheckpointIO,
+    RandomStates,
     check_run_folder,
     check_trainable_state,
     random_state,
+    rewind_to_step_start,
     set_random_state,
     trainable_state,
 )
@@ -52,6 +53,86 @@ def test_the_random_states_survive_a_file_and_continue_alike(tmp_path: Path) -> 
     assert first[2] == second[2]
 
 
+def drawn() -> float:
+    return float(torch.rand(()))
+
+
+def test_loaded_random_states_are_continued_once() -> None:
+    torch.manual_seed(1)
+    saved = random_state()
+    expected = drawn()
+    states = RandomStates()
+    assert not states.continue_loaded()
+    states.load([saved], rank=0)
+    torch.manual_seed(2)
+    assert states.continue_loaded()
+    assert drawn() == expected
+    assert not states.continue_loaded()
+
+
+def test_more_processes_than_before_share_the_saved_states_in_turn() -> None:
+    saved = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        saved.append(random_state())
+    found = []
+    for rank in range(3):
+        states = RandomStates()
+        states.load(saved, rank)
+        states.continue_loaded()
+        found.append(drawn())
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("within_step", [True, False])
+def test_a_checkpoint_within_a_step_saves_the_states_from_before_its_first_micro_batch(within_step: bool) -> None:
+    torch.manual_seed(1)
+    states = RandomStates()
+    states.note_step_start()
+    before, now = drawn(), random_state()
+    after = drawn()
+    set_random_state(now)
+    [saved] = states.gather(within_step=within_step)
+    set_random_state(saved)
+    assert drawn() == (before if within_step else after)
+
+
+def test_loaded_states_that_were_never_continued_are_saved_again() -> None:
+    torch.manual_seed(1)
+    loaded, expected = random_state(), drawn()
+    states = RandomStates()
+    states.load([loaded], rank=0)
+    [saved] = states.gather(within_step=False)
+    set_random_state(saved)
+    assert drawn() == expected
+
+
+class Rows:
+    """Twelve micro-batches an epoch, four of them a step."""
+
+    def micro_batches_done(self, position: dict[str, int]) -> int:
+        return position["rows"] // 4 * 4
+
+    def is_within_epoch(self, position: dict[str, int]) -> bool:
+        return position["rows"] < 12
+
+
+@pytest.mark.parametrize(("rows", "micro_batches", "completed_epochs"), [(4, 4, 0), (6, 4, 0), (12, 12, 1)])
+def test_a_position_is_set_to_the_start_of_its_optimizer_step(
+    rows: int, micro_batches: int, completed_epochs: int
+) -> None:
+    counters = {"ready": rows, "completed": rows}
+    fit_loop: dict[str, Any] = {
+        "state_dict": {"combined_loader": [{"epoch": 0, "rows": rows}]},
+        "epoch_loop.batch_progress": {"current": dict(counters), "total": dict(counters), "is_last_batch": True},
+        "epoch_progress": {"current": {"processed": 1, "completed": 1}, "total": {"processed": 1, "completed": 1}},
+    }
+    rewind_to_step_start(fit_loop, Rows())  # type: ignore[arg-type]
+    progress = fit_loop["epoch_loop.batch_progress"]
+    assert progress["current"] == progress["total"] == {"ready": micro_batches, "completed": micro_batches}
+    assert fit_loop["epoch_progress"]["current"]["completed"] == completed_epochs
+
+
 def test_listeners_hear_of_files_written_and_removed(tmp_path: Path) -> None:
     heard: list[str] = []
     writer = AtomicCheckpointIO()
@@ -63,28 +144,31 @@ def test_listeners_hear_of_files_written_and_removed(tmp_path: Path) -> None:
     assert heard == ["saved a.ckpt", "removed a.ckpt"]
 
 
-WRITER = """
-import sys, torch
-from sft_lightning.training.checkpoint import AtomicCheckpointIO
-writer, number = AtomicCheckpointIO(), 0
-while True:
-    number += 1
-    writer.save_checkpoint({"number": number, "data": torch.full((400_000,), number)}, sys.argv[1])
-    print(number, flush=True)
-"""
+def write_until_killed(path: Path, written: int) -> None:
+    """Save checkpoint after checkpoint, and write a byte to a pipe after each."""
+    writer, number = AtomicCheckpointIO(), 0
+    while True:
+        number += 1
+        writer.save_checkpoint({"number": number, "data": torch.full((400_000,), number)}, path)
+        os.write(written, b".")
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.003, 0.011])
 def test_a_process_killed_while_writing_leaves_a_whole_checkpoint(delay: float, tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    path, (progress, written) = tmp_path / "last.ckpt", os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            write_until_killed(path, written)
+        finally:
+            os._exit(1)
     for _ in range(3):
-        process.stdout.readline()
+        os.read(progress, 1)
     time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    os.close(progress)
+    os.close(written)
     found = torch.load(path)
     assert found["number"] >= 3
     assert (found["data"] == found["number"]).all()

@@ -1,4 +1,7 @@
-"""What is `save_steps`, `save_strategy` and `save_total_limit` elsewhere, by the keys that `docs/training.md` names."""
+"""Covers docs/training.md: what its keys for `save_steps`, `save_strategy` and `save_total_limit` save.
+
+Covers callbacks.checkpoints and sft_lightning.cli.trainer too.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Real processes over gloo: the same losses however many there are, and a run that changes their number on the way."""
+"""Covers sft_lightning.training.module and sft_lightning.data.batches.loader over several processes.
+
+Real processes over gloo: the losses do not depend on their number, and a run can be continued with another number.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""One gradient for every split, one outcome for every interrupted run: by the scripts that write `docs/equality.md`."""
+"""Covers sft_lightning.training.module, sft_lightning.training.losses and sft_lightning.data.plan.
+
+Every split of a step has the same gradient, and every interrupted run ends in the same bits; by the scripts that write
+docs/equality.md.
+"""
 
 from __future__ import annotations
 

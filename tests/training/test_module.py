@@ -14,6 +14,7 @@ from sft_lightning.__main__ import main
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
+from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.training.module import CausalLMModule
@@ -87,6 +88,7 @@ def largest_difference(first: list[Grads], second: list[Grads]) -> float:
 
 
 Train = Callable[..., tuple[list[Grads], CausalLMModule]]
+MakeRun = Callable[..., tuple[Trainer, CausalLMModule, SFTDataModule]]
 
 
 @pytest.mark.end_to_end
@@ -184,3 +186,51 @@ def test_a_step_waits_for_no_device(fit_args: list[str], monkeypatch: pytest.Mon
     assert all(isinstance(value, torch.Tensor) for value in logged.values())
     assert len(reads) > 4
     assert reads[-1] == reads[1]  # the first step proves the head, and is logged
+
+
+def test_a_run_whose_losses_are_not_finite_stops_and_names_the_records(make_run: MakeRun) -> None:
+    trainer, module, data = make_run(max_nonfinite_losses=3, packing="none", trainer_log_every_n_steps=4)
+    break_weights(module)
+    with pytest.raises(UserError, match=r"in 3 optimizer steps in a row; the last, step 3, trained on .*"):
+        trainer.fit(module, data)
+    assert trainer.global_step == 4  # checked at the logging interval
+    (place,) = data.rows.describe(3)
+    plan = data.plan(0)
+    index = int(plan.row(2)[0, 0])
+    assert place.endswith(f"alpaca.json, record {index} (toy)")
+
+
+def test_losses_after_the_last_logging_interval_are_checked_too(make_run: MakeRun) -> None:
+    trainer, module, data = make_run(packing="none", trainer_log_every_n_steps=100)
+    break_weights(module)
+    with pytest.raises(UserError, match="the last, step 5, trained on"):
+        trainer.fit(module, data)
+
+
+def test_a_run_without_a_limit_goes_on(make_run: MakeRun) -> None:
+    trainer, module, data = make_run(max_nonfinite_losses=None, packing="none")
+    break_weights(module)
+    trainer.fit(module, data)
+    assert trainer.global_step == 24
+
+
+def test_the_records_of_a_later_epochs_step_are_found(make_run: MakeRun) -> None:
+    trainer, module, data = make_run(packing="none", trainer_max_epochs=2, trainer_accumulate_grad_batches=5)
+    trainer.fit(module, data)
+    assert trainer.global_step == 10
+    rows = [data.plan(1).row(row)[0, 0] for row in range(5)]
+    assert [place.rsplit(" ", 2)[-2] for place in data.rows.describe(6)] == [str(int(row)) for row in rows]
+    assert data.rows.describe(6, limit=2)[2] == "and 3 more records"
+    assert len(data.rows.describe(10)) == 4
+
+
+def break_weights(module: CausalLMModule) -> None:
+    """Make every loss NaN once the model is loaded."""
+    configure = module.configure_model
+
+    def configure_and_break() -> None:
+        configure()
+        with torch.no_grad():
+            module.base_model.get_input_embeddings().weight.fill_(float("nan"))
+
+    module.configure_model = configure_and_break  # type: ignore[method-assign]

@@ -1,4 +1,7 @@
-"""Half precision on the CPU: what runs, and what is refused with the reason."""
+"""Covers sft_lightning.training.module, sft_lightning.training.optim and sft_lightning.cli.trainer: half precision.
+
+What runs on the CPU, and what is refused with a reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A killed run, continued, is the uninterrupted run to the last bit."""
+"""Covers sft_lightning.training.checkpoint, sft_lightning.training.module and sft_lightning.data.batches.loader.
+
+A killed run, continued, ends in the bits of the uninterrupted run.
+"""
 
 from __future__ import annotations
 

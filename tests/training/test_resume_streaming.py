@@ -1,4 +1,7 @@
-"""A streamed run, killed and continued, is the uninterrupted run to the last bit."""
+"""Covers sft_lightning.training.checkpoint and sft_lightning.data.batches.stream_loader.
+
+A streamed run, killed and continued, ends in the bits of the uninterrupted run.
+"""
 
 from __future__ import annotations
 

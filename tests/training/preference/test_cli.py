@@ -1,4 +1,4 @@
-"""`task: dpo` through the command line."""
+"""Covers sft_lightning.cli.app and sft_lightning.training.preference: `task: dpo` on the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Preference training in real processes over gloo: the losses and gradients of one."""
+"""Covers sft_lightning.training.preference.objective and sft_lightning.training.preference.reference_log_probs.
+
+Preference training in real processes over gloo has the losses and gradients of a single process.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast
+
+from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.assembly import assemble_model, copies_weights, load_base
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.spec import ModelSpec
+
+
+def assemble(model_dir: Path, tokenizer: PreTrainedTokenizerFast, **keys: Any) -> tuple[Any, list[str]]:
+    log: list[str] = []
+    spec = ModelSpec(model_name_or_path=str(model_dir), dtype="float32", **keys)
+    return assemble_model(spec, tokenizer, log=log.append), log
+
+
+def trained(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_without_adapter_all_parameters_train(model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, log = assemble(model_dir, tokenizer)
+    assert trained(model) == {name for name, _ in model.named_parameters()}
+    assert model.training
+    assert log == []
+
+
+def test_trainable_freezes_all_other_parameters(model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, _ = assemble(model_dir, tokenizer, trainable=["lm_head"])
+    assert trained(model) == {"lm_head.weight"}
+
+
+def test_an_adapter_is_all_that_trains_on_a_quantized_base(model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, _ = assemble(model_dir, tokenizer, quantization=QuantizationConfig(), adapter=AdapterConfig(r=2))
+    assert isinstance(model, PeftModel)
+    assert all(".lora_" in name for name in trained(model))
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+
+
+def test_an_adapter_that_cannot_be_on_a_quantized_base_is_refused_before_loading(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with pytest.raises(UserError, match=r"model\.adapter\.init: 'pissa' starts from the base's own weights"):
+        assemble(
+            Path("no/such/model"), tokenizer, quantization=QuantizationConfig(), adapter=AdapterConfig(init="pissa")
+        )
+
+
+def test_the_vocabulary_is_rounded_up_and_the_log_says_so(model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model, log = assemble(model_dir, tokenizer, pad_to_multiple_of=128)
+    rows = model.get_input_embeddings().weight.shape[0]
+    assert rows % 128 == 0
+    assert log == [f"vocabulary: {len(tokenizer)} → {rows} rows; new rows start at the mean of the old ones"]
+
+
+def test_attention_that_ignores_documents_gets_a_mask_and_the_log_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
+    log: list[str] = []
+    bloom = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    spec = ModelSpec(from_config=bloom, dtype="float32")
+    assemble_model(spec, tokenizer, log=log.append)
+    assert log == ["attention: that of bloom, with a mask that keeps documents apart"]
+
+
+def test_weights_are_mapped_if_they_have_the_type_of_the_files(model_dir: Path) -> None:
+    assert not copies_weights(ModelSpec(model_name_or_path=str(model_dir), dtype="float32"))
+    assert copies_weights(ModelSpec(model_name_or_path=str(model_dir), dtype="bfloat16"))
+    assert copies_weights(ModelSpec(from_config={"model_type": "llama"}))
+
+
+def test_neither_a_name_nor_a_configuration_is_an_error() -> None:
+    with pytest.raises(UserError, match="set either model_name_or_path or from_config"):
+        load_base(ModelSpec(), 10)
