@@ -113,6 +113,15 @@ def is_offloaded(config: dict[str, Any]) -> bool:
     return "offload_" in str(config["trainer"].get("strategy"))
 
 
+FLOAT16_ON_THE_CPU = {
+    "class_path": "lightning.pytorch.plugins.MixedPrecision",
+    "init_args": {
+        "precision": "16-mixed", "device": "cpu",
+        "scaler": {"class_path": "torch.amp.GradScaler", "init_args": {"device": "cpu"}},
+    },
+}  # fmt: skip
+
+
 def needs_float16(config: dict[str, Any]) -> bool:
     """Whether torch's autocast runs it in float16; DeepSpeed casts by itself, on the CPU too."""
     return config["trainer"].get("precision") == "16-mixed" and not is_deepspeed(config)
@@ -142,9 +151,9 @@ REPLACED = [
         lambda config: {"trainer.accelerator": "cpu", "trainer.max_steps": 1},
     ),
     Replaced(
-        "autocast to float16 scales the loss, which torch does on GPUs alone: bfloat16 stands for it",
+        "Lightning scales losses on GPUs alone: this is what it makes of 16-mixed there, with torch's scaler for CPUs",
         needs_float16,
-        lambda config: {"trainer.precision": "bf16-mixed"},
+        lambda config: {"trainer.precision": None, "trainer.plugins": FLOAT16_ON_THE_CPU},
     ),
     Replaced(
         "DeepSpeed computes in float16 on CPUs that have it (AVX512-FP16): on the others, bfloat16 stands for it",
@@ -153,7 +162,7 @@ REPLACED = [
     ),
     Replaced(
         "with bfloat16 in the place of float16, weights and output hooks of float16 do not go together",
-        lambda config: config["model"]["dtype"] == "float16" and (needs_float16(config) or is_float16_missing(config)),
+        lambda config: config["model"]["dtype"] == "float16" and is_float16_missing(config),
         lambda config: {"model.dtype": "bfloat16"},
     ),
     Replaced(

@@ -201,7 +201,8 @@ class CausalLMModule(LightningModule):
         """Clip as the trainer says, and log the norm before clipping: one computation for both, no device sync."""
         if self._services.manages_gradients:
             return  # DeepSpeed has the gradients, and clips them itself
-        self.log("train/grad_norm", clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm))
+        norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm, self._scaler)
+        self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""

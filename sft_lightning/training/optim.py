@@ -172,17 +172,23 @@ def build_optimizer(make: Callable[[Any], Optimizer], groups: list[dict[str, Any
     return optimizer
 
 
-def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | None) -> torch.Tensor:
+def clip_gradients(
+    optimizer: Optimizer, value: float | None, algorithm: str | None, scaler: torch.amp.GradScaler | None = None
+) -> torch.Tensor:
     """Clip the gradients as the trainer says, and return their norm; does not wait for the device.
 
     Args:
         optimizer: The optimizer whose parameters have the gradients.
         value: `trainer.gradient_clip_val`; `None` or 0 for no clipping.
         algorithm: `trainer.gradient_clip_algorithm`: `norm` (the default) or `value`.
+        scaler: What scaled the loss; it leaves the gradients of a fused optimizer to the optimizer's step, which would
+            unscale them too late for their norm and for clipping.
 
     Returns:
         The L2 norm before clipping, over all processes, a scalar.
     """
+    if scaler is not None and unscales_in_step(optimizer):
+        scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # sharded: over all processes
@@ -194,21 +200,15 @@ def clip_gradients(optimizer: Optimizer, value: float | None, algorithm: str | N
 
 
 def check_float16(optimizer: Optimizer, *, scales_loss: bool) -> None:
-    """Check that no float16 weight trains, and that the optimizer can be used with a scaled loss.
+    """Check that no float16 weight trains.
 
     Args:
         optimizer: The optimizer.
         scales_loss: Whether the trainer scales the loss, as `trainer.precision: 16-mixed` does.
 
     Raises:
-        UserError: If float16 weights train, or the loss is scaled and the optimizer is fused.
+        UserError: If float16 weights train.
     """
-    if scales_loss and unscales_in_step(optimizer):
-        # A fused optimizer unscales the gradients in its step: they would be clipped and logged while still scaled.
-        raise UserError(
-            "model.optimizer: a fused optimizer cannot be combined with trainer.precision: 16-mixed; "
-            "set init_args.fused: false, or trainer.precision: bf16-mixed"
-        )
     if not any(parameter.dtype == torch.float16 for group in optimizer.param_groups for parameter in group["params"]):
         return
     if scales_loss:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sft_lightning.__main__ import main
 from sft_lightning.models.base.config import QuantizationConfig
@@ -44,6 +45,29 @@ def test_a_run_in_half_precision_learns(
     assert {tensor.dtype for tensor in state.values()} == {
         torch.bfloat16 if precision == "bf16-true" else torch.float32
     }
+
+
+SCALER = """--trainer.plugins={class_path: lightning.pytorch.plugins.MixedPrecision, init_args: {precision: 16-mixed,
+    device: cpu, scaler: {class_path: torch.amp.GradScaler, init_args: {device: cpu, init_scale: 1024.0}}}}"""
+"""What Lightning makes of `trainer.precision: 16-mixed` on a GPU, with torch's gradient scaler for the CPU."""
+
+
+def test_a_fused_optimizer_takes_scaled_losses_and_clips_unscaled_ones(fit_args: list[str], tmp_path: Path) -> None:
+    weights, norms = {}, {}
+    for fused in (False, True):
+        run = tmp_path / str(fused)
+        more = ["--model.dtype=float32", f"--trainer.default_root_dir={run}", "--trainer.gradient_clip_val=0.1"]
+        more += [f"--model.optimizer.init_args.fused={str(fused).lower()}", "--model.gradient_checkpointing=false"]
+        assert main([*options(fit_args, *more), SCALER]) == 0
+        weights[fused] = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        events = EventAccumulator(str(run))
+        events.Reload()
+        norms[fused] = [event.value for event in events.Scalars("train/grad_norm")]
+        assert [event.value for event in events.Scalars("train/loss_scale")] == [1024.0, 1024.0]
+    assert norms[True] == pytest.approx(norms[False], rel=1e-3)
+    assert max(norms[True]) < 100, "unscaled"
+    for name, tensor in weights[True].items():
+        torch.testing.assert_close(tensor, weights[False][name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
