@@ -1,10 +1,10 @@
 #!/bin/sh
-# Several nodes with torchrun: run this on every node, with the same arguments.
+# Train on several nodes with torchrun: run this on every node with the same arguments.
 #   HEAD=node-0:29500 NODES=2 GPUS=8 sh configs/launch/torchrun.sh --config configs/llama2_70b_qlora_fsdp2.yaml
-# Tokens are prepared before processes meet, so that nobody waits in a collective while one tokenizes. With a cache of
-# its own (no shared file system) every node prepares; with a shared one the first does, and the others find it done.
+# Tokens are prepared before the processes meet, so that no collective waits for a tokenizer. Without a shared file system
+# every node prepares its own cache; with one, the first node prepares it and the others find it.
 set -eu
-: "${HEAD:?the first node, as host:port}" "${NODES:?number of nodes}" "${GPUS:?GPUs of a node}"
+: "${HEAD:?address of the first node, host:port}" "${NODES:?number of nodes}" "${GPUS:?GPUs per node}"
 PYTHON=${PYTHON:-python}
 
 "$PYTHON" -m sft_lightning prepare "$@"

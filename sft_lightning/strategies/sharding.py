@@ -30,7 +30,7 @@ class ShardingSpec:
     """Short name for `trainer.strategy`, or the nearest one for a strategy with other options; for messages."""
 
     kind: Literal["ddp", "fsdp2", "zero"]
-    """Who does it: nobody (DDP, a single process), torch's FSDP2, or DeepSpeed's ZeRO."""
+    """What shards the model: nothing (DDP, a single process), torch's FSDP2, or DeepSpeed's ZeRO."""
 
     stage: int = 0
     """What is sharded, as ZeRO counts (Rajbhandari et al., 2019, arXiv:1910.02054): 0 nothing, 1 the optimizer state,

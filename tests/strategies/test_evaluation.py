@@ -1,6 +1,7 @@
-"""Evaluation and generation in two real processes over gloo give the results of one process.
+"""Covers sft_lightning.strategies.fsdp2.strategy, sft_lightning.strategies.zero.strategy and
+sft_lightning.models.generation.lockstep.
 
-Covers sft_lightning.strategies.fsdp2.strategy, zero.strategy and models.generation.lockstep.
+Evaluation and generation in two real processes over gloo give the results of one process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Runs that are launched as on a cluster, by two torchrun agents.
+"""Covers configs/launch.
 
-Covers configs/launch.
+Runs that are launched as on a cluster, by two torchrun agents.
 """
 
 from __future__ import annotations

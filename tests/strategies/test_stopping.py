@@ -1,6 +1,7 @@
-"""Runs that SIGTERM or the death of a rank stops, and their continuation.
+"""Covers sft_lightning.strategies.preemption, sft_lightning.strategies.fsdp2.strategy and
+sft_lightning.strategies.zero.strategy.
 
-Covers sft_lightning.strategies.preemption, full_tensors, fsdp2.strategy, zero.strategy and zero.state.
+Runs that SIGTERM or the death of a rank stops, and their continuation.
 """
 
 from __future__ import annotations

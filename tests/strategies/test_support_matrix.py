@@ -1,9 +1,11 @@
-"""Every mode under every strategy, in two real processes; the results are the table in `docs/scaling.md`.
+"""Covers sft_lightning.strategies.fsdp2.strategy, sft_lightning.strategies.zero.strategy and
+sft_lightning.strategies.refusals.
+
+Every mode under every strategy, in two real processes; the results are the table in `docs/scaling.md`.
 
     SFT_WRITE_MATRIX=1 python -m pytest tests/strategies/test_support_matrix.py -m "slow or not slow"
 
-runs all cells and writes the table into the page. Covers sft_lightning.strategies.fsdp2.strategy, zero.strategy and
-refusals.
+runs all cells and writes the table into the page.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`plan` estimates steps, memory and time of a configuration without starting it.
+"""Covers sft_lightning.cli.commands.plan and sft_lightning.estimation.report.
 
-Covers sft_lightning.cli.commands.plan and sft_lightning.estimation.report.
+`plan` estimates steps, memory and time of a configuration without starting it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""ZeRO-3 with its optimizer and its weights offloaded to files, written and read by libaio as on an NVMe disk.
+"""Covers sft_lightning.strategies.zero.strategy, sft_lightning.strategies.zero.state and
+sft_lightning.strategies.zero.partition.
 
-Covers sft_lightning.strategies.zero.strategy, state, partition and compat.deepspeed.
+ZeRO-3 with its optimizer and its weights offloaded to files, written and read by libaio as on an NVMe disk.
 """
 
 from __future__ import annotations
