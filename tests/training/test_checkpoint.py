@@ -31,19 +31,19 @@ def half_frozen() -> torch.nn.Linear:
     return model
 
 
-def test_only_what_trains_is_kept() -> None:
+def test_only_trainable_weights_are_kept() -> None:
     model = half_frozen()
     assert list(trainable_state(model, model.state_dict())) == ["bias"]
 
 
 @pytest.mark.parametrize("keys", [[], ["bias", "weight"]])
-def test_a_state_of_another_configuration_is_refused(keys: list[str]) -> None:
+def test_weights_that_are_missing_or_do_not_train_here_are_refused(keys: list[str]) -> None:
     model = half_frozen()
     with pytest.raises(UserError, match="--ckpt_path: the checkpoint was saved with different keys under model"):
         check_trainable_state(model, {key: model.state_dict()[key] for key in keys})
 
 
-def test_the_random_states_survive_a_file_and_continue_alike(tmp_path: Path) -> None:
+def test_random_states_read_from_a_file_continue_with_the_same_numbers(tmp_path: Path) -> None:
     torch.save(random_state(), tmp_path / "state.pt")
     first = (torch.rand(3), np.random.rand(3), random.random())
     set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -133,7 +133,7 @@ def test_a_position_is_set_to_the_start_of_its_optimizer_step(
     assert fit_loop["epoch_progress"]["current"]["completed"] == completed_epochs
 
 
-def test_listeners_hear_of_files_written_and_removed(tmp_path: Path) -> None:
+def test_listeners_are_called_with_written_and_removed_files(tmp_path: Path) -> None:
     heard: list[str] = []
     writer = AtomicCheckpointIO()
     writer.after_save.append(lambda path: heard.append(f"saved {path.name}"))
@@ -174,7 +174,7 @@ def test_a_process_killed_while_writing_leaves_a_whole_checkpoint(delay: float, 
     assert (found["data"] == found["number"]).all()
 
 
-def test_a_full_disk_is_one_message_and_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_gives_one_message_and_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
     writer, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
     writer.save_checkpoint({"number": 1}, path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -188,7 +188,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_earlier_checkpoint(tmp_path: 
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_message(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_gives_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written: File exists"):
         AtomicCheckpointIO().save_checkpoint({"x": 1}, tmp_path / "file" / "last.ckpt")
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_written_to_is_one_message(tmp_path: Path) -> No
         check_run_folder(tmp_path / "file" / "run", None)
 
 
-def test_an_error_in_what_is_saved_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
+def test_an_error_of_a_saved_object_is_not_reported_as_one_of_the_disk(tmp_path: Path) -> None:
     class Broken:
         def __reduce__(self) -> str:
             raise RuntimeError("no state")
@@ -206,7 +206,7 @@ def test_an_error_in_what_is_saved_is_not_blamed_on_the_disk(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+def test_an_unfinished_file_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".step=8.ckpt.123.tmp").write_bytes(b"half")
     AtomicCheckpointIO().save_checkpoint({"x": 1}, tmp_path / "last.ckpt")
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
@@ -230,7 +230,7 @@ def test_what_a_killed_process_left_unfinished_is_removed(tmp_path: Path) -> Non
         (["model/config.json"], "last", r"holds the model of an earlier run; choose another folder, or remove it"),
     ],
 )
-def test_a_folder_is_used_if_it_is_new_or_continued_from(
+def test_a_run_folder_must_be_new_or_continued(
     files: list[str], ckpt_path: str | None, message: str | None, tmp_path: Path
 ) -> None:
     for name in files:

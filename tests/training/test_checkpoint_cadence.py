@@ -33,7 +33,7 @@ def keys_of(option: str) -> str:
 
 
 @pytest.mark.parametrize("option", FILES)
-def test_the_guides_keys_save_what_it_says(option: str, fit_args: list[str], tmp_path: Path) -> None:
+def test_the_keys_in_the_guide_save_the_files_that_it_says(option: str, fit_args: list[str], tmp_path: Path) -> None:
     steps = "1" if option.startswith("save_total") else "2"
     given = yaml.safe_load(keys_of(option).replace("500", steps))
     callback = yaml.safe_dump(given, default_flow_style=True, width=999).strip()

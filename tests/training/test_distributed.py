@@ -55,7 +55,7 @@ def column(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-def test_two_processes_learn_what_one_learns(fit_args: list[str], tmp_path: Path) -> None:
+def test_two_processes_learn_the_same_as_one(fit_args: list[str], tmp_path: Path) -> None:
     # 19 rows in steps of 4: the last step has 3, so that one rank has nothing in its last micro-batch.
     run(fit_args, tmp_path / "one", processes=1, accumulate=4)
     said = run(fit_args, tmp_path / "two", processes=2, accumulate=2)
@@ -83,7 +83,7 @@ def test_a_run_of_one_process_continues_on_two_with_the_same_rows(fit_args: list
     assert column(again, "train/loss") == pytest.approx(column(whole, "train/loss")[3:], rel=1e-5)
 
 
-def test_a_rank_that_dies_takes_the_run_down(fit_args: list[str], tmp_path: Path) -> None:
+def test_a_rank_that_dies_ends_the_whole_run(fit_args: list[str], tmp_path: Path) -> None:
     args = command(fit_args, tmp_path / "run", processes=2, accumulate=1, extra=("--trainer.max_epochs=10000",))
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:

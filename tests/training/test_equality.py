@@ -49,7 +49,7 @@ def test_every_split_of_a_step_has_the_gradient_of_a_bare_loop(split: Any, model
     assert (measured.steps > 1) is (split.accumulate * split.batch_size < 20)
 
 
-def test_a_mean_of_means_is_told_from_the_mean_per_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mean_of_means_is_found_to_have_another_gradient(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mean_of_means(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
         sums = self(batch)
         return sums.loss / sums.weight  # type: ignore[no-any-return]
@@ -81,7 +81,7 @@ def test_a_run_continued_from_any_moment_ends_in_the_same_bits(moment: str, inte
     assert resume.differences(run, interrupted) == ([], 0.0)
 
 
-def test_a_run_with_other_bits_is_told_from_the_uninterrupted_one(interrupted: Path) -> None:
+def test_a_run_that_ends_in_other_bits_is_found(interrupted: Path) -> None:
     run = resume.Run("lora", 1, True, "mid epoch", 1)
     resume.train(run, interrupted)
     tampered = replace(run, mode="tampered with")
@@ -100,7 +100,7 @@ def test_a_run_with_other_bits_is_told_from_the_uninterrupted_one(interrupted: P
 @pytest.mark.slow
 @pytest.mark.parametrize(("started_by", "processes"), [(1, 1), (2, 2), (2, 1), (1, 2)])
 @pytest.mark.parametrize("mode", resume.MODES)
-def test_every_mode_is_continued_by_as_many_processes_and_by_others(
+def test_every_mode_is_continued_by_the_same_and_by_another_number_of_processes(
     mode: str, started_by: int, processes: int, model: Path
 ) -> None:
     missing = [run for run in resume.uninterrupted(started_by, (mode,)) if not run.folder(model).exists()]
@@ -112,7 +112,7 @@ def test_every_mode_is_continued_by_as_many_processes_and_by_others(
     assert cells == ({"bits"} if started_by == processes else {"rows"})
 
 
-def test_the_guide_shows_what_is_promised() -> None:
+def test_the_equality_page_has_every_mode_and_every_split() -> None:
     guide = (_BENCHMARKS.parent / "docs" / "equality.md").read_text(encoding="utf-8")
     found = [
         float(each)

@@ -110,7 +110,7 @@ def test_a_scaled_and_capped_head_has_the_gradients_of_autograd(
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs(problem: Problem) -> None:
+def test_a_frozen_head_gets_no_gradient_but_the_hidden_states_do(problem: Problem) -> None:
     hidden, head, targets = problem
     head.requires_grad_(False)
     [found] = torch.autograd.grad(linear(hidden, head, targets).loss, [hidden])
@@ -118,7 +118,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs(problem: Pr
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_tied_embedding_adds_up_the_gradients_of_both_ends() -> None:
+def test_a_tied_embedding_gets_the_sum_of_the_gradients_of_both_ends() -> None:
     torch.manual_seed(0)
     embedding = torch.nn.Parameter(torch.randn(V, D))
     ids = torch.randint(V, (N,))
@@ -138,7 +138,7 @@ def test_without_supervised_tokens_the_loss_is_zero_and_still_has_a_backward_pas
     assert head.weight.grad is None or head.weight.grad.abs().sum() == 0
 
 
-def test_half_precision_is_summed_in_float32_and_its_gradients_keep_their_type(problem: Problem) -> None:
+def test_half_precision_is_summed_in_float32_and_gradients_keep_their_type(problem: Problem) -> None:
     hidden, head, targets = problem
     half = hidden.detach().bfloat16().requires_grad_()
     head.bfloat16()

@@ -207,7 +207,7 @@ def test_losses_after_the_last_logging_interval_are_checked_too(make_run: MakeRu
         trainer.fit(module, data)
 
 
-def test_a_run_without_a_limit_goes_on(make_run: MakeRun) -> None:
+def test_a_run_without_a_limit_of_nonfinite_losses_continues(make_run: MakeRun) -> None:
     trainer, module, data = make_run(max_nonfinite_losses=None, packing="none")
     break_weights(module)
     trainer.fit(module, data)

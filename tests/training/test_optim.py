@@ -45,7 +45,7 @@ def factors(steps: int, **config: Any) -> list[float]:
         ({"name": "constant", "warmup_steps": 4}, [0, 0.25, 0.5, 0.75, 1]),
     ],
 )
-def test_the_schedule_over_four_steps(config: dict[str, Any], expected: list[float]) -> None:
+def test_each_schedule_has_the_expected_rates_over_four_steps(config: dict[str, Any], expected: list[float]) -> None:
     assert factors(4, **config) == expected
 
 
@@ -57,7 +57,7 @@ def test_wsd_decays_over_the_last_tenth_by_default() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "wsd", "polynomial", "cosine", "cosine_with_restarts"])
-def test_past_the_planned_end_the_rate_stays_at_its_last(name: Any) -> None:
+def test_after_the_planned_end_the_rate_stays_at_its_last_value(name: Any) -> None:
     assert lr_factor(LRScheduleConfig(name=name, min_lr_ratio=0.1), 9, 4) == pytest.approx(0.1)
 
 
@@ -76,7 +76,7 @@ def test_past_the_planned_end_the_rate_stays_at_its_last(name: Any) -> None:
         {"name": "constant", "decay_ratio": 0.1},
     ],
 )
-def test_a_schedule_checks_its_numbers(config: dict[str, Any]) -> None:
+def test_a_schedule_refuses_values_out_of_range_and_keys_of_another_schedule(config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.lr_scheduler"):
         LRScheduleConfig(**config)
 
@@ -90,13 +90,13 @@ def test_vectors_have_no_weight_decay_and_no_group_is_empty() -> None:
     assert len(parameter_groups(model.named_parameters())) == 1
 
 
-def test_what_zero_3_flattened_is_still_a_matrix() -> None:
+def test_a_matrix_that_zero_3_has_flattened_gets_weight_decay() -> None:
     flat = torch.nn.Parameter(torch.zeros(0))
     flat.ds_shape = (3, 2)  # type: ignore[attr-defined]
     assert "weight_decay" not in parameter_groups([("weight", flat)])[0]
 
 
-def test_nothing_to_train_is_an_error() -> None:
+def test_a_model_without_trainable_parameters_is_an_error() -> None:
     with pytest.raises(UserError, match="no parameter trains"):
         parameter_groups([])
 
@@ -109,7 +109,7 @@ def named() -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, torch.nn.Parameter(torch.ones(shape))) for name, shape in shapes.items()]
 
 
-def test_base_weights_and_lora_plus_have_rates_of_their_own_which_the_schedule_scales() -> None:
+def test_the_schedule_scales_the_separate_rates_of_base_weights_and_of_lora_plus() -> None:
     parameters = named()
     groups = parameter_groups(
         parameters, base_names={"embed.weight", "norm.weight"}, base_lr=1e-5, lora_plus_ratio=16.0
@@ -154,7 +154,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_optimizer_takes_steps_as_the_schedule_says(name: str) -> None:
+def test_every_optimizer_steps_with_the_rates_of_the_schedule(name: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(96, 64)  # large enough for 8-bit states
     optimizer = build_optimizer(OPTIMIZERS[name], parameter_groups(model.named_parameters()))
@@ -173,7 +173,7 @@ def test_the_optimizer_takes_steps_as_the_schedule_says(name: str) -> None:
     assert math.isfinite(sum(moved))
 
 
-def test_8_bit_states_are_8_bit() -> None:
+def test_8_bit_optimizers_keep_their_state_in_8_bits() -> None:
     model = torch.nn.Linear(96, 64)
     optimizer = build_optimizer(OPTIMIZERS["AdamW8bit"], parameter_groups(model.named_parameters()))
     model(torch.ones(4, 96)).sum().backward()

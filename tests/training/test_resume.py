@@ -76,7 +76,7 @@ def test_a_killed_process_continues_to_the_same_bits(
     assert max(killed.losses) == max(whole.losses)
 
 
-def test_a_run_killed_in_its_only_epoch_continues_from_the_last_checkpoint_by_the_clock(
+def test_a_run_killed_in_its_only_epoch_continues_from_the_last_timed_checkpoint(
     fit_args: list[str], tmp_path: Path, read_run: ReadRun, fit_and_kill: Callable[..., None]
 ) -> None:
     def one_epoch(run: Path) -> list[str]:
@@ -112,7 +112,7 @@ def test_samples_and_validation_change_no_learned_weight(
     read_run(tmp_path / "watched").assert_ends_in_the_bits_of(read_run(tmp_path / "bare"))
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(
+def test_a_checkpoint_with_other_trainable_weights_is_refused(
     fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *options(fit_args, tmp_path / "whole")]) == 0
@@ -171,7 +171,7 @@ def test_another_split_of_the_global_batch_continues_with_the_same_rows(
 
 
 @pytest.mark.parametrize("change", ["--data.max_length=170", "--seed_everything=1", "--data.batch_size=2"])
-def test_a_position_in_other_data_is_refused_with_what_changed(
+def test_a_checkpoint_with_different_data_settings_is_refused_with_what_changed(
     change: str, fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", *options(fit_args, tmp_path / "whole"), "--trainer.max_epochs=1"]) == 0
@@ -181,7 +181,7 @@ def test_a_position_in_other_data_is_refused_with_what_changed(
 
 
 @pytest.mark.parametrize("first", [3, 11])
-def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_with_its_other_rows(
+def test_a_run_that_reached_max_steps_within_an_epoch_continues_with_the_rest_of_the_epoch(
     first: int, fit_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
     def run(name: str, steps: int, *more: str) -> None:

@@ -98,7 +98,7 @@ def test_validation_runs_while_streaming_and_at_the_end(
 
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("first", [3, 8])
-def test_a_streamed_run_that_ended_goes_on_with_more_steps(
+def test_a_streamed_run_that_reached_max_steps_can_be_continued_with_more_steps(
     first: int, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
     def run(name: str, steps: int, *more: str) -> None:
@@ -172,7 +172,7 @@ def test_a_stream_that_changed_is_refused(
     assert "the streamed sources no longer hold" in capsys.readouterr().err
 
 
-def test_a_stream_without_max_steps_is_a_users_error(
+def test_a_stream_without_max_steps_is_refused(
     stream_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fit([arg for arg in stream_args if "max_steps" not in arg], tmp_path / "run") == 2

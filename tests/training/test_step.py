@@ -46,16 +46,16 @@ def test_too_many_nonfinite_losses_in_a_row_stop_the_run_with_the_step(
 @pytest.mark.parametrize(
     ("limit", "losses"), [(2, [1.0, NAN, 1.0, NAN, 1.0]), (None, [NAN] * 100), (3, []), (3, [NAN, NAN])]
 )
-def test_fewer_nonfinite_losses_and_no_limit_let_the_run_go_on(limit: int | None, losses: list[float]) -> None:
+def test_fewer_nonfinite_losses_or_no_limit_let_the_run_continue(limit: int | None, losses: list[float]) -> None:
     check(limit, losses)
 
 
-def test_a_limit_that_another_rank_reached_stops_this_one_too() -> None:
+def test_a_limit_reached_on_another_rank_stops_this_rank_too() -> None:
     with pytest.raises(UserError, match="step 7"):
         NonfiniteLosses(5).check(lambda step: torch.tensor(7), lambda step: [])
 
 
-def test_the_error_names_the_step_and_the_records() -> None:
+def test_the_error_of_nonfinite_losses_names_the_step_and_the_records() -> None:
     error = nonfinite_error(5, 12, ["a.json, record 3 (toy)", "and 2 more records"])
     assert "step 12, trained on a.json, record 3 (toy); and 2 more records" in str(error)
     assert "before step 8" in str(error)
@@ -74,7 +74,7 @@ class FakeScaler:
         self._scale.fill_(scale)
 
 
-def test_overflows_are_the_steps_at_which_the_scale_fell() -> None:
+def test_each_fall_of_the_loss_scale_counts_as_an_overflow() -> None:
     scaler, watcher = FakeScaler(65536.0), LossScale()
     assert watcher.note(scaler) == {}
     seen = []

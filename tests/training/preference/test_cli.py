@@ -52,6 +52,8 @@ def test_a_config_file_can_name_the_task(dpo_args: list[str], tmp_path: Path) ->
     assert (tmp_path / "run" / "model").exists()
 
 
-def test_keys_of_preference_training_are_for_it_alone(dpo_args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_of_preference_training_are_refused_for_other_tasks(
+    dpo_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["fit", *dpo_args[1:], "--model.preference.beta=0.2"]) == 2
     assert "model.preference.beta: no such key" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def alone(model_dir: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("mode", MODES)
-def test_two_processes_learn_what_one_learns(
+def test_two_processes_learn_the_same_as_one(
     mode: str, strategy: str, alone: dict[str, Path], model_dir: Path, pairs: Path, tmp_path: Path
 ) -> None:
     run(model_dir, pairs, tmp_path, mode, strategy, 2)

@@ -58,7 +58,7 @@ def test_orpo_adds_an_odds_ratio_to_the_loss_of_the_chosen_answer() -> None:
     assert scores.losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_orpo_is_finite_where_an_answer_is_certain() -> None:
+def test_orpo_is_finite_for_an_answer_with_probability_1() -> None:
     policy = torch.tensor([[0.0, -3.0]], requires_grad=True)
     scores = score_pairs(PreferenceConfig(loss="orpo"), policy, None, torch.tensor([[2, 2]]))
     scores.losses.sum().backward()  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ def test_orpo_is_finite_where_an_answer_is_certain() -> None:
     assert torch.isfinite(policy.grad).all()  # type: ignore[arg-type]
 
 
-def test_a_loss_with_a_reference_wants_one() -> None:
+def test_a_loss_with_a_reference_requires_its_log_probabilities() -> None:
     with pytest.raises(ValueError, match="reference"):
         score_pairs(PreferenceConfig(), POLICY, None, LENGTHS)
 
@@ -82,6 +82,6 @@ def test_a_loss_with_a_reference_wants_one() -> None:
         ({"loss": "orpo", "reference": "precomputed"}, "reference"),
     ],
 )
-def test_values_that_do_not_go_together_are_refused(values: dict[str, object], key: str) -> None:
+def test_values_out_of_range_or_not_valid_with_the_loss_are_refused(values: dict[str, object], key: str) -> None:
     with pytest.raises(UserError, match=f"model.preference.{key}"):
         PreferenceConfig(**values)  # type: ignore[arg-type]
