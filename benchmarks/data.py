@@ -1,19 +1,19 @@
-"""Raw JSONL → token store and plan: ours beside `tokenizers` alone, TRL and LLaMA-Factory, on two cores.
+"""Compare data preparation, from raw JSONL to token store and plan, with `tokenizers`, TRL and LLaMA-Factory.
 
     python benchmarks/data.py [--rows 50000] [--repeats 3] [--only tokenizers ours packing trl llamafactory]
 
-The same Alpaca-like rows of real English (`peers/rows.py`) for all, the Qwen2.5 tokenizer, its chat format. Every
-measurement is a fresh process with empty caches, the best of `--repeats` counts, imports do not. The peers have
-environments of their own (`peers/environments.py`), made at the first run; each does its own preparation with 0 and 2
-worker processes, packed and not, and its fastest way is what we are compared with. All must make exactly the same
-number of tokens, or the run stops.
+All get the same Alpaca-like rows of real English (`peers/rows.py`), the Qwen2.5 tokenizer and its chat format, on two
+cores. Each measurement runs in a fresh process with empty caches; imports are not timed, and the best of `--repeats`
+counts. Each peer has its own environment (`peers/environments.py`), which the first run creates. A peer prepares the
+rows with 0 and 2 worker processes, packed and unpacked, and is compared by its fastest variant. If the numbers of
+tokens are not all equal, the benchmark stops.
 
-What is timed differs in the others' favour. For us it is everything from the raw rows to the plan, writing the store
-too; for the peers reading and preparing, for TRL with rows in its own format; for `encode_batch_fast` the call alone;
-for all with the tokenizer loaded. `command_seconds`, `cached_seconds` and `fixed_seconds` (sixteen rows) are of the
-whole command.
-The real texts and the tokenizer are looked for in the folder that SFT_REAL_DATA names.
-Results, with hardware and versions, go to `benchmarks/results/`.
+The timing favours the peers. Ours covers everything from the raw rows to the plan, including the token store; that of
+the peers covers reading and preparing, for TRL from rows in its own format; that of `encode_batch_fast` covers only the
+call. Loading the tokenizer is never timed. `command_seconds`, `cached_seconds` and `fixed_seconds` (sixteen rows) cover
+the whole command.
+The environment variable SFT_REAL_DATA names the folder with the real texts and the tokenizer.
+Results are written to `benchmarks/results/` with hardware and versions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -33,29 +32,32 @@ sys.path.insert(0, str(_HERE / "peers"))
 from environments import PEERS, environment  # noqa: E402
 from job import SYSTEM, Answer, Job  # noqa: E402
 from processes import empty_folder, fastest, measure, use_two_cores  # noqa: E402
+from real_data import REAL_DATA, require_real_data  # noqa: E402
 from results import write_results  # noqa: E402
 from rows import alpaca_like  # noqa: E402
 from table import show  # noqa: E402
 
-REAL_DATA = Path(os.environ.get("SFT_REAL_DATA", _HERE.parent.parent / "shared" / "data")).resolve()
 TOKENIZER = REAL_DATA / "tokenizer" / "qwen2.5"
 MAX_LENGTH = 2048
 """Tokens per packed row."""
+
 FEW_ROWS = 16
-"""Rows that show what memory does not depend on their number: the tokenizer, above all."""
+"""Number of rows that shows the memory which does not depend on it, mainly the tokenizer's."""
+
 NUM_PACKED = 1_000_000
+"""Number of examples that `best_fit` packs."""
 
 PARTS = ("tokenizers", "packing", "ours", *PEERS)
 
 
 class Benchmark:
-    """The rows in a folder, and what is measured on them.
+    """Writes rows to a folder, and measures on them.
 
     Args:
-        folder: Holds the rows, which are written now.
-        num_rows: Rows to measure on; memory is measured on four times as many, too.
-        repeats: Times that each measurement is repeated.
-        seed: Of the rows.
+        folder: Folder for the rows.
+        num_rows: Number of rows; memory is also measured on four times as many.
+        repeats: Repetitions of each measurement.
+        seed: Random seed of the rows.
     """
 
     def __init__(self, folder: Path, num_rows: int, repeats: int, seed: int) -> None:
@@ -69,7 +71,13 @@ class Benchmark:
             file.write_text("".join(lines[:number]), encoding="utf-8")
 
     def best(self, script: str, job: Job, python: Path | None = None) -> Answer:
-        """Return the fastest of the repeats."""
+        """Return the fastest of the repetitions.
+
+        Args:
+            script: A script in `peers/`.
+            job: Its job.
+            python: Python of the environment; default: ours.
+        """
         return fastest(measure(script, job, python=python) for _ in range(self.repeats))
 
     @property
@@ -77,7 +85,7 @@ class Benchmark:
         return {"rows": str(self.rows), "tokenizer": str(TOKENIZER), "max_length": MAX_LENGTH}
 
     def tokenizers(self) -> Answer:
-        """Measure `encode_batch_fast` alone, in the faster of two ways to call it."""
+        """Measure `encode_batch_fast` alone; the faster of two ways to call it counts."""
         return fastest(self.best("run_tokenizers.py", {**self._job, "at_once": size}) for size in (0, 1000))
 
     def packing(self) -> Answer:
@@ -85,7 +93,7 @@ class Benchmark:
         return self.best("run_packing.py", {"num": NUM_PACKED, "max_length": MAX_LENGTH, "seed": self.seed})
 
     def ours(self) -> Answer:
-        """Measure `prepare` without a store, with one, and the memory that it takes for few, all and more rows."""
+        """Measure `prepare` without and with a token store, and its memory for few, all and more rows."""
         pairs = [self._cold_and_cached(self.rows) for _ in range(self.repeats)]
         cold, cached = fastest(pair[0] for pair in pairs), fastest(pair[1] for pair in pairs)
         few, more = self._cold_and_cached(self.few_rows)[0], self._cold_and_cached(self.more_rows)[0]
@@ -106,11 +114,16 @@ class Benchmark:
             config.write_text(_config(rows, folder / "stores"))
             cold, cached = (measure("run_ours.py", {"config": str(config)}) for _ in range(2))
         if not cold["built"] or cached["built"]:
-            raise SystemExit("prepare: the first run did not build the store, or the second did not find it")
+            raise SystemExit("prepare: the first run did not build the token store, or the second did not find it")
         return cold, cached
 
     def peer(self, name: str, python: Path) -> list[Answer]:
-        """Measure a peer in every way that does this job, fastest first."""
+        """Measure all variants of a peer, and return them with the fastest first.
+
+        Args:
+            name: A key of `PEERS`.
+            python: Python of its environment.
+        """
         answers = []
         for variant, packing, workers in itertools.product(PEERS[name].variants, (True, False), (0, 2)):
             way = {**variant, "packing": packing, "workers": workers}
@@ -131,21 +144,21 @@ def _config(rows: Path, stores: Path) -> str:
 
 
 def check_same_tokens(result: dict[str, Any]) -> None:
-    """Make sure that everybody did the same job.
+    """Check that all variants made the same number of tokens.
 
     Raises:
-        SystemExit: If not; there is nothing to compare then.
+        SystemExit: If they did not; their speeds cannot be compared then.
     """
     counts: dict[str, int] = {name: result[name]["tokens"] for name in ("tokenizers", "ours") if name in result}
     for name in PEERS:
         for answer in result.get(name, []):
             counts[f"{name}, packing {answer['packing']}, {answer['workers']} workers"] = answer["tokens"]
     if len(set(counts.values())) > 1:
-        raise SystemExit(f"not the same job: tokens made of the same rows (system message {SYSTEM!r}): {counts}")
+        raise SystemExit(f"different numbers of tokens from the same rows (system message {SYSTEM!r}): {counts}")
 
 
 def compare(result: dict[str, Any]) -> dict[str, float]:
-    """Return how many times as fast we are as each; for `encode_batch_fast`, at most about 1."""
+    """Return how many times as fast ours is as each peer; for `encode_batch_fast`, at most about 1."""
     if "ours" not in result:
         return {}
     others: dict[str, Answer] = {"tokenizers": result["tokenizers"]} if "tokenizers" in result else {}
@@ -154,7 +167,7 @@ def compare(result: dict[str, Any]) -> dict[str, float]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what was asked for."""
+    """Measure the parts that the command line names."""
     pythons = {name: environment(PEERS[name], args.envs) for name in PEERS if name in args.only}
     use_two_cores()
     result: dict[str, Any] = {
@@ -175,16 +188,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print the table, write the results."""
+    """Measure, write the results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=50_000, help="Rows to prepare.")
-    parser.add_argument("--repeats", type=int, default=3, help="Fresh processes of each measurement; the best counts.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the rows.")
+    parser.add_argument("--rows", type=int, default=50_000, help="Number of rows to prepare.")
+    parser.add_argument("--repeats", type=int, default=3, help="Repetitions of each measurement; the best counts.")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of the rows.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="What to measure.")
     parser.add_argument("--envs", type=Path, default=_HERE.parent / ".bench-envs", help="Environments of the peers.")
     args = parser.parse_args()
-    if not TOKENIZER.is_dir():
-        raise SystemExit(f"SFT_REAL_DATA: {REAL_DATA} has no tokenizer/qwen2.5; name the folder with the real data")
+    require_real_data("tokenizer/qwen2.5")
     result = run(args)
     write_results(f"data_cpu_{result['num_rows']}", **result)
     show(result, list(PEERS))

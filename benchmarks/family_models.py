@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and a tokenizer and records for them: nothing is downloaded."""
+"""Make tiny random models of every family with a tokenizer and records, without downloads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"model_type": "mixtral", **_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Mamba": {"model_type": "mamba", "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 4},
 }  # fmt: skip
-"""Configuration of each family's model: two layers, some thousand weights."""
+"""Configuration of each family's model: two layers, a few thousand weights."""
 
 RECORDS = [
     {"instruction": f"What is {i} and {i}?", "input": "", "output": f"{i} and {i} is {2 * i}" + "." * (i % 7 + 1)}
@@ -59,7 +59,7 @@ RECORDS = [
 
 
 VOCAB_SIZE = 320
-"""Rows of the embeddings: some more than the tokenizer has tokens, to which transformers adds for some families."""
+"""Rows of the embeddings: more than the tokenizer has tokens, because transformers adds some for a few families."""
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -83,11 +83,11 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_family(name: str, folder: Path) -> Path:
-    """Write a random model of a family with its tokenizer, and the records that it is trained on.
+    """Write a random model of a family with its tokenizer and training records.
 
     Args:
         name: A key of `FAMILIES`.
-        folder: Where to.
+        folder: Parent of the model's folder.
 
     Returns:
         The model's folder.

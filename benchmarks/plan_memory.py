@@ -1,11 +1,11 @@
-"""`plan` against runs: the memory of a process under each strategy, planned and measured, two processes on the CPU.
+"""Compare the memory that `plan` predicts with measured runs, for each strategy with two processes on the CPU.
 
     python benchmarks/plan_memory.py [--only ddp fsdp2 deepspeed_stage_1 …] [--modes full lora]
 
-The runs are those of `scaling.py`: a Llama of 80 M parameters, float32, two rows of 512 tokens a process, AdamW; in
-full and with LoRA of rank 64. Peak: the tensors that are alive before a step, and the most that torch's allocator has
-out in it beside them (`torch.profiler`); planned: the peak of `plan`. Everything is in MiB. What DeepSpeed allocates
-and never touches counts in both, as it does on a GPU.
+The runs are those of `scaling.py`: a Llama of 80 M parameters in float32, two rows of 512 tokens per process, AdamW;
+full fine-tuning and LoRA of rank 64. The measured peak is the tensors that are alive before a step, and the most that
+torch's allocator adds during the step (`torch.profiler`). Everything is in MiB. Memory that DeepSpeed allocates and
+never uses counts in both, as it does on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from markdown_table import markdown_row
-from scaling import THEORY_SENT, run, write_config, write_inputs
+from scaling import THEORY_SENT, run, write_inputs, write_run
 
 from sft_lightning.cli.commands.plan import plan_inputs
 from sft_lightning.estimation.report import PARTS, plan_memory
@@ -34,16 +34,16 @@ HEAD = ["mode", "strategy", "planned", "measured", "planned / measured", *PARTS,
 
 
 def planned(file: Path) -> dict[str, float]:
-    """Return what `plan` says of a configuration, bytes by part."""
+    """Return the memory that `plan` predicts for a configuration, in bytes by part."""
     estimator, setup = plan_memory(plan_inputs(["--config", str(file)]))
     return dict(vars(estimator.memory(setup)))
 
 
 def main() -> None:
-    """Measure, print the table as Markdown, write the results."""
+    """Measure, print the table row by row as Markdown, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(THEORY_SENT), default=list(THEORY_SENT))
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
+    parser.add_argument("--only", nargs="+", choices=list(THEORY_SENT), default=list(THEORY_SENT), help="Strategies.")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="Modes of training.")
     args = parser.parse_args()
     use_two_cores()
     found: list[dict[str, Any]] = []
@@ -53,14 +53,14 @@ def main() -> None:
             write_inputs(folder)
             for strategy in args.only:
                 answer = run(folder, strategy, 2, MODES[mode])
-                plan = planned(write_config(folder, strategy, 2, MODES[mode]))
+                plan = planned(write_run(folder, strategy, 2, MODES[mode]))
                 found.append({"mode": mode, "strategy": strategy, "planned": plan, **answer})
                 print(markdown_row(row(found[-1])), flush=True)
     write_results("plan_memory_cpu", python=platform.python_version(), torch=torch.__version__, ways=found)
 
 
 def row(way: dict[str, Any]) -> list[str]:
-    """Return a line of the table."""
+    """Return a row of the table."""
     total = sum(way["planned"].values())
     return [
         way["mode"], way["strategy"], f"{total / MIB:.0f}", f"{way['bytes_peak'] / MIB:.0f}",

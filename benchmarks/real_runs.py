@@ -1,19 +1,18 @@
-"""A real pretrained model on real text and real instructions in every mode: losses, speed, and what is exported.
+"""Train a real pretrained model on real text and real instructions in every mode; report losses, speed and exports.
 
     python benchmarks/real_runs.py [--modes full lora dora qlora int8] [--steps 200]
 
-Each row is what a user does: `fit` from a configuration, then `merge`. The 260 thousand parameters of stories260K are
-tuned in float32 on WikiText-2's validation text (`task: pretrain`, concatenated), with a story for validation, and on
-1100 instructions (Alpaca's template), a twentieth of them held out. Losses are of validation, in nats per token.
-The model and the data are looked for in the folder that SFT_REAL_DATA names.
-Results, with hardware and versions, go to `benchmarks/results/`.
+Each row runs `fit` from a configuration, then `merge`, as a user does. stories260K (260 thousand parameters) is trained
+in float32 on WikiText-2's validation text (`task: pretrain`, concatenated), with a story for validation, and on 1100
+instructions (Alpaca's template), of which a twentieth is held out. Losses are validation losses in nats per token.
+The environment variable SFT_REAL_DATA names the folder with the model and the data.
+Results are written to `benchmarks/results/` with hardware and versions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,9 +28,9 @@ sys.path.insert(0, str(_HERE / "peers"))
 
 from job import versions  # noqa: E402
 from processes import empty_folder  # noqa: E402
+from real_data import REAL_DATA, require_real_data  # noqa: E402
 from results import write_results  # noqa: E402
 
-REAL_DATA = Path(os.environ.get("SFT_REAL_DATA", _HERE.parent.parent / "shared" / "data")).resolve()
 ADAPTER = {"r": 8, "alpha": 16}
 MODES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -54,23 +53,30 @@ TASKS: dict[str, dict[str, Any]] = {
         },
     },
 }
-_SAID = {
+_PRINTED = {
     "exported logits differ by": r"its logits differ from the live ones by ([\d.e+-]+)",
     "merged logits differ by": r"its logits differ from the adapted model's by at most ([\d.e+-]+)",
     "KL original": r"merged into the original base\) .*: ([\d.e+-]+) nats",
     "KL dequantized": r"merged into the dequantized base\) .*: ([\d.e+-]+) nats",
 }
-"""What the commands say of themselves; a command that does not is shown as such."""
+"""Figures that `fit` and `merge` print; a missing one is shown as –."""
 
 
 def configuration(task: str, mode: str, folder: Path, steps: int) -> dict[str, Any]:
-    """Return a run's configuration."""
+    """Return the configuration of a run.
+
+    Args:
+        task: A key of `TASKS`.
+        mode: A key of `MODES`.
+        folder: Folder for the run's files.
+        steps: Optimizer steps.
+    """
     wanted = TASKS[task]
     data = {**wanted["data"], "max_length": 512, "batch_size": 2, "store_dir": str(folder / "stores")}
     data["sources"] = {
         name: {**source, "path": str(REAL_DATA / source["path"])} for name, source in data["sources"].items()
     }
-    if task == "text":  # one document: what is validated on is another
+    if task == "text":  # the training text is one document, so validation needs another
         data["val_sources"] = {"story": {"path": str(REAL_DATA / "raw" / "the_verdict.txt")}}
     lr = 1e-3 if mode == "full" else 3e-3
     return {
@@ -95,7 +101,7 @@ def configuration(task: str, mode: str, folder: Path, steps: int) -> dict[str, A
 
 
 def command(*args: str) -> str:
-    """Run one of our commands; return what it printed.
+    """Run one of our commands, and return its output.
 
     Raises:
         SystemExit: If it fails.
@@ -107,20 +113,31 @@ def command(*args: str) -> str:
 
 
 def run(task: str, mode: str, steps: int) -> dict[str, Any]:
-    """Tune, export and merge; return the figures."""
+    """Train, export and merge; return the figures.
+
+    Args:
+        task: A key of `TASKS`.
+        mode: A key of `MODES`.
+        steps: Optimizer steps.
+
+    Raises:
+        SystemExit: If a command fails, or if `fit` does not print its figures.
+    """
     with empty_folder() as folder:
         file = folder / "config.yaml"
         file.write_text(json.dumps(configuration(task, mode, folder, steps)))
-        said = command("fit", "--config", str(file))
+        output = command("fit", "--config", str(file))
         if mode != "full":
-            said += command("merge", "--adapter", str(folder / "run" / "adapter"), "--output_dir", str(folder / "out"))
+            output += command(
+                "merge", "--adapter", str(folder / "run" / "adapter"), "--output_dir", str(folder / "out")
+            )
         events = EventAccumulator(str(folder / "run"), size_guidance={"scalars": 0})
         events.Reload()
         losses = [event.value for event in events.Scalars("val/loss")]
-        trained = re.search(r"trained (\d+) optimizer steps: .* · ([\d,]+) tokens/s", said)
+        trained = re.search(r"trained (\d+) optimizer steps: .* · ([\d,]+) tokens/s", output)
         if trained is None:
-            raise SystemExit(f"fit does not say what it trained:\n{said[-3000:]}")
-        found = {name: re.search(pattern, said) for name, pattern in _SAID.items()}
+            raise SystemExit(f"fit does not print what it trained:\n{output[-3000:]}")
+        found = {name: re.search(pattern, output) for name, pattern in _PRINTED.items()}
         return {
             "task": task,
             "mode": mode,
@@ -137,25 +154,24 @@ def show(rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(*names)
     for row in rows:
-        table.add_row(*(_in_short(row.get(name)) for name in names))
+        table.add_row(*(_short(row.get(name)) for name in names))
     Console(width=160).print(table)
 
 
-def _in_short(value: Any) -> str:
+def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}" if value >= 0.1 else f"{value:.1e}"
     return "–" if value is None else str(value)
 
 
 def main() -> None:
-    """Run everything, print the table, write the results."""
+    """Run all tasks and modes, print the table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--steps", type=int, default=200, help="Optimizer steps of each run.")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="Modes of training.")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="Data to train on.")
+    parser.add_argument("--steps", type=int, default=200, help="Optimizer steps per run.")
     args = parser.parse_args()
-    if not (REAL_DATA / "model" / "stories260K").is_dir():
-        raise SystemExit(f"SFT_REAL_DATA: {REAL_DATA} has no model/stories260K; name the folder with the real data")
+    require_real_data("model/stories260K")
     rows = [run(task, mode, args.steps) for task in args.tasks for mode in args.modes]
     show(rows)
     used = versions("torch", "transformers", "peft", "bitsandbytes", "lightning")

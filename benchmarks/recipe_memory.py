@@ -1,10 +1,10 @@
-"""What each recipe of `configs/` takes of a GPU's memory: `plan` on models of the true sizes, without a weight.
+"""Predict the GPU memory of each recipe in `configs/` with `plan`, on models of the real sizes without weights.
 
     python benchmarks/recipe_memory.py [recipe …] [--write]
 
-A recipe's «Hardware:» line says how many GPUs of how many GiB, and the peak that was planned. `--write` puts the
-planned peaks into the lines; a recipe that does not fit is an error. Needs no GPU, and nothing is downloaded: the sizes
-below are those that the models are published with.
+The «Hardware:» line of a recipe has the number of GPUs, their memory in GiB, and the planned peak. `--write` updates
+the planned peaks in these lines. A recipe that does not fit its GPUs is an error. This needs no GPU and downloads
+nothing: the sizes below are those of the published models.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from family_models import save_tokenizer
+from markdown_table import markdown_row, markdown_table
 from peft import LoraConfig
 from transformers import AutoConfig
 
@@ -80,31 +81,33 @@ SIZES: dict[str, dict[str, Any]] = {
                                    "intermediate_size": 5120, "state_size": 16, "time_step_rank": 160,
                                    "vocab_size": 50280},
 }  # fmt: skip
-"""Name of a recipe's model → what its `config.json` says."""
+"""The values of `config.json` for each model of a recipe."""
 
 LINE = re.compile(r"(?P<gpus>\d+) GPUs? of (?P<gib>\d+) GiB \(plan: (?P<peak>[\d.]+) GiB(?: each)?\)")
 ALTERNATIVE = re.compile(r"of (?P<gib>\d+) GiB with (?P<options>(?:--\S+ \S+ )+)\(plan: (?P<peak>[\d.]+) GiB\)")
 
 
 class Claim(NamedTuple):
-    """What a recipe says of the hardware that it needs."""
+    """The hardware that a recipe says it needs."""
 
-    said: str
-    """The words that say it."""
+    text: str
+    """The words of the recipe."""
 
     gpus: int
+    """Number of GPUs."""
+
     gib: int
-    """Memory of each."""
+    """Memory per GPU, in GiB."""
 
     peak: float
-    """As planned when it was written, GiB."""
+    """The planned peak in the recipe, in GiB per GPU."""
 
     options: tuple[str, ...] = ()
-    """What it needs beside the recipe."""
+    """Options that are needed on this hardware."""
 
 
 def claims(recipe: Path) -> list[Claim]:
-    """Return what a recipe claims; nothing if it is for the CPU."""
+    """Return the claims of a recipe; none if it is for the CPU."""
     head = "\n".join(line for line in recipe.read_text().splitlines() if line.startswith("#"))
     found = [Claim(each[0], int(each["gpus"]), int(each["gib"]), float(each["peak"])) for each in LINE.finditer(head)]
     for each in ALTERNATIVE.finditer(head):
@@ -114,7 +117,13 @@ def claims(recipe: Path) -> list[Claim]:
 
 
 def planned_gib(recipe: Path, claim: Claim, folder: Path) -> float:
-    """Return the peak of a GPU, in GiB, on the hardware that a recipe claims to need."""
+    """Return the planned peak in GiB per GPU, on the hardware of a claim.
+
+    Args:
+        recipe: The recipe.
+        claim: One of its claims.
+        folder: Folder for the models' configurations.
+    """
     name = re.search(r"(?m)^  model_name_or_path: (\S+)", recipe.read_text())
     if name is None:
         raise SystemExit(f"{recipe.name}: has no model.model_name_or_path")
@@ -132,7 +141,7 @@ def planned_gib(recipe: Path, claim: Claim, folder: Path) -> float:
 
 
 def _adapter(folder: Path) -> Path:
-    """Write the configuration of the adapter of chinese_alpaca.yaml, which another recipe continues."""
+    """Write the adapter configuration of chinese_alpaca.yaml, which another recipe continues."""
     targets = ["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
     LoraConfig(
         r=8, lora_alpha=32, lora_dropout=0.05, target_modules=targets, modules_to_save=["embed_tokens", "lm_head"],
@@ -142,7 +151,7 @@ def _adapter(folder: Path) -> Path:
 
 
 def planned(recipes: list[Path]) -> Iterator[tuple[Path, Claim, float]]:
-    """Yield every claim of some recipes beside what is planned for it, in GiB."""
+    """Yield each claim of some recipes with the planned peak in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         for recipe in recipes:
             for claim in claims(recipe):
@@ -150,22 +159,23 @@ def planned(recipes: list[Path]) -> Iterator[tuple[Path, Claim, float]]:
 
 
 def main() -> None:
-    """Print the table; with `--write`, put the figures into the recipes."""
+    """Print the table; with `--write`, update the recipes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help="Names of recipes (default: all).")
-    parser.add_argument("--write", action="store_true", help="Put the planned peaks into the recipes.")
+    parser.add_argument("--write", action="store_true", help="Update the planned peaks in the recipes.")
     args = parser.parse_args()
     wanted = [path for path in sorted(RECIPES.glob("*.yaml")) if not args.recipes or path.stem in args.recipes]
     too_large = []
-    print("| recipe | with | GPUs | GiB | said | planned |\n| --- | --- | --- | --- | --- | --- |", flush=True)
+    print(markdown_table(("recipe", "options", "GPUs", "GiB", "peak in the recipe", "planned peak"), []), flush=True)
     for recipe, claim, gib in planned(wanted):
         options = " ".join(claim.options)
-        print(f"| {recipe.stem} | {options} | {claim.gpus} | {claim.gib} | {claim.peak} | {gib:.1f} |", flush=True)
+        row = [recipe.stem, options, str(claim.gpus), str(claim.gib), str(claim.peak), f"{gib:.1f}"]
+        print(markdown_row(row), flush=True)
         if gib > claim.gib:
             too_large.append(f"{recipe.stem} {options}: {gib:.1f} of {claim.gib} GiB")
         if args.write:
-            said = re.sub(r"plan: [\d.]+", f"plan: {gib:.1f}", claim.said)
-            recipe.write_text(recipe.read_text().replace(claim.said, said))
+            text = re.sub(r"plan: [\d.]+", f"plan: {gib:.1f}", claim.text)
+            recipe.write_text(recipe.read_text().replace(claim.text, text))
     if too_large:
         raise SystemExit("does not fit:\n" + "\n".join(too_large))
 

@@ -1,8 +1,10 @@
-"""Check that two checkouts train the same bits: `python benchmarks/same_losses.py OTHER_CHECKOUT [--recipes NAME ...]`.
+"""Check that two checkouts train recipes to the same bits.
 
-For a change that moves or renames code. Every recipe runs some optimizer steps on the small model that the tests make
-for it, once with the code of this checkout and once with the other's; the logged losses and the bytes of the exported
-weights must be equal. The demo's two recipes are among them. Exit status 1 if a recipe differs.
+    python benchmarks/same_losses.py OTHER_CHECKOUT [--recipes NAME ...]
+
+This is for changes that move or rename code. Each recipe, including those of the demo, runs a few optimizer steps on
+the small model that the tests make for it, once with each checkout. The logged losses must be equal, and the exported
+weights must have the same bytes. The exit status is 1 if a recipe differs.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ STEPS = 3
 
 
 def main() -> int:
-    """Run every recipe under both checkouts and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the recipes with both checkouts, and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="folder of the other checkout")
     parser.add_argument("--recipes", nargs="*", help="names of recipes; default: all that do not continue another")
     args = parser.parse_args()
@@ -42,12 +44,12 @@ def main() -> int:
             differing += here != there
             losses = " ".join(f"{loss:.9g}" for loss in here["losses"])
             print(f"{name:28} {'same bits' if here == there else f'DIFFERS {there}'}  {losses}", flush=True)
-    print(f"{len(names) - differing} of {len(names)} recipes: the same losses and weights to the last bit")
+    print(f"{len(names) - differing} of {len(names)} recipes have the same losses and weights, bit for bit")
     return int(differing > 0)
 
 
 def _recipes_module() -> Any:
-    """Return the tests' module that makes a recipe's inputs."""
+    """Return the test module that makes the inputs of a recipe."""
     spec = importlib.util.spec_from_file_location("test_configs", ROOT / "tests" / "test_configs.py")
     if spec is None or spec.loader is None:
         raise SystemExit("run this from a checkout with its tests")

@@ -1,29 +1,29 @@
-"""Two processes against one on the CPU: speed, bytes sent and memory of each strategy, beside what theory says.
+"""Compare two processes with one on the CPU: speed, bytes sent and memory of each strategy, with the theory.
 
     python benchmarks/scaling.py [--repeats 1] [--only ddp fsdp2 deepspeed_stage_1 …]
 
-A Llama of 80 M parameters (hidden 640, 12 layers, float32) from one folder, full fine-tuning with AdamW, four rows of
-512 tokens an optimizer step, which two processes share; one thread a process, gloo. Efficiency is the time of a step of
-one process over twice that of two; the fastest step counts.
+The model is a Llama of 80 M parameters (hidden 640, 12 layers, float32). It is fully fine-tuned with AdamW on four rows
+of 512 tokens per optimizer step, which two processes share, with one thread per process and gloo. Efficiency is the
+time of a step of one process, divided by twice that of two processes; the fastest step counts.
 
-Theory. Sent: a collective over P bytes costs a process (N-1)/N · P where it gathers or scatters and twice that where it
-reduces for all. DDP reduces the gradients for all; ZeRO-1 and -2 scatter them and gather the weights; FSDP2 and ZeRO-3
-gather the weights twice and scatter the gradients once (Rajbhandari et al., 2019, arXiv:1910.02054, section 7). Held
-between steps: the tensors that a process has, which are weights, gradients and Adam's two moments, of which the
-strategy divides some; DeepSpeed has dropped most gradients by then, and steps on a copy of the weights, in float32 too.
-Loading and ready: the largest sum of what all processes together hold (PSS) until the model is loaded, and until the
-first step, above what they held empty. Everything is in copies of the model.
+All amounts are in copies of the model:
+
+- sent: bytes that a process sends per step. In theory, a collective over P bytes costs a process (N-1)/N · P if it is
+  an all-gather or a reduce-scatter, and twice that if it is an all-reduce. DDP all-reduces the gradients; ZeRO-1 and -2
+  reduce-scatter them and all-gather the weights; FSDP2 and ZeRO-3 all-gather the weights twice and reduce-scatter the
+  gradients once (Rajbhandari et al., 2019, arXiv:1910.02054, section 7).
+- held: tensors of a process between steps. In theory, these are weights, gradients and Adam's two moments, some of
+  which the strategy divides. DeepSpeed has freed most gradients by then, and keeps a float32 copy of the weights.
+- loading, ready: the largest memory of all processes together (PSS) until the model is loaded, and until the first
+  step, above their memory before loading.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
-import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,26 +34,27 @@ import torch
 _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "peers"))
 
+from cpu_fit import fit, write_config  # noqa: E402
 from numbers_model import text_of, write_model  # noqa: E402
 from processes import empty_folder, use_two_cores  # noqa: E402
 from results import print_table, write_results  # noqa: E402
 
 VOCABULARY, LENGTH, ROWS, STEPS = 16_000, 512, 4, 5
 GATHERED = {"all_reduce": 2.0, "_allgather_base_": 1.0, "_reduce_scatter_base_": 1.0}
-"""What a collective costs a process, in (N-1)/N of its bytes."""
+"""Cost of a collective for a process, in (N-1)/N of its bytes."""
 
 THEORY_SENT = {"ddp": 2, "fsdp2": 3, "deepspeed_stage_1": 2, "deepspeed_stage_2": 2, "deepspeed_stage_3": 3}
-"""Bytes of a step, in (N-1)/N of the model's."""
+"""Bytes sent per step, in (N-1)/N of the model's bytes."""
 
 THEORY_HELD = {
     "one process": (16, 0), "ddp": (16, 0), "fsdp2": (0, 16), "deepspeed_stage_1": (4, 12),
     "deepspeed_stage_2": (4, 12), "deepspeed_stage_3": (0, 20),
 }  # fmt: skip
-"""Bytes a parameter that every process has, and that are divided among them."""
+"""Bytes per parameter: those that every process holds, and those that are divided among the processes."""
 
 
 def write_inputs(folder: Path) -> int:
-    """Write model, tokenizer and rows; return the bytes of the model."""
+    """Write the model, its tokenizer and the rows; return the bytes of the model."""
     size = write_model(folder / "model", vocab_size=VOCABULARY, hidden=640, intermediate=1728, layers=12, heads=10)
     ids = torch.randint(2, VOCABULARY, (ROWS * STEPS, LENGTH - 1)).tolist()
     rows = (json.dumps({"text": text_of(row)}) for row in ids)
@@ -61,42 +62,28 @@ def write_inputs(folder: Path) -> int:
     return size
 
 
-def write_config(folder: Path, strategy: str, processes: int, model: Mapping[str, Any]) -> Path:
-    """Write the run of a strategy; return its file.
+def write_run(folder: Path, strategy: str, processes: int, model: Mapping[str, Any] = {}) -> Path:
+    """Write the configuration of a run, and return its file.
 
     Args:
-        folder: Of `write_inputs`.
-        strategy: As `trainer.strategy` has it.
-        processes: How many.
-        model: Further keys of the model.
+        folder: Folder of `write_inputs`.
+        strategy: `trainer.strategy`.
+        processes: Number of processes.
+        model: Further keys under `model`.
     """
-    config = {
-        "task": "pretrain",
-        "model": {
+    return write_config(
+        folder, f"{strategy}_{processes}", watch="scaling_watch.ScalingWatch",
+        model={
             "model_name_or_path": str(folder / "model"), "dtype": "float32", "gradient_checkpointing": False,
             "lr_scheduler": {"name": "constant"}, **model,
         },
-        "data": {
-            "sources": {"rows": {"path": str(folder / "rows.jsonl")}}, "max_length": LENGTH, "packing": "none",
-            "batch_size": ROWS // processes, "store_dir": str(folder / "stores"),
-        },
-        "trainer": {
-            "accelerator": "cpu", "devices": processes, "strategy": strategy, "max_steps": STEPS, "logger": False,
-            "enable_checkpointing": False, "enable_progress_bar": False, "gradient_clip_val": 0,
-            "default_root_dir": str(folder / f"run_{strategy}_{processes}"),
-            "callbacks": [
-                {"class_path": "scaling_watch.ScalingWatch"},
-                {"class_path": "callbacks.SampleGeneration", "init_args": {"prompts": []}},
-            ],
-        },
-    }  # fmt: skip
-    file = folder / f"{strategy}_{processes}.yaml"
-    file.write_text(json.dumps(config))  # JSON is YAML
-    return file
+        data={"max_length": LENGTH, "batch_size": ROWS // processes},
+        trainer={"devices": processes, "strategy": strategy, "max_steps": STEPS, "gradient_clip_val": 0},
+    )  # fmt: skip
 
 
 def pss(process: psutil.Process) -> int:
-    """Return the memory of a process and all that it started, in bytes."""
+    """Return the memory (PSS) of a process and its children, in bytes."""
     try:
         family = [process, *process.children(recursive=True)]
         return sum(each.memory_full_info().pss for each in family)
@@ -105,26 +92,15 @@ def pss(process: psutil.Process) -> int:
 
 
 def run(folder: Path, strategy: str, processes: int, model: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Run a strategy, and look at the memory of all its processes meanwhile; the arguments are `write_config`'s."""
-    file = write_config(folder, strategy, processes, model)
-    answers = folder / f"answers_{strategy}_{processes}"
-    answers.mkdir(exist_ok=True)
-    environment = {
-        **os.environ, "OMP_NUM_THREADS": "1", "SCALING_FOLDER": str(answers), "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(_HERE / "peers"), str(_HERE.parent)]),
-    }  # fmt: skip
-    held: list[tuple[float, int]] = []
-    with (answers / "said.txt").open("w") as said:
-        started = psutil.Popen(
-            [sys.executable, "-m", "sft_lightning", "fit", "--config", str(file)],
-            env=environment, stdout=said, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        while started.poll() is None:
-            held.append((time.time(), pss(started)))
-            time.sleep(0.05)
-    if started.returncode:
-        raise SystemExit(f"{strategy} failed:\n{(answers / 'said.txt').read_text()[-3000:]}")
-    ranks = [json.loads((answers / f"{rank}.json").read_text()) for rank in range(processes)]
+    """Run a strategy, and return its fastest step, the bytes it sent and its memory.
+
+    Args:
+        folder: Folder of `write_inputs`.
+        strategy: `trainer.strategy`.
+        processes: Number of processes.
+        model: Further keys under `model`.
+    """
+    ranks, held = fit(write_run(folder, strategy, processes, model), pss, seconds=0.05)
     empty = sum(rank["bytes_empty"] for rank in ranks)
     first = min(rank["marks"]["empty"] for rank in ranks)
 
@@ -177,10 +153,10 @@ HEAD = ["", "s a step", "efficiency", "sent", "theory", "held", "theory", "loadi
 
 
 def main() -> None:
-    """Measure, print the table (as Markdown too), write the results."""
+    """Measure, write the results, and print them as tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1, help="Runs of each strategy; the fastest counts.")
-    parser.add_argument("--only", nargs="+", choices=list(THEORY_SENT), default=list(THEORY_SENT))
+    parser.add_argument("--repeats", type=int, default=1, help="Runs per strategy; the fastest counts.")
+    parser.add_argument("--only", nargs="+", choices=list(THEORY_SENT), default=list(THEORY_SENT), help="Strategies.")
     args = parser.parse_args()
     use_two_cores()
     with empty_folder() as folder:

@@ -1,14 +1,15 @@
-"""Tokens per second of a training step: ours beside a bare PyTorch loop and beside TRL, each in a process of its own.
+"""Compare the training speed of ours, a bare PyTorch loop and TRL in tokens per second.
 
     python benchmarks/train.py [--dtype bfloat16] [--repeats 3] [--only ours bare trl]
 
-A 19.5 M parameter Llama (hidden 256, 4 layers, vocabulary 32000) from one folder, 256 documents of Alpaca-like lengths
-from one JSONL file, packed to 2048, a row a step, fused AdamW, two threads, eight steps of which the first is dropped.
+All train the same Llama of 19.5 M parameters (hidden 256, 4 layers, vocabulary 32000) on the same 256 documents of
+Alpaca-like lengths, packed to 2048 tokens, one row per step, with fused AdamW and two threads, for eight steps. The
+first step is not timed. Each variant runs in its own process.
 
-Ours is the whole `fit` command with all its callbacks. The bare loop has our rows, our attention and our loss, and
-nothing else; its losses must be ours. TRL has an environment of its own (`peers/environments.py`), made at the first
-run, and is measured packed and not; its fastest way is what we are compared with. The ways take turns, the best of each
-counts. Results, with hardware and versions, go to `benchmarks/results/`.
+Ours is the whole `fit` command with all its callbacks. The bare loop uses only our rows, our attention and our loss;
+its losses must equal ours. TRL has its own environment (`peers/environments.py`), which the first run creates; it is
+measured packed and unpacked. The variants take turns, and the best run of each counts.
+Results are written to `benchmarks/results/` with hardware and versions.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ MAX_LENGTH = 2048
 STEPS = 8
 LR = 1e-4
 LARGEST_LOSS_DIFFERENCE = {"float32": 1e-5, "bfloat16": 2e-2}
-"""What two ways of adding up the same numbers may differ by, over eight steps."""
+"""Largest difference of two losses over eight steps, from sums in a different order."""
 
 
 def write_documents(file: Path) -> None:
-    """Write random documents of Alpaca-like lengths."""
+    """Write random documents with Alpaca-like lengths."""
     generator = np.random.default_rng(1)
     lengths = generator.lognormal(4.8, 0.8, NUM_DOCUMENTS).astype(np.int64).clip(16, 1023)
     with file.open("w") as out:
@@ -53,7 +54,12 @@ def write_documents(file: Path) -> None:
 
 
 def configuration(folder: Path, dtype: str) -> dict[str, Any]:
-    """Return our configuration; JSON is YAML."""
+    """Return our configuration.
+
+    Args:
+        folder: Folder of the model and the documents.
+        dtype: Data type of the weights.
+    """
     return {
         "task": "pretrain",
         "model": {
@@ -76,7 +82,12 @@ def configuration(folder: Path, dtype: str) -> dict[str, Any]:
 
 
 def write_jobs(folder: Path, dtype: str) -> dict[str, tuple[str, Job]]:
-    """Write what is measured on; return script and job of each way."""
+    """Write the model, the documents and the configurations; return script and job of each variant.
+
+    Args:
+        folder: Folder to write to.
+        dtype: Data type of the weights.
+    """
     write_model(folder / "model", vocab_size=VOCABULARY, hidden=256, intermediate=688, layers=4, heads=4)
     write_documents(folder / "rows.jsonl")
     config = configuration(folder, dtype)
@@ -100,7 +111,7 @@ def write_jobs(folder: Path, dtype: str) -> dict[str, tuple[str, Job]]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Answer]:
-    """Measure every way, in turns; return the fastest of each."""
+    """Measure all variants in turns, and return the fastest run of each."""
     python = environment(PEERS["trl"], args.envs) if "trl" in args.only else None
     use_two_cores()
     answers: dict[str, list[Answer]] = {}
@@ -120,20 +131,24 @@ def speed(answer: Answer) -> float:
 
 
 def check_same_losses(ways: dict[str, Answer], dtype: str) -> float:
-    """Return the largest difference between our losses and the bare loop's.
+    """Return the largest difference between our losses and those of the bare loop.
+
+    Args:
+        ways: Answers of all variants.
+        dtype: Data type of the weights.
 
     Raises:
-        SystemExit: If they did not train on the same; there is nothing to compare then.
+        SystemExit: If the losses differ by more than rounding; the speeds cannot be compared then.
     """
     pairs = zip(ways["ours"]["losses"], ways["bare"]["losses"], strict=True)
     difference = max(abs(one - other) for one, other in pairs)
     if difference > LARGEST_LOSS_DIFFERENCE[dtype]:
-        raise SystemExit(f"not the same training: our losses differ from the bare loop's by up to {difference}")
+        raise SystemExit(f"different training: our losses differ from those of the bare loop by up to {difference}")
     return float(difference)
 
 
 def show(ways: dict[str, Answer]) -> None:
-    """Print the table."""
+    """Print the table of all variants."""
     table = Table("", "tokens/s", "ours is … times as fast", "peak MiB above imports", "first and last loss")
     for name, answer in ways.items():
         ratio = f"{speed(ways['ours']) / speed(answer):.3f}" if "ours" in ways and name != "ours" else ""
@@ -144,10 +159,10 @@ def show(ways: dict[str, Answer]) -> None:
 
 
 def main() -> None:
-    """Measure, print the table, write the results."""
+    """Measure, write the results, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--repeats", type=int, default=3, help="Fresh processes of each way; the best counts.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Type of the weights.")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs of each variant; the best counts.")
     parser.add_argument("--only", nargs="+", choices=["ours", "bare", "trl"], default=["ours", "bare", "trl"])
     parser.add_argument("--envs", type=Path, default=_HERE.parent / ".bench-envs", help="Environments of the peers.")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""The main job, end to end, on a tiny model: `make demo`.
+"""Run the whole workflow on a tiny model: `make demo`.
 
-Tokenizer → pretraining → QLoRA → merge → questions to an untrained, the base and the merged model. Each stage is a
-command that is printed, so that it can be run by hand.
+The stages are: train a tokenizer, pretrain, fine-tune with QLoRA, merge, and ask questions to an untrained model, the
+base and the merged model. Each stage prints its command, so that it can be repeated by hand.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ STAGES = {
 }
 NUM_QUESTIONS = 5
 
-# Where two cores are shared with other work, OpenMP threads that spin while they wait make training ten times slower.
+# If other work runs on the same cores, OpenMP threads that spin while waiting make training ten times slower.
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def run(title: str, command: str) -> float:
-    """Run a stage and return its seconds; stop with its status if it fails."""
+    """Run a stage and return its seconds; exit with its status if it fails.
+
+    Args:
+        title: Title of the stage.
+        command: Arguments of Python.
+    """
     console.rule(f"[bold]{title}")
     console.print(f"$ python {command}", style="cyan", highlight=False)
     started = time.perf_counter()
@@ -49,12 +54,18 @@ def run(title: str, command: str) -> float:
 
 
 def answer(folder: Path, questions: list[str], *, untrained: bool = False) -> list[str]:
-    """Ask a model folder (or an untrained model of its shape) with plain transformers, greedily, as a server would."""
+    """Return a model's greedy answers with transformers alone, as a server would.
+
+    Args:
+        folder: Folder of the model.
+        questions: The questions.
+        untrained: Whether to ask a random model of the same shape instead.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(MERGED)  # the base has no chat template; it is asked in the same words
+    tokenizer = AutoTokenizer.from_pretrained(MERGED)  # the base has no chat template, so it gets the same one
     if untrained:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     else:
@@ -69,14 +80,14 @@ def answer(folder: Path, questions: list[str], *, untrained: bool = False) -> li
 
 
 def compare() -> None:
-    """Print the base's and the merged model's answers to taught questions, and to questions that were held out."""
-    console.rule("[bold]5. ask both, with plain transformers")
+    """Print the answers of all models to questions of the training data, and to held-out questions."""
+    console.rule("[bold]5. ask the models with transformers alone")
     for kind in ("instructions", "held_out"):
         records = json.loads((ROOT / f"demo/{kind}.json").read_text(encoding="utf-8"))
         records = [record for record in records if not record["input"]][:NUM_QUESTIONS]
         questions = [record["instruction"] for record in records]
-        heading = "taught question" if kind == "instructions" else "question never taught"
-        table = Table(heading, "untrained", "the base", "the merged model", "wanted")
+        heading = "question from the training data" if kind == "instructions" else "held-out question"
+        table = Table(heading, "untrained", "base", "merged model", "reference")
         columns = (answer(BASE, questions, untrained=True), answer(BASE, questions), answer(MERGED, questions))
         for question, *answers, record in zip(questions, *columns, records, strict=True):
             table.add_row(question, *(text.replace("\n", " ")[:60] for text in answers), record["output"])
@@ -84,13 +95,13 @@ def compare() -> None:
 
 
 def main() -> None:
-    """Run all stages, compare, and say where everything is."""
+    """Run all stages, compare the models, and print where the results are."""
     shutil.rmtree(RUNS, ignore_errors=True)  # the trainer refuses to overwrite an earlier run
     seconds = {title: run(title, command) for title, command in STAGES.items()}
     started = time.perf_counter()
     compare()
-    seconds["5. ask both"] = time.perf_counter() - started
-    console.rule("[bold]where everything is")
+    seconds["5. ask the models"] = time.perf_counter() - started
+    console.rule("[bold]results")
     for what, where in {
         "TensorBoard": f"{RUNS}  (.venv/bin/tensorboard --logdir {RUNS})",
         "samples during training": RUNS / "sft/samples.jsonl",
@@ -100,7 +111,7 @@ def main() -> None:
         console.print(f"{what:<24} {where}", highlight=False)
     for title, duration in seconds.items():
         console.print(f"{title:<40} {duration:6.1f} s", highlight=False)
-    console.print(f"{'in all':<40} {sum(seconds.values()):6.1f} s", highlight=False)
+    console.print(f"{'total':<40} {sum(seconds.values()):6.1f} s", highlight=False)
 
 
 if __name__ == "__main__":

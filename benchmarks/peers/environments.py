@@ -1,10 +1,9 @@
-"""A virtual environment for each peer, made once and kept.
+"""Create a virtual environment for each peer, once.
 
-`torch` is pinned as everywhere in the project: a looser range pulls gigabytes of CUDA on a machine that has the CPU
-build at hand. TRL accepts our own constraints, so it runs on the same versions as we do. LLaMA-Factory wants older
-ones, which its requirements file pins; it is installed without its dependencies, because preprocessing text needs
-neither its web interface (gradio, fastapi) nor torchaudio, torchvision and av, whose builds fight with the pinned
-torch.
+`torch` is pinned as in the whole project, because a range would install gigabytes of CUDA on a machine that has the CPU
+build. TRL accepts our constraints, so it runs with the same versions as ours. LLaMA-Factory needs older versions, which
+its requirements file pins. It is installed without its dependencies, because preprocessing text needs neither its web
+interface (gradio, fastapi) nor torchaudio, torchvision and av, whose builds conflict with the pinned torch.
 """
 
 from __future__ import annotations
@@ -21,14 +20,16 @@ _CONSTRAINTS = _HERE.parent.parent / "constraints.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """What stands in a peer's environment."""
+    """The environment of a peer."""
 
     name: str
+    """Name of its folder."""
+
     installs: tuple[tuple[str, ...], ...]
-    """Arguments of one `pip install` after the other."""
+    """Arguments of each `pip install`, in order."""
 
     variants: tuple[dict[str, object], ...] = ({},)
-    """Ways of doing the same job, each measured."""
+    """Variants of the same job; each is measured."""
 
 
 PEERS = {
@@ -45,11 +46,11 @@ PEERS = {
 
 
 def environment(peer: Peer, folder: Path) -> Path:
-    """Return the Python of a peer's environment, made now if it is missing or was made of other pins.
+    """Return the Python of a peer's environment; create it if it is missing or has different pins.
 
     Args:
         peer: The peer.
-        folder: Where environments are kept; git is told to ignore it.
+        folder: Folder of all environments, which git ignores.
 
     Raises:
         SystemExit: If this Python is too old for the peers.
@@ -62,13 +63,13 @@ def environment(peer: Peer, folder: Path) -> Path:
     home = (folder / peer.name).resolve()
     python, stamp, pins = home / "bin" / "python", home / ".installed", _pins(peer)
     if not stamp.exists() or stamp.read_text() != pins:
-        print(f"making the environment of {peer.name} in {home} …", flush=True)
+        print(f"creating the environment of {peer.name} in {home} …", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".gitignore").write_text("*\n")
         venv.create(home, clear=True, with_pip=True)
         for arguments in peer.installs:
             subprocess.run([python, "-m", "pip", "install", "-qq", *arguments], check=True)
-        stamp.write_text(pins)  # last: what a killed installation leaves is made again
+        stamp.write_text(pins)  # last, so that an interrupted installation is repeated
     return python
 
 

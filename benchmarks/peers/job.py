@@ -1,6 +1,6 @@
-"""How a measured process hears what to do and answers: JSON on its command line, JSON in a file.
+"""Exchange jobs and answers with a measured process: JSON on its command line, JSON in a file.
 
-Runs in every environment, so it knows the standard library alone.
+This module runs in every environment, so it uses only the standard library.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Job = dict[str, Any]
 Answer = dict[str, Any]
 
 SYSTEM = "You are a helpful assistant."
-"""The system message of every rendered row, said to everyone, so that all tokenize the same text."""
+"""System message of every row, given to all peers, so that they tokenize the same text."""
 
 
 def run(measure: Callable[[Job], Answer]) -> None:
-    """Measure what the command line asks for and write the answer where it says."""
+    """Run the job on the command line, and write its answer to the file that it names."""
     job = json.loads(sys.argv[1])
     Path(job["answer"]).write_text(json.dumps(measure(job)))
 
@@ -35,12 +35,12 @@ def records(job: Job) -> Iterator[dict[str, str]]:
 
 
 def question(record: dict[str, str]) -> str:
-    """Return the user message of a row: the instruction and, on a line of its own, the input."""
+    """Return the user message of a row: the instruction, then the input on a separate line."""
     return f"{record['instruction']}\n{record['input']}" if record["input"] else record["instruction"]
 
 
 def seconds_of(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Return the wall-clock seconds of an action, and what it returns."""
+    """Return the wall-clock seconds of an action, and its result."""
     start = time.perf_counter()
     result = action()
     return time.perf_counter() - start, result
@@ -49,7 +49,7 @@ def seconds_of(action: Callable[[], Any]) -> tuple[float, Any]:
 def peak_memory() -> int:
     """Return the largest resident set of this process, in bytes.
 
-    `VmHWM` and not `ru_maxrss`: a child inherits its parent's `ru_maxrss`, which may be the larger one.
+    This reads `VmHWM` instead of `ru_maxrss`, because a child process inherits the `ru_maxrss` of its parent.
     """
     status = Path("/proc/self/status").read_text()
     found = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)

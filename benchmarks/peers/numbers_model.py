@@ -1,4 +1,4 @@
-"""A Llama with random weights whose vocabulary is numbers, so that random ids are a text that anybody can read."""
+"""A random Llama whose tokens are numbers, so that random ids are a text that every peer can read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def write_model(folder: Path, *, vocab_size: int, hidden: int, intermediate: int, layers: int, heads: int) -> int:
-    """Write the model and its tokenizer, the weights by seed 0; return the bytes of the weights."""
+    """Write the model with weights of seed 0, and its tokenizer; return the bytes of the weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
@@ -27,5 +27,5 @@ def write_model(folder: Path, *, vocab_size: int, hidden: int, intermediate: int
 
 
 def text_of(ids: Sequence[int]) -> str:
-    """Return the text that the tokenizer makes these ids of."""
+    """Return the text that the tokenizer encodes as these ids."""
     return " ".join(map(str, ids))

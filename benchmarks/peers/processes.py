@@ -1,4 +1,4 @@
-"""Runs a measurement in a process of its own, in an empty folder, on the first two cores."""
+"""Run a measurement in its own process, in an empty folder, on the first two cores."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NUM_CORES = 2
 
 
 def use_two_cores() -> None:
-    """Keep this process and all that it starts on two cores, as the targets are stated for two."""
+    """Restrict this process and its children to two cores, for which the targets are stated."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
 
 
 def hardware() -> str:
-    """Name the processor, the cores used and the memory."""
+    """Return the processor, the number of cores used, and the memory."""
     named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{named[1] if named else platform.machine()}, {NUM_CORES} cores, {memory:.0f} GiB"
@@ -33,21 +33,21 @@ def hardware() -> str:
 
 @contextmanager
 def empty_folder() -> Iterator[Path]:
-    """Give a folder that is removed afterwards."""
+    """Yield an empty folder, and remove it afterwards."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         yield Path(folder)
 
 
 def measure(script: str, job: Job, *, python: Path | None = None) -> Answer:
-    """Run `script` of this folder in a fresh process whose caches are empty.
+    """Run a script of this folder in a fresh process with empty caches.
 
     Args:
-        script: `run_….py`.
-        job: What it is told.
-        python: The environment's; default: ours.
+        script: Name of the script, `run_….py`.
+        job: Its job.
+        python: Python of the environment; default: ours.
 
     Raises:
-        SystemExit: If it fails; what it printed last is shown.
+        SystemExit: If the script fails; the end of its output is shown.
     """
     with empty_folder() as folder:
         answer = folder / "answer.json"

@@ -1,9 +1,9 @@
-"""Alpaca-like rows of real English: an endless, reproducible stream.
+"""Generate Alpaca-like rows of real English, as an endless, reproducible stream.
 
-Stanford Alpaca has 52 002 rows, 40 % of them with an input; its dataset card's sizes come to some 355 characters of
-instruction, input and output a row (huggingface.co/datasets/tatsu-lab/alpaca: 47.8 MB, half of it a second copy inside
-the prompt). So do these: about 60, 60 (where there is an input) and 270 characters, log-normal, made of sentences of
-real texts, so that the tokenizer sees real words.
+Stanford Alpaca has 52 002 rows, 40 % of them with an input. The sizes on its dataset card give about 355 characters of
+instruction, input and output per row (huggingface.co/datasets/tatsu-lab/alpaca: 47.8 MB, half of it a second copy in
+the prompt). These rows have the same size: about 60, 60 (if there is an input) and 270 characters with log-normal
+lengths. They consist of sentences of real texts, so that the tokenizer sees real words.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import numpy as np
 
 _WITH_INPUT = 0.4
 _INSTRUCTION = (10.2, 0.35)
-"""Median and spread (σ of the logarithm) of its words."""
+"""Median and spread (σ of the logarithm) of the number of words."""
+
 _INPUT = (7.7, 0.85)
 _OUTPUT = (27.0, 1.05)
 _MOST_WORDS = 600
 _FEWEST_WORDS = 3
 _NEW_LINE = 0.1
-"""Share of an output's sentences that end a line."""
+"""Share of sentences that end with a line break."""
 
 _FILES = (
     "raw/lf_c4_demo.jsonl",
@@ -41,11 +42,11 @@ _WIKITEXT = (("@-@", "-"), ("@,@", ","), ("@.@", "."))
 
 
 def alpaca_like(folder: Path, seed: int) -> Iterator[dict[str, str]]:
-    """Yield rows `{instruction, input, output}`; the first of them are the same, however many are taken.
+    """Yield rows `{instruction, input, output}`; the same seed yields the same rows.
 
     Args:
-        folder: The real texts; see `_FILES`.
-        seed: Another seed, other rows.
+        folder: Folder of the real texts; see `_FILES`.
+        seed: Random seed.
     """
     sentences = read_sentences(folder)
     generator = np.random.default_rng(seed)
@@ -67,7 +68,7 @@ def alpaca_like(folder: Path, seed: int) -> Iterator[dict[str, str]]:
 
 
 def read_sentences(folder: Path) -> list[list[str]]:
-    """Return the words of each sentence, three or more, of the real texts.
+    """Return the words of each sentence of the real texts that has at least three.
 
     Raises:
         FileNotFoundError: If a text is missing.
@@ -78,7 +79,7 @@ def read_sentences(folder: Path) -> list[list[str]]:
 
 
 def _is_prose(words: list[str]) -> bool:
-    """Whether a sentence is neither a heading of WikiText nor one with a word taken out."""
+    """Whether a sentence is neither a heading of WikiText nor has a word replaced by <unk>."""
     return words[0] != "=" and not any("<unk>" in word for word in words)
 
 
@@ -102,7 +103,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _untokenized(text: str) -> str:
-    """Write WikiText, which has spaces around every punctuation mark, as people write."""
+    """Remove the spaces that WikiText has around punctuation marks."""
     for mark, written in _WIKITEXT:
         text = text.replace(f" {mark} ", written)
     return re.sub(r" ([,.;:!?)])", r"\1", text).replace("( ", "(")

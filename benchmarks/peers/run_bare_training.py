@@ -1,4 +1,4 @@
-"""The yardstick: a loop of a dozen lines around PyTorch, on our rows, with our attention and our loss."""
+"""Train with a bare PyTorch loop of a dozen lines, on our rows, with our attention and our loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sft_lightning.training.losses import find_targets, linear_cross_entropy
 
 
 def measure(job: Job) -> Answer:
-    """Train on the first rows of the job's `config`."""
+    """Train on the first rows of the job's configuration."""
     torch.set_num_threads(job["threads"])
     times = StepTimes(peak_memory())
     quiet_libraries()

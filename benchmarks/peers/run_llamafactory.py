@@ -1,7 +1,7 @@
-"""LLaMA-Factory's preprocessing: `get_dataset` on the raw rows, which it reads as they are.
+"""Run LLaMA-Factory's preprocessing: `get_dataset` on the raw rows.
 
-Its multimodal module imports torchaudio, whose PyPI builds need CUDA's libraries; text never calls it, so an empty
-module stands in.
+Its multimodal module imports torchaudio, whose PyPI builds need CUDA libraries. Text does not use it, so an empty
+module replaces it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llamafactory.model import load_tokenizer  # noqa: E402
 
 
 def measure(job: Job) -> Answer:
-    """Preprocess with `workers` processes (0: none), packed (each document apart, `neat_packing`) or not."""
+    """Preprocess with `workers` processes (0: none), packed (with isolated documents, `neat_packing`) or not."""
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(_settings(job))
     tokenizer = load_tokenizer(model_args)
     template = get_template_and_fix_tokenizer(tokenizer["tokenizer"], data_args)

@@ -1,7 +1,7 @@
-"""Ours: `python -m sft_lightning prepare` on the raw rows, timed after everything is imported.
+"""Run `python -m sft_lightning prepare` on the raw rows; imports are not timed.
 
-`seconds` is from the raw rows to store and plan, with the tokenizer loaded, as for the peers; `command_seconds` is all
-that the command does: parsing the configuration and loading the tokenizer, too.
+`seconds` is the time from the raw rows to token store and plan, with the tokenizer loaded, as for the peers.
+`command_seconds` includes parsing the configuration and loading the tokenizer.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from sft_lightning.cli.commands import prepare
 from sft_lightning.cli.quiet import quiet_libraries
 
 _STORE = re.compile(r"^train/\w+: ([\d,]+) tokens in .*, (built now|found)$", re.MULTILINE)
-"""What `prepare` says of a source at its end."""
+"""The line that `prepare` prints for a source."""
 
 
 def measure(job: Job) -> Answer:
-    """Prepare the job's `config`; `built` says whether the store was made now or found.
+    """Prepare the job's `config`; `built` is whether the token store was built or found.
 
-    Peak memory is in bytes above the peak of the imports. It counts the tokenizer, and the store's pages,
-    which are mapped.
+    Peak memory is in bytes above the peak of the imports. It includes the tokenizer and the mapped pages of the store.
     """
     imported = peak_memory()
     printed = io.StringIO()
@@ -34,14 +33,14 @@ def measure(job: Job) -> Answer:
         before, data = seconds_of(lambda: _loaded(job["config"]))
         seconds, _ = seconds_of(lambda: prepare.prepare(data))
     peak = peak_memory() - imported
-    said = _STORE.search(printed.getvalue())
-    if said is None:
-        raise ValueError(f"prepare did not say what it stored, but: {printed.getvalue()[-500:]!r}")
+    line = _STORE.search(printed.getvalue())
+    if line is None:
+        raise ValueError(f"prepare did not print what it stored: {printed.getvalue()[-500:]!r}")
     return {
         "seconds": seconds,
         "command_seconds": before + seconds,
-        "tokens": int(said[1].replace(",", "")),
-        "built": said[2] == "built now",
+        "tokens": int(line[1].replace(",", "")),
+        "built": line[2] == "built now",
         "peak_bytes_above_imports": peak,
         "versions": versions("sft-lightning", "tokenizers", "transformers", "torch"),
     }

@@ -1,4 +1,4 @@
-"""Ours: `python -m sft_lightning fit` as its user runs it, with every default callback, on the job's configuration."""
+"""Train with `python -m sft_lightning fit` as users do, with all default callbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sft_lightning.cli.quiet import quiet_libraries
 
 
 def measure(job: Job) -> Answer:
-    """Train as the job's `config` says."""
+    """Train with the job's `config`."""
     torch.set_num_threads(job["threads"])
     Watch.times = StepTimes(peak_memory())
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""Ours: `best_fit` on a million Alpaca-like lengths."""
+"""Run `best_fit` on a million Alpaca-like lengths."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sft_lightning.types import Longs
 def measure(job: Job) -> Answer:
     """Pack `num` lengths, in tokens, to `max_length`.
 
-    Alpaca rendered for Qwen2.5 has some 32 tokens of frame and question, and log-normal answers. Many
-    examples have the same length, of which `best_fit` makes use.
+    Alpaca rendered for Qwen2.5 has about 32 tokens of template and question, and answers of log-normal lengths. Many
+    examples have the same length, which `best_fit` exploits.
     """
     generator = np.random.default_rng(job["seed"])
     answers: npt.NDArray[np.float64] = generator.lognormal(3.6, 1.05, size=int(job["num"]))
@@ -30,12 +30,12 @@ def measure(job: Job) -> Answer:
 
 
 def _check(rows: Rows, lengths: Longs, max_length: int) -> None:
-    """Make sure that what was timed is a packing."""
+    """Check that the result is a valid packing."""
     examples, starts, stops = rows.documents.T
     whole = not starts.any() and np.array_equal(stops, lengths[examples])
     once = np.array_equal(np.sort(examples), np.arange(len(lengths)))
     if not (whole and once and rows.lengths.max() <= max_length):
-        raise ValueError("best_fit lost, repeated or cut an example, or made a row too long: its speed means nothing")
+        raise ValueError("best_fit lost, repeated or cut an example, or made a row too long")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The yardstick: `tokenizers`' own `encode_batch_fast` on the rendered rows, in one call and in calls of a thousand."""
+"""Run `encode_batch_fast` of `tokenizers` on the rendered rows, in one call or in several."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SYSTEM = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
 
 
 def measure(job: Job) -> Answer:
-    """Tokenize all texts; rendering them is not counted.
+    """Tokenize all texts; rendering them is not timed.
 
-    The job's `at_once` is how many texts a call gets; 0: all.
+    The job's `at_once` is the number of texts per call; 0: all.
     """
     tokenizer = Tokenizer.from_file(str(Path(job["tokenizer"]) / "tokenizer.json"))
     texts = [

@@ -1,7 +1,7 @@
-"""TRL's `SFTTrainer`, as far as its prepared dataset: `load_dataset` and its own `_prepare_dataset`.
+"""Run the data preparation of TRL's `SFTTrainer`: `load_dataset` and its `_prepare_dataset`.
 
-The rows are given in its own format, messages, and that conversion is not counted. The trainer wants a model to exist:
-a Qwen2 of one tiny layer, never run.
+The rows are converted to its format, messages, before the timing starts. The trainer needs a model: a Qwen2 of one tiny
+layer, which never runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class TimedTrainer(SFTTrainer):  # type: ignore[misc]
-    """Notes how long the dataset's preparation takes."""
+    """Times the preparation of the dataset."""
 
     seconds = 0.0
 
@@ -30,7 +30,7 @@ class TimedTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def measure(job: Job) -> Answer:
-    """Prepare with `workers` processes (0: none), packed or not, with `loss` on `completion` or `assistant` tokens."""
+    """Prepare with `workers` processes (0: none), packed or not, and `loss` on `completion` or `assistant` tokens."""
     file = Path("trl.jsonl")
     with file.open("w", encoding="utf-8") as out:
         for record in records(job):

@@ -1,6 +1,6 @@
-"""TRL's `SFTTrainer` on the same texts, model and optimizer, without gradient checkpointing.
+"""Train with TRL's `SFTTrainer` on the same texts, model and optimizer, without gradient checkpointing.
 
-Packed to the same length (`bfd`), a row a step; or not packed, `batch_size` texts a step, as its defaults have it.
+Either packed to the same length (`bfd`), one row per step; or unpacked, `batch_size` texts per step, as by default.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Marks the steps."""
+    """Times the steps."""
 
     def __init__(self, times: StepTimes) -> None:
         self.times = times

@@ -1,4 +1,4 @@
-"""What one process of a sharded run did: when it loaded, how long its steps took, what it sent, what it holds."""
+"""Measure one process of a sharded run: when it loaded, how long its steps took, what it sent, and its memory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 _COLLECTIVES = ("gloo:all_reduce", "c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
-"""As the profiler names them, each in one place of the two that it passes through."""
+"""Collectives by the profiler's names. Each has two names and is counted by one of them."""
 
 
 def own_bytes() -> int:
-    """Return the memory of this process: what it shares with others counted in shares (PSS)."""
+    """Return the memory of this process (PSS: shared pages are divided among their processes)."""
     rollup = Path("/proc/self/smaps_rollup").read_text()
     return next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
 
 
 def live_bytes() -> int:
-    """Return the bytes of all tensors that are alive, each storage once."""
+    """Return the bytes of all live CPU tensors, with each storage counted once."""
     gc.collect()
     storages = {}
     for each in gc.get_objects():
@@ -37,7 +37,7 @@ def live_bytes() -> int:
 
 
 class ScalingWatch(Callback):
-    """Writes `<rank>.json` into the folder that `SCALING_FOLDER` names."""
+    """Writes `<rank>.json` into the folder that `WATCH_FOLDER` names."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
@@ -47,7 +47,7 @@ class ScalingWatch(Callback):
         self._before = self._live = self._peak = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the memory of an empty process when the model is loaded next."""
+        """Record the memory and the time just before the model is loaded."""
         configure_model: Any = pl_module.configure_model
 
         def marked() -> None:
@@ -63,7 +63,7 @@ class ScalingWatch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         trainer.strategy.barrier("together")
-        if trainer.global_step == trainer.max_steps - 1:  # counted, not timed
+        if trainer.global_step == trainer.max_steps - 1:  # the last step is profiled and not timed
             self._live = live_bytes()
             self._profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True)
             self._profiler.__enter__()
@@ -92,7 +92,7 @@ class ScalingWatch(Callback):
             "bytes_live": self._live,
             "bytes_peak": self._peak,
         }
-        folder = Path(os.environ["SCALING_FOLDER"])
+        folder = Path(os.environ["WATCH_FOLDER"])
         (folder / f"{trainer.global_rank}.json").write_text(json.dumps(answer))
 
     def _mark(self, name: str) -> None:
@@ -100,7 +100,7 @@ class ScalingWatch(Callback):
 
 
 def most_allocated(profiler: profile) -> int:
-    """Return the most bytes that torch's allocator had out at once, beside what was there when it was asked."""
+    """Return the most bytes that torch's allocator added during the profile."""
     kineto: Any = profiler.profiler
     events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
     live = most = 0
@@ -111,13 +111,13 @@ def most_allocated(profiler: profile) -> int:
 
 
 def largest_input(event: Any) -> int:
-    """Return the bytes of a collective's largest tensor: the whole of what is gathered, scattered or reduced."""
+    """Return the bytes of a collective's largest tensor, which is the one that is gathered, scattered or reduced."""
     sizes = [_numel(shape) for shape in event.input_shapes or [] if shape]
     return max(sizes, default=0) * torch.float32.itemsize
 
 
 def _numel(shape: Any) -> int:
-    """Count the elements of a shape, or of a list of shapes."""
+    """Return the number of elements of a shape, or of a list of shapes."""
     if any(isinstance(each, (list, tuple)) for each in shape):
         return sum(_numel(each) for each in shape)
     count = 1

@@ -1,4 +1,4 @@
-"""When each optimizer step of a training began, and what the whole took; runs in every environment."""
+"""Time the optimizer steps of a training run; this module runs in every environment."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from job import Answer, peak_memory
 
 
 class StepTimes:
-    """Marks of a training's steps.
+    """Times and losses of a training run.
 
     Args:
-        imported: Peak memory of the process before it did anything, in bytes.
+        imported: Peak memory of the process after its imports, in bytes.
     """
 
     def __init__(self, imported: int) -> None:
@@ -21,18 +21,23 @@ class StepTimes:
         self._losses: list[float] = []
 
     def start(self) -> None:
-        """Note that the first step begins."""
+        """Record that the first step begins."""
         self._marks = [time.perf_counter()]
 
     def step(self, tokens: int, loss: float | None = None) -> None:
-        """Note that a step on `tokens` tokens has ended."""
+        """Record that a step has ended.
+
+        Args:
+            tokens: Tokens of the step.
+            loss: Its loss, if known.
+        """
         self._marks.append(time.perf_counter())
         self._tokens.append(tokens)
         if loss is not None:
             self._losses.append(loss)
 
     def answer(self) -> Answer:
-        """Return tokens and seconds of all steps but the first, which warms up."""
+        """Return tokens and seconds of all steps except the first, which is the warm-up."""
         return {
             "seconds": self._marks[-1] - self._marks[1],
             "tokens": sum(self._tokens[1:]),

@@ -1,4 +1,4 @@
-"""The results as a table on the terminal."""
+"""Print the results of the data benchmark."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _MIB = 2**20
 
 
 def show(result: dict[str, Any], peers: Sequence[str]) -> None:
-    """Print what was measured.
+    """Print the measurements.
 
     Args:
-        result: As written to the results' file.
-        peers: Names of the peers, whose measurements are lists, fastest first.
+        result: The results, without date and hardware.
+        peers: Names of the peers, whose results are lists with the fastest first.
     """
     console = Console()
     console.print(f"{result['num_rows']:,} rows, {hardware()}, best of {result['repeats']}", highlight=False)

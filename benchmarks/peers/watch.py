@@ -1,4 +1,4 @@
-"""Marks the steps of our training; a module of its own because the configuration names it."""
+"""Time the steps of our training; a separate module, because the configuration names its class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from step_times import StepTimes
 
 
 class Watch(Callback):
-    """Marks the steps; a callback that is not of the trainer's own and so the last that is called."""
+    """Times the steps. As a callback of the user, it is called after those of the trainer."""
 
     times: StepTimes
 
