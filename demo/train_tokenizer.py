@@ -21,9 +21,13 @@ def read_texts(corpus: Path) -> Iterator[str]:
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Return a trained tokenizer that puts `<s>` before a text by itself.
+    """Return a trained tokenizer that puts `<s>` before each text.
 
-    All 256 bytes are in its alphabet, so that it can spell any text; `<unk>` is there because templates expect it.
+    All 256 bytes are in its alphabet, so that it can encode any text; it has `<unk>` because templates expect it.
+
+    Args:
+        texts: The corpus.
+        vocab_size: Number of tokens, with special tokens and the 256 bytes.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -61,7 +65,7 @@ def main() -> None:
     for text in read_texts(args.corpus):
         characters += len(text)
         tokens += len(tokenizer(text).input_ids)
-    print(f"tokenizer: {args.output_dir}, {len(tokenizer)} tokens; the corpus is {tokens:,} tokens of it", end=" ")
+    print(f"tokenizer: {args.output_dir}, {len(tokenizer)} tokens; the corpus has {tokens:,} tokens", end=" ")
     print(f"({characters / tokens:.1f} characters per token)")
 
 
