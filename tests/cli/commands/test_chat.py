@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning.__main__ import main
-from sft_lightning.cli.dialogue import checkpoint_defaults
 from sft_lightning.data.templates.binding import bind_template
-from sft_lightning.models.generation.config import LoadOptions
-from sft_lightning.models.generation.serving import load_served_model
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +91,6 @@ def test_a_terminal_has_a_conversation_with_commands(terminal: Callable[[str], s
     assert terminal("Hi") == first
     assert "system: Be kind." in terminal("/system Be kind.")
     assert terminal("/quit").strip() == "/quit"
-
-
-def test_sampling_parameters_come_from_the_generation_config(chat_dir: Path) -> None:
-    served = load_served_model("--model", str(chat_dir), None, LoadOptions())
-    assert checkpoint_defaults(served) == {"repetition_penalty": 1.0}
-    served.model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
-    assert checkpoint_defaults(served) == {"temperature": 0.6, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.0}
 
 
 @pytest.mark.parametrize(
