@@ -130,7 +130,7 @@ class SFTDataModule(LightningDataModule):
     def _read_training_data(self) -> None:
         self._read("train")
         _ = self.blend  # refuses a weight that leaves a source without an example
-        if self._decided_layout is not None:
+        if self.trainer is None or self.spec.packing != "auto":  # else the model has not decided yet in this run
             _ = self.planner
 
     def _open_streams(self) -> None:

@@ -112,6 +112,16 @@ def test_an_evaluation_packs_only_if_documents_do_not_see_each_other(make_run: M
                 trainer.validate(module, data, verbose=False)
 
 
+def test_an_evaluation_before_training_decides_nothing_about_training(make_run: MakeRun, alpaca_file: Path) -> None:
+    trainer, module, data = make_run()
+    data.reader._sources["val"] = {"toy": SourceConfig(path=str(alpaca_file))}
+    trainer.validate(module, data, verbose=False)
+    assert module.layout == Layout(packing="none")
+    trainer.fit(module, data)
+    assert module.layout == Layout(packing="best_fit")
+    assert data.report.rows == data.plan(0).num_rows < 24
+
+
 def test_without_a_model_rows_are_planned_as_best_fit(make_run: MakeRun) -> None:
     _, _, data = make_run()
     data.setup("fit")
