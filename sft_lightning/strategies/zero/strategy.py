@@ -27,11 +27,7 @@ from sft_lightning.strategies.sharding import ShardingSpec
 from sft_lightning.strategies.zero.checks import check_config, check_nvme, check_nvme_weight_type
 from sft_lightning.strategies.zero.config import YamlSettings, resolve, user_config
 from sft_lightning.strategies.zero.engine import ZeroPrecision, cpu_adam
-from sft_lightning.strategies.zero.options import (
-    OffloadDevice,
-    ZeroOptions,
-    sharding_of_config,
-)
+from sft_lightning.strategies.zero.options import OffloadDevice, ZeroOptions, sharding_of_config
 from sft_lightning.strategies.zero.partition import (
     gathered_in_forward,
     keep_weights_on_rank_0,
@@ -136,8 +132,8 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
 
     def connect(self, model: LightningModule) -> None:
         """Refuse, before any weight is read, a model that cannot be trained, and disks that cannot be offloaded to."""
-        check_nvme(self._user_config, self._source)
         super().connect(model)
+        check_nvme(self._user_config, self._source)
 
     def setup_environment(self) -> None:
         """As Lightning's, on the CPU too, with our precision."""

@@ -164,6 +164,7 @@ def test_float16_is_refused_with_exit_status_2_before_any_weight_is_read(
     ("options", "said"),
     [
         ({"stage": 3, "quantized_weights": True}, "zero_quantized_weights requires CUDA"),
+        ({"config": on_nvme(None)}, "offload_param.nvme_path is missing"),
         ({"stage": 3, "quantized_gradients": True}, "zero_quantized_gradients requires CUDA"),
         (
             {"stage": 3, "offload_optimizer": "nvme", "nvme_path": "/no/such/folder"},
