@@ -1,10 +1,10 @@
-"""How long commands take to answer: help and listings, beside the imports that they cannot do without.
+"""Measure how long help and listings take, compared with the imports that they need.
 
     python benchmarks/startup.py            # ours, and the peers whose environments exist
-    python benchmarks/startup.py --peers    # makes the peers' environments first
+    python benchmarks/startup.py --peers    # creates the peers' environments first
 
-Each command runs in a new process, several times, in turn with the others; the fastest run counts. CPU seconds are less
-disturbed by other work on the machine than wall-clock seconds.
+Each command runs several times in a new process. The commands take turns, and the fastest run of each counts. Other
+work on the machine affects CPU seconds less than wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _HERE = Path(__file__).parent
 sys.path.insert(0, str(_HERE / "peers"))
 
 from environments import PEERS, environment  # noqa: E402
+from job import versions  # noqa: E402
 from processes import use_two_cores  # noqa: E402
 from results import print_table, write_results  # noqa: E402
 
@@ -35,27 +36,27 @@ OURS = {
     "chat --help": ["-m", "sft_lightning", "chat", "--help"],
     "fit --help": ["-m", "sft_lightning", "fit", "--help"],
 }
-"""Name → arguments of our Python."""
+"""Arguments of our Python by name."""
 
 THEIRS = {"trl": ["trl", "sft", "--help"], "llamafactory": ["llamafactory-cli", "version"]}
-"""Peer → a command of its environment that answers without work."""
+"""For each peer, a command of its environment that does no work."""
 
 
 class Timing(NamedTuple):
     """Seconds of the fastest run."""
 
     wall: float
-    """From start to exit."""
+    """Wall-clock seconds from start to exit."""
 
     cpu: float
-    """Of all threads, user and system."""
+    """CPU seconds of all threads, user and system."""
 
 
 def time_once(command: Sequence[str]) -> Timing:
     """Run a command in a new process, and return its seconds.
 
     Raises:
-        SystemExit: If it fails; what it printed last is shown.
+        SystemExit: If it fails; the end of its output is shown.
     """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,11 +67,11 @@ def time_once(command: Sequence[str]) -> Timing:
 
 
 def time_all(commands: Mapping[str, Sequence[str]], repeats: int) -> dict[str, Timing]:
-    """Time each command in turn, several times over, and return its fastest seconds.
+    """Time the commands in turns, and return the fastest seconds of each.
 
     Args:
-        commands: Name → command line.
-        repeats: Runs of each.
+        commands: Command lines by name.
+        repeats: Runs of each command.
     """
     runs: dict[str, list[Timing]] = {name: [] for name in commands}
     for number in range(repeats):
@@ -85,7 +86,7 @@ def peer_commands(envs: Path, *, make: bool) -> dict[str, list[str]]:
 
     Args:
         envs: Folder of the environments.
-        make: Make those that are missing.
+        make: Whether to create missing environments.
     """
     commands = {}
     for name, (program, *args) in THEIRS.items():
@@ -95,22 +96,15 @@ def peer_commands(envs: Path, *, make: bool) -> dict[str, list[str]]:
         if path.exists():
             commands[" ".join([program, *args])] = [str(path), *args]
         else:
-            print(f"{name}: no environment in {envs}; --peers makes it")
+            print(f"{name}: no environment in {envs}; create it with --peers")
     return commands
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that start-up imports."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("jsonargparse", "lightning", "tokenizers", "torch", "transformers")}
-
-
 def main() -> None:
-    """Measure, print the table, write the results."""
+    """Measure, print the table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="Runs of each command; the fastest counts.")
-    parser.add_argument("--peers", action="store_true", help="Make the peers' environments if they are missing.")
+    parser.add_argument("--peers", action="store_true", help="Create the peers' environments if they are missing.")
     parser.add_argument("--envs", type=Path, default=_HERE.parent / ".bench-envs", help="Environments of the peers.")
     args = parser.parse_args()
     commands = {name: [sys.executable, *arguments] for name, arguments in OURS.items()}
@@ -123,7 +117,8 @@ def main() -> None:
         [[f"`{name}`", f"{each.wall:.2f}", f"{each.cpu:.2f}"] for name, each in timings.items()],
     )
     seconds = {name: timing._asdict() for name, timing in timings.items()}
-    write_results("startup_cpu", repeats=args.repeats, versions=versions(), seconds=seconds)
+    used = versions("jsonargparse", "lightning", "tokenizers", "torch", "transformers")
+    write_results("startup_cpu", repeats=args.repeats, versions=used, seconds=seconds)
 
 
 if __name__ == "__main__":
