@@ -187,3 +187,35 @@ def untie_head(model: PreTrainedModel) -> None:
     for part in (model.config, model.config.get_text_config()):
         part.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
+
+
+@uses(
+    feature="model.gradient_checkpointing",
+    since="5.17",
+    replacement="`activation_checkpointing_enable` alone; the older name goes with transformers 6",
+)
+def recompute_activations(model: PreTrainedModel, every: int) -> None:
+    """Recompute decoder layers in the backward pass, not reentrant, under the name that the installed version has.
+
+    Args:
+        model: The transformers model.
+        every: Recompute every n-th decoder layer, starting with the first.
+    """
+    options = {"use_reentrant": False}
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None:
+        enable(activation_checkpointing_kwargs=options, every_n_layers=every)
+    else:
+        enable = model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs=options, every_n_layers=every)
+
+
+@uses(
+    feature="plan",
+    since="5.17",
+    replacement="`activation_checkpointing_disable` alone; the older name goes with transformers 6",
+)
+def keep_activations(model: PreTrainedModel) -> None:
+    """Undo `recompute_activations`."""
+    disable: Any = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    disable()

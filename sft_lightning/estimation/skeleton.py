@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from sft_lightning.compat.torch import fake_tensor_mode
+from sft_lightning.compat.transformers import keep_activations, recompute_activations
 from sft_lightning.errors import UserError
 from sft_lightning.estimation.speed import num_matrix_entries
 from sft_lightning.models.adapters.config import AdapterConfig
@@ -206,14 +206,10 @@ def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
         model: The transformers model.
         enabled: Whether to; otherwise nothing changes.
     """
-    options: Mapping[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    with warnings.catch_warnings():
-        # transformers' new names of these methods do not exist in older versions
-        warnings.filterwarnings("ignore", message=".*will be removed in v6.*")
+    if enabled:
+        recompute_activations(model, 1)
+    try:
+        yield
+    finally:
         if enabled:
-            model.gradient_checkpointing_enable(**options)
-        try:
-            yield
-        finally:
-            if enabled:
-                model.gradient_checkpointing_disable()
+            keep_activations(model)

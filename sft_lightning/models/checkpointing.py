@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sft_lightning.compat.transformers import recompute_activations
 from sft_lightning.errors import UserError
 
 _GIB = 2**30
@@ -131,11 +132,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int
         )
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: {model.config.model_type} models do not support it; set false")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if every == 1:
-        return len(layers)
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number % every == 0
+    recompute_activations(model, every)
     return -(-len(layers) // every)
 
 

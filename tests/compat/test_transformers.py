@@ -95,6 +95,15 @@ def test_a_4_bit_weight_is_quantized_on_the_device_and_comes_back(monkeypatch: p
     assert Bnb4bitQuantize.convert is convert  # the patch is gone
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_every_nth_layer_is_recomputed_and_none_afterwards() -> None:
+    model: Any = tiny("llama", num_hidden_layers=5)
+    compat.recompute_activations(model, 2)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False, True]
+    compat.keep_activations(model)
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
 def test_a_mixture_has_a_balancing_loss_and_a_class_derived_from_it_too() -> None:
     model = tiny("mixtral", num_local_experts=2)
     found = compat.balancing_loss_of(model)
