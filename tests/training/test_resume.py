@@ -5,6 +5,7 @@ A killed run, continued, ends in the bits of the uninterrupted run.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from sft_lightning.__main__ import main
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+"""A case that another one proves too."""
 
 ReadRun = Callable[[Path], Any]
 
@@ -43,7 +47,8 @@ def without_adapter(args: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "stop"), [("lora", "step=4"), ("lora", "step=8"), ("qlora", "step=4"), ("full", "step=14")]
+    ("mode", "stop"),
+    [("lora", "step=4"), slow("lora", "step=8"), slow("qlora", "step=4"), ("full", "step=14")],
 )
 @pytest.mark.end_to_end
 def test_a_run_continued_from_a_checkpoint_ends_in_the_same_bits(
@@ -76,6 +81,7 @@ def test_a_killed_process_continues_to_the_same_bits(
     assert max(killed.losses) == max(whole.losses)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_only_epoch_continues_from_the_last_timed_checkpoint(
     fit_args: list[str], tmp_path: Path, read_run: ReadRun, fit_and_kill: Callable[..., None]
 ) -> None:
@@ -138,7 +144,7 @@ class SaveAt(Callback):
             trainer.save_checkpoint(f"{self.folder}/micro={self.seen}.ckpt")
 
 
-@pytest.mark.parametrize("micro_batch", [8, 21, 23])
+@pytest.mark.parametrize("micro_batch", [slow(8), 21, slow(23)])
 def test_a_checkpoint_within_an_optimizer_step_continues_at_its_start(
     micro_batch: int, fit_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -153,8 +159,8 @@ def test_a_checkpoint_within_an_optimizer_step_continues_at_its_start(
     again.assert_ends_in_the_bits_of(whole)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (1, 3)])
-@pytest.mark.parametrize("stop", ["step=4", "step=8", "step=10"])
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), slow(1, 3)])
+@pytest.mark.parametrize("stop", [slow("step=4"), "step=8", slow("step=10")])
 def test_another_split_of_the_global_batch_continues_with_the_same_rows(
     stop: str, batch_size: int, accumulate: int, fit_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -170,7 +176,7 @@ def test_another_split_of_the_global_batch_continues_with_the_same_rows(
     assert again.losses == pytest.approx(left, abs=1e-5)
 
 
-@pytest.mark.parametrize("change", ["--data.max_length=170", "--seed_everything=1", "--data.batch_size=2"])
+@pytest.mark.parametrize("change", ["--data.max_length=170", slow("--seed_everything=1"), slow("--data.batch_size=2")])
 def test_a_checkpoint_with_different_data_settings_is_refused_with_what_changed(
     change: str, fit_args: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +186,7 @@ def test_a_checkpoint_with_different_data_settings_is_refused_with_what_changed(
     assert "different data settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", [3, 11])
+@pytest.mark.parametrize("first", [3, slow(11)])
 def test_a_run_that_reached_max_steps_within_an_epoch_continues_with_the_rest_of_the_epoch(
     first: int, fit_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:

@@ -5,6 +5,7 @@ A streamed run, killed and continued, ends in the bits of the uninterrupted run.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ from lightning.pytorch import Callback, Trainer
 
 from sft_lightning.__main__ import main
 from sft_lightning.data.batches import stream_windows
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+"""A case that another one proves too."""
 
 ReadRun = Callable[[Path], Any]
 
@@ -69,7 +73,7 @@ def position(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("small_windows")
-@pytest.mark.parametrize("packing", ["best_fit", "concat", "none"])
+@pytest.mark.parametrize("packing", ["best_fit", slow("concat"), slow("none")])
 def test_a_streamed_run_continued_from_any_checkpoint_ends_in_the_same_bits(
     packing: str, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -86,6 +90,7 @@ def test_a_streamed_run_continued_from_any_checkpoint_ends_in_the_same_bits(
         assert again.losses == {at: loss for at, loss in whole.losses.items() if at >= step}
 
 
+@pytest.mark.slow
 def test_validation_runs_while_streaming_and_at_the_end(
     stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -97,7 +102,7 @@ def test_validation_runs_while_streaming_and_at_the_end(
 
 
 @pytest.mark.usefixtures("small_windows")
-@pytest.mark.parametrize("first", [3, 8])
+@pytest.mark.parametrize("first", [3, slow(8)])
 def test_a_streamed_run_that_reached_max_steps_can_be_continued_with_more_steps(
     first: int, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -126,7 +131,7 @@ class SaveAt(Callback):
 
 
 @pytest.mark.usefixtures("small_windows")
-@pytest.mark.parametrize("micro_batch", [1, 13, 26])
+@pytest.mark.parametrize("micro_batch", [slow(1), 13, slow(26)])
 def test_a_checkpoint_within_a_step_continues_at_its_start(
     micro_batch: int, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
