@@ -30,6 +30,16 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """Restore the environment after each test: a run in this process leaves its rank there, which later runs read."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful,",
     "detailed, and polite answers to the user's questions. USER: ASSISTANT: ### Instruction: ### Input: ### Response:",

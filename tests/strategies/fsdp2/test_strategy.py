@@ -51,7 +51,7 @@ def test_lora_learns_what_one_process_learns_and_exports_it(
     assert (beside / "adapter_model.safetensors").is_file()
     samples = (tmp_path / "two/samples.jsonl").read_text(encoding="utf-8")
     assert samples == (one / "samples.jsonl").read_text(encoding="utf-8")
-    assert "logits not compared, because no process has the whole model" in said
+    assert "logits not compared, because no process has the full model" in said
 
 
 @pytest.mark.slow
