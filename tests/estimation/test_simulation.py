@@ -115,5 +115,5 @@ def test_an_optimizers_state_is_counted_unless_its_step_reads_values(
 
 def test_an_optimizer_that_refuses_its_arguments_is_refused() -> None:
     skeleton = build_skeleton(spec("narrow", None), 2000)
-    with pytest.raises(UserError, match=r"model\.optimizer\.init_args: the optimizer refuses them: .*momentun"):
+    with pytest.raises(UserError, match=r"model\.optimizer\.init_args: not accepted by the optimizer: .*momentun"):
         fake_optimizer(skeleton, functools.partial(torch.optim.SGD, momentun=0.9))
