@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import inspect
 from collections import OrderedDict
@@ -203,8 +204,13 @@ def attend_within_documents(
     """
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and "enable_gqa" in inspect.signature(attend).parameters:
+    if groups > 1 and _takes(attend, "enable_gqa"):
         options["enable_gqa"] = True
     elif groups > 1:
         key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
     return cast("torch.Tensor", attend(query, key, value, *starts, *longest, **options))
+
+
+@functools.cache
+def _takes(function: Callable[..., Any], argument: str) -> bool:
+    return argument in inspect.signature(function).parameters

@@ -32,6 +32,14 @@ def partitioned(**attributes: Any) -> Any:
     return parameter
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_float16_on_a_cpu_is_what_deepspeeds_engine_asks_for(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: supported)
+    assert compat.cpu_has_float16() is supported
+
+
 def test_a_partitioned_parameter_tells_its_whole_shape_and_its_own_part() -> None:
     parameter, plain = partitioned(), nn.Parameter(torch.ones(2, 2))
     assert compat.is_partitioned(parameter)
