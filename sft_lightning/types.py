@@ -82,7 +82,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class SharedPrompt:
-    """Two documents of a row that begin with the same tokens, which stand in the row once.
+    """Two documents of a row that begin with the same tokens; the row has these tokens once.
 
     The row has the common beginning, the rest of the first document, and the rest of the second. The second rest sees
     the beginning and itself, but not the first rest. Not frozen: Lightning moves a batch to the device by setting the

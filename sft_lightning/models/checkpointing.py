@@ -93,19 +93,6 @@ def free_memory_gib(device: torch.device) -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
 
 
-def check_checkpointing_setting(setting: bool | int | Literal["auto"]) -> None:
-    """Check `model.gradient_checkpointing` before anything is loaded.
-
-    Raises:
-        UserError: If it is a number below 1.
-    """
-    if not isinstance(setting, bool | str) and setting < 1:
-        raise UserError(
-            f"model.gradient_checkpointing: must be at least 1 (got {setting}); n recomputes every n-th decoder layer, "
-            "false none"
-        )
-
-
 def recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """Return the decoder layers that can be recomputed, or compiled, one by one, in the order of the model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

@@ -10,7 +10,6 @@ import torch
 from torch.optim import Optimizer
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.checkpointing import check_checkpointing_setting
 from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.models.spec import ModelSpec
@@ -52,7 +51,11 @@ class TrainingSpec(ModelSpec):
         super().__post_init__()
         if self.neftune_alpha is not None:
             EmbeddingNoise(self.neftune_alpha)  # checks the range
-        check_checkpointing_setting(self.gradient_checkpointing)
+        if not isinstance(self.gradient_checkpointing, bool | str) and self.gradient_checkpointing < 1:
+            raise UserError(
+                f"model.gradient_checkpointing: must be at least 1 (got {self.gradient_checkpointing}); n recomputes "
+                "every n-th decoder layer, false none"
+            )
         if self.max_nonfinite_losses is not None and self.max_nonfinite_losses < 1:
             raise UserError(
                 "model.max_nonfinite_losses: must be at least 1, or null for no limit "

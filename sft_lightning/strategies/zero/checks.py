@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _FORMER_NAMES = {"cpu_offload": OFFLOAD_OPTIMIZER, "cpu_offload_param": OFFLOAD_
 
 _BUFFERS_PER_PARTITION = 4
 """DeepSpeed's buffers for one partition under Adam: weight, gradient and two moments."""
+
+_BUILD_MINUTES = 10
+"""Minutes that compiling one of DeepSpeed's operators takes at most; a build on another machine holds its lock so long."""
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 """Flag with which libaio opens files; Linux only."""
@@ -161,3 +165,40 @@ def _check_folder(folder: Path, source: str) -> None:
             f"{source}: nvme_path {str(folder)!r} cannot be written with direct access ({error.strerror}); name a "
             "writable folder on a local disk, or offload to cpu"
         ) from error
+
+
+def check_build_locks() -> None:
+    """Check that no killed build of a DeepSpeed operator has left its lock, for which this run would wait forever.
+
+    torch compiles an operator under a file `lock`, which only the process that made it removes.
+
+    Raises:
+        UserError: If a lock is older than any build, and no process of this machine has it open.
+    """
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(folder) if folder else Path.home() / ".cache" / "torch_extensions"
+    locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]  # torch may add a folder for its version
+    for lock in locks:
+        if _age_minutes(lock) > _BUILD_MINUTES and not _is_open(lock):
+            raise UserError(
+                f"trainer.strategy: {str(lock)!r} was left by a run that was killed while DeepSpeed compiled, and this "
+                "run would wait for it forever; delete that file"
+            )
+
+
+def _age_minutes(file: Path) -> float:
+    try:
+        return (time.time() - file.stat().st_mtime) / 60
+    except FileNotFoundError:  # the build has just ended
+        return 0.0
+
+
+def _is_open(file: Path) -> bool:
+    """Whether a process of this machine (Linux: one that we may look at) has the file open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if link.samefile(file):
+                return True
+        except OSError:  # the process has ended, or is another user's
+            continue
+    return False

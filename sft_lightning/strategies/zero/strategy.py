@@ -24,7 +24,12 @@ from sft_lightning.strategies.names import FSDP2
 from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.sharded_strategy import TIMEOUT, ShardedStrategy, one_process_at_a_time
 from sft_lightning.strategies.sharding import ShardingSpec
-from sft_lightning.strategies.zero.checks import check_config, check_nvme, check_nvme_weight_type
+from sft_lightning.strategies.zero.checks import (
+    check_build_locks,
+    check_config,
+    check_nvme,
+    check_nvme_weight_type,
+)
 from sft_lightning.strategies.zero.config import YamlSettings, resolve, user_config
 from sft_lightning.strategies.zero.engine import ZeroPrecision, cpu_adam
 from sft_lightning.strategies.zero.options import OffloadDevice, ZeroOptions, sharding_of_config
@@ -131,8 +136,9 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
     # --- setting up ------------------------------------------------------------------------------------------------
 
     def connect(self, model: LightningModule) -> None:
-        """Refuse, before any weight is read, a model that cannot be trained, and disks that cannot be offloaded to."""
+        """Refuse, before any weight is read, what cannot be trained or offloaded, and locks that would never open."""
         super().connect(model)
+        check_build_locks()
         check_nvme(self._user_config, self._source)
 
     def setup_environment(self) -> None:

@@ -118,7 +118,7 @@ def test_reading_ahead_is_bounded_by_two_windows(streaming: Any, read: Counter[s
     trained = 0
     for rows, _ in islice(loader, 300):
         trained += len(rows)
-        # The window under way, the one after it, what is tokenized together, and the record that told the format.
+        # This window, the next, the records tokenized together, and the record whose format was found.
         assert read["a"] <= trained + 2 * streaming.rows_per_window + RECORDS_AT_ONCE + 1
     assert trained == 300 * streaming.rows_per_step
 

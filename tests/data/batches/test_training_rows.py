@@ -15,7 +15,7 @@ from sft_lightning.errors import UserError
 
 
 class Planner:
-    """Plans epochs of rows of one example; `sizes` are their numbers of rows. Example i is of record 10 + i."""
+    """Plans epochs of rows of one example; `sizes` are their numbers of rows. Example i was made from record 10 + i."""
 
     def __init__(self, *sizes: int) -> None:
         self.sizes = sizes

@@ -19,7 +19,12 @@ from sft_lightning.models.spec import ModelSpec
 from sft_lightning.strategies import refusals
 from sft_lightning.strategies.refusals import RunFacts
 from sft_lightning.strategies.zero import checks as zero_checks
-from sft_lightning.strategies.zero.checks import check_config, check_nvme, check_nvme_weight_type
+from sft_lightning.strategies.zero.checks import (
+    check_build_locks,
+    check_config,
+    check_nvme,
+    check_nvme_weight_type,
+)
 from sft_lightning.strategies.zero.strategy import DeepSpeedZeRO
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.spec import TrainingSpec
@@ -179,3 +184,39 @@ def test_a_strategy_is_refused_before_anything_is_loaded(options: dict[str, Any]
     module = CausalLMModule(TrainingSpec(model_name_or_path="no/such/model", adapter=adapter))
     with pytest.raises(UserError, match=rf"trainer\.strategy: .*{said}"):
         strategy.connect(module)
+
+
+@pytest.fixture
+def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lock that was made an hour ago."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    file = tmp_path / "deepspeed_shm_comm" / "lock"
+    file.parent.mkdir()
+    file.touch()
+    an_hour_ago = file.stat().st_mtime - 3600
+    os.utime(file, (an_hour_ago, an_hour_ago))
+    return file
+
+
+def test_a_lock_that_a_killed_build_left_is_named(lock: Path) -> None:
+    with pytest.raises(UserError, match=r"deepspeed_shm_comm/lock' was left by a run that was killed .* delete"):
+        check_build_locks()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="lists open files through /proc")
+def test_a_lock_that_a_build_holds_open_is_waited_for(lock: Path) -> None:
+    with lock.open():
+        check_build_locks()
+
+
+def test_a_new_lock_is_waited_for(lock: Path) -> None:
+    os.utime(lock)
+    check_build_locks()
+
+
+@needs_deepspeed
+def test_a_run_does_not_wait_for_the_lock_of_a_killed_build(
+    lock: Path, fit_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *fit_args, "--trainer.accelerator=cpu", "--trainer.strategy=deepspeed_stage_2"]) == 2
+    assert f"{lock}" in capsys.readouterr().err
