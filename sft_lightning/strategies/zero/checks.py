@@ -28,7 +28,7 @@ _BUFFERS_PER_PARTITION = 4
 """DeepSpeed's buffers for one partition under Adam: weight, gradient and two moments."""
 
 _BUILD_MINUTES = 10
-"""Minutes that compiling one of DeepSpeed's operators takes at most; a build on another machine holds its lock so long."""
+"""Longest build of one of DeepSpeed's operators in minutes: another machine may hold a lock for that long."""
 
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 """Flag with which libaio opens files; Linux only."""
