@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 LIBRARIES = {
-    "bitsandbytes", "datasets", "deepspeed", "lightning", "numpy", "peft", "torch", "torchmetrics", "transformers",
-    "transformers.modeling_utils",
+    "bitsandbytes", "datasets", "deepspeed", "lightning", "numpy", "peft", "pyarrow", "torch", "torchmetrics",
+    "transformers", "transformers.modeling_utils",
 }  # fmt: skip
 NOT_FOR_CONFIGURATIONS = {"bitsandbytes", "deepspeed", "peft"}
+NOT_FOR_FILES = {"datasets", "pyarrow"}  # needed for Hub data sets, Parquet and Arrow files
 
 
 def imported(*args: str) -> set[str]:
@@ -38,7 +39,7 @@ def test_templates_are_listed_without_a_large_library() -> None:
 
 
 def test_the_help_of_all_keys_imports_lightning_but_no_model_code() -> None:
-    assert not imported("fit", "--help") & (NOT_FOR_CONFIGURATIONS | {"datasets", "transformers.modeling_utils"})
+    assert not imported("fit", "--help") & (NOT_FOR_CONFIGURATIONS | NOT_FOR_FILES | {"transformers.modeling_utils"})
 
 
 @pytest.mark.slow
@@ -48,4 +49,20 @@ def test_commands_that_only_read_data_import_no_model_code(command: str, model_d
         *(f"--model.model_name_or_path={model_dir}", f"--data.sources={{toy: {{path: {alpaca_file}}}}}"),
         *("--data.template=alpaca", "--data.max_length=256", "--trainer.strategy=fsdp2"),
     )
-    assert not imported(command, *options) & (NOT_FOR_CONFIGURATIONS | {"datasets"})
+    assert not imported(command, *options) & (NOT_FOR_CONFIGURATIONS | NOT_FOR_FILES)
+
+
+WITHOUT_DATA_LIBRARIES = (
+    "import sys; sys.modules |= dict.fromkeys(['datasets', 'pyarrow', 'deepspeed', 'tensorboard'])\n"
+    "from sft_lightning.__main__ import main; main(sys.argv[1:])"
+)
+
+
+@pytest.mark.slow
+def test_fit_on_a_json_file_needs_neither_datasets_nor_pyarrow(fit_args: list[str], tmp_path: Path) -> None:
+    options = ["fit", *fit_args, "--trainer.accelerator=cpu", "--trainer.max_steps=1", "--trainer.logger=false"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_DATA_LIBRARIES, *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

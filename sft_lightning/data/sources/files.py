@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from sft_lightning.errors import UserError, one_of
 
 Rows = Iterator[tuple[str, Any]]
@@ -90,13 +87,16 @@ def _read_text(path: Path) -> Rows:
 
 
 def _read_parquet(path: Path) -> Rows:
+    import pyarrow.parquet as pq
+
     yield from _rows_of(path, lambda: pq.ParquetFile(path).iter_batches(batch_size=_ROWS_AT_ONCE))
 
 
 def _read_arrow(path: Path) -> Rows:
     """Read Arrow's file format, or its stream format, which `datasets` writes."""
+    import pyarrow as pa
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def batches() -> Iterator[Any]:
         with pa.memory_map(str(path)) as source:
             try:
                 reader = pa.ipc.open_file(source)
@@ -109,14 +109,17 @@ def _read_arrow(path: Path) -> Rows:
     yield from _rows_of(path, batches)
 
 
-def _rows_of(path: Path, batches: Callable[[], Iterator[pa.RecordBatch]]) -> Rows:
+def _rows_of(path: Path, batches: Callable[[], Iterator[Any]]) -> Rows:
+    """Yield the rows of Arrow record batches; pyarrow is imported here, because most files do without it."""
+    from pyarrow import ArrowException
+
     index = 0
     try:
         for batch in batches():
             for row in batch.to_pylist():
                 yield f"{path}, record {index}", row
                 index += 1
-    except (pa.ArrowException, OSError) as error:
+    except (ArrowException, OSError) as error:
         raise UserError(f"{path}: Arrow cannot read this {path.suffix} file: {error}") from error
 
 
