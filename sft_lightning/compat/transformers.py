@@ -12,7 +12,7 @@ from sft_lightning.compat.names import uses
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 _CONVERSION = "transformers.conversion_mapping"
 _FALCON = "transformers.models.falcon.modeling_falcon"
@@ -130,6 +130,41 @@ def quantizing_on(device: torch.device) -> Iterator[None]:
         yield
     finally:
         operation.convert = own
+
+
+@uses(
+    "transformers.quantizers:AutoHfQuantizer.from_config",
+    feature="model.from_config with model.quantization",
+    since="4.38",
+    replacement="`from_pretrained` of a folder with the random weights",
+)
+def quantizer_of(config: BitsAndBytesConfig) -> Any:
+    """Return what `from_pretrained` quantizes a model with: it replaces the layers, then their weights.
+
+    Args:
+        config: How to quantize.
+    """
+    return importlib.import_module("transformers.quantizers").AutoHfQuantizer.from_config(config, pre_quantized=False)
+
+
+@uses(
+    "transformers:PreTrainedModel._init_weights",
+    attributes=("_init_weights",),
+    feature="model.from_config with model.quantization",
+    since="5.0",
+    replacement="`initialize_weights` before quantizing, which needs memory for the full model",
+)
+def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:
+    """Draw a module's weights as a model draws those of its own modules.
+
+    Args:
+        model: The model.
+        module: Changed in place; it need not be part of the model.
+    """
+    import torch
+
+    with torch.no_grad():
+        model._init_weights(module)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def load_base(spec: ModelSpec, vocab_size: int, *, on_cpu: bool = False) -> PreT
     Args:
         spec: The model.
         vocab_size: Number of tokens of the tokenizer.
-        on_cpu: Load quantized weights into CPU memory, as all other weights are, for a strategy that shards them.
+        on_cpu: Keep quantized and random weights in CPU memory, as all others are, for a strategy that shards them.
 
     Raises:
         UserError: If the model cannot be loaded, or a key does not apply to it.

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 import torch
 from jinja2 import TemplateSyntaxError
-from transformers import AutoConfig, AutoModelForCausalLM, FalconForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    FalconForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
 from sft_lightning.compat import transformers as compat
@@ -66,6 +73,23 @@ def test_a_family_whose_files_have_other_names_has_renamings() -> None:
         name = renaming(name)
     assert isinstance(name, str)
     assert all(renaming("no.such.weight") == "no.such.weight" for renaming in compat.tensor_renamings(tiny("llama")))
+
+
+def test_a_module_outside_a_model_is_initialized_as_its_own_modules_are() -> None:
+    layer = torch.nn.Linear(64, 64)
+    compat.initialize_module(tiny("llama", initializer_range=0.1), layer)
+    assert layer.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    assert not layer.bias.any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantizer_replaces_the_layers_of_a_model_on_the_meta_device(bits: int) -> None:
+    with torch.device("meta"):
+        model: Any = tiny("llama")
+    quantizer = compat.quantizer_of(BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8))
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    assert type(model.lm_head) is torch.nn.Linear
 
 
 def test_falcon_is_built_of_plain_layers_inside_the_patch_only() -> None:

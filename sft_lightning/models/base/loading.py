@@ -18,6 +18,7 @@ from transformers import (
 from sft_lightning.compat.transformers import stores_other_tensors
 from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.attention.document_mask import choose_attention
+from sft_lightning.models.base.building import build_model
 from sft_lightning.models.base.config import DTypeName, QuantizationConfig
 from sft_lightning.models.base.overrides import ConfigOverrides
 from sft_lightning.models.base.quantization import load_quantized
@@ -50,7 +51,7 @@ def load_model(
         vocab_size: Number of tokens of the tokenizer; used if `from_config` sets none.
         overrides: Changes to the model's configuration.
         trust_remote_code: Run code that comes with the model.
-        on_cpu: Leave quantized weights in CPU memory, too; a strategy that shards them moves them itself.
+        on_cpu: Leave quantized and random weights in CPU memory, too; a strategy that shards them moves them itself.
 
     Raises:
         UserError: If not exactly one of `name_or_path` and `from_config` is given, the model cannot be loaded, or it is
@@ -60,11 +61,6 @@ def load_model(
         raise UserError("model: set either model_name_or_path or from_config")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
     if from_config is not None:
-        if quantization is not None:
-            raise UserError(
-                "model.quantization: not available with model.from_config, whose weights are random; train and export "
-                "the model first, then quantize it"
-            )
         config = _config_of(from_config, vocab_size)
     else:
         with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
@@ -73,7 +69,7 @@ def load_model(
     overrides.apply(config)
     options["attn_implementation"] = choose_attention(attn_implementation, config)
     if from_config is not None:
-        return base_model(AutoModelForCausalLM.from_config(config, **options))
+        return build_model(config, quantization, on_cpu=on_cpu, **options)
     with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
         if quantization is not None:
             model = load_quantized(str(name_or_path), quantization, config=config, on_cpu=on_cpu, **options)

@@ -46,19 +46,29 @@ def load_quantized(
     if on_cpu:
         options["device_map"] = {"": "cpu"}
     falcon = plain_falcon_layers() if config.model_type == "falcon" else nullcontext()
-    with falcon, quantizing_on(_fastest_device()):
+    with falcon, quantizing_on(fastest_device()):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             name_or_path, config=config, dtype=dtype, quantization_config=stored, **options
         )
-    if not any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
-        kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)} - {"Linear"})
-        raise UserError(
-            f"model.quantization: transformers quantized no layer of this {config.model_type} model (linear layers: "
-            f"{', '.join(kinds) or 'none'}); set model.quantization: null, and use a LoRA adapter"
-        )
+    check_quantized(model)
     protect_weights(model)
     return model
 
 
-def _fastest_device() -> torch.device:
+def check_quantized(model: PreTrainedModel) -> None:
+    """Check that some layer of a model is quantized.
+
+    Raises:
+        UserError: If none is; transformers leaves layers of other types than `torch.nn.Linear` as they are.
+    """
+    if not any(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules()):
+        kinds = sorted({type(m).__name__ for m in model.modules() if isinstance(m, torch.nn.Linear)} - {"Linear"})
+        raise UserError(
+            f"model.quantization: transformers quantized no layer of this {model.config.model_type} model (linear "
+            f"layers: {', '.join(kinds) or 'none'}); set model.quantization: null, and use a LoRA adapter"
+        )
+
+
+def fastest_device() -> torch.device:
+    """Return this process's GPU, if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

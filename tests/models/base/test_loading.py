@@ -35,6 +35,13 @@ def test_a_config_makes_a_random_model_of_the_tokenizers_vocabulary() -> None:
     assert model.get_input_embeddings().num_embeddings == 99  # type: ignore[operator]
 
 
+def test_a_config_makes_a_quantized_model() -> None:
+    shape = {**TINY, "hidden_size": 64, "intermediate_size": 64}
+    model = load(None, from_config=shape, quantization=QuantizationConfig(), dtype="bfloat16")
+    assert model.is_loaded_in_4bit
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
@@ -42,7 +49,6 @@ def test_a_config_makes_a_random_model_of_the_tokenizers_vocabulary() -> None:
         ("x", {"from_config": TINY}, "either model_name_or_path or from_config"),
         (None, {"from_config": {**TINY, "vocab_size": 9}}, "must be at least the tokenizer's 99 (got 9)"),
         (None, {"from_config": {"model_type": "lama"}}, "model.from_config"),
-        (None, {"from_config": TINY, "quantization": QuantizationConfig()}, "model.quantization"),
         ("./nowhere", {}, "does not exist"),
     ],
 )
