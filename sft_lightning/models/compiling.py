@@ -2,25 +2,89 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from sft_lightning.compat.torch import (
+    change_class,
+    compile_backward_with_forward,
+    compile_error,
+    num_compiled_graphs,
+    watch_compilations,
+)
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED, HiddenLengths, packed_attention
 from sft_lightning.models.checkpointing import recomputable_layers
 
 
-def compile_layers(model: PreTrainedModel) -> int:
+class CompilationLog:
+    """Reports what torch compiles while a model trains, and whether it compiles anything at all.
+
+    Args:
+        num_layers: Decoder layers that are to be compiled.
+        log: Called with each line.
+    """
+
+    def __init__(self, num_layers: int, log: Callable[[str], None]) -> None:
+        self._num_layers = num_layers
+        self._log = log
+        self._before = num_compiled_graphs()
+        self._passes = 0
+        self._compilations = 0
+        self._seconds = 0.0
+        self.failed = False
+        """Whether a compilation has failed, so that all layers run without one from then on."""
+
+        watch_compilations(self._note)
+
+    def _note(self, seconds: float) -> None:
+        self._compilations += 1
+        self._seconds += seconds
+
+    def begin_pass(self) -> None:
+        """Report the compilations since the last micro-batch began; called when one begins."""
+        if self._passes == 1:
+            self._report_first()
+        elif self._compilations and not self.failed:
+            self._log(
+                f"torch_compile: {self._compilations} recompilations in micro-batch {self._passes}, "
+                f"{self._seconds:.1f} s; TORCH_LOGS=recompiles says why"
+            )
+        self._passes += 1
+        self._compilations, self._seconds = 0, 0.0
+
+    def _report_first(self) -> None:
+        graphs = num_compiled_graphs() - self._before
+        if graphs and not self.failed:
+            self._log(f"torch_compile: {self._num_layers} decoder layers share {graphs} graphs ({self._seconds:.1f} s)")
+        elif not self.failed:
+            self._log("torch_compile: nothing was compiled; TORCH_LOGS=graph_breaks says why, or set false")
+
+    def fail(self, error: Exception) -> None:
+        """Report a failed compilation, once, and run the layers without one from then on."""
+        if not self.failed:
+            reason = " ".join(str(error).strip().splitlines()[:2])  # torch names the backend, then the error
+            self._log(f"torch_compile: failed, layers run without it ({type(error).__name__}: {reason})")
+        self.failed = True
+
+
+def compile_layers(
+    model: PreTrainedModel, log: Callable[[str], None], *, backend: str | Callable[..., Any] = "inductor"
+) -> int:
     """Compile each decoder layer in place; names, weights and state dict do not change.
 
-    Rows differ in length, so lengths are dynamic from the start. `packed_attention` is not compiled: every row has
-    other document lengths, and each set of them would cause a new compilation. See
-    https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
+    Only passes that train are compiled: an evaluation has other shapes, and generation one for each token. A layer that
+    is recomputed is compiled inside the recomputed region, because a graph break there (such as that of a quantized
+    layer) would leave all of it uncompiled. See https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
 
     Args:
         model: The transformers model, without the PEFT model around it; adapters inside its layers are compiled too.
+        log: Called with a line for what was compiled, and when that fails.
+        backend: Of `torch.compile`.
 
     Returns:
         The number of layers.
@@ -34,13 +98,45 @@ def compile_layers(model: PreTrainedModel) -> int:
             f"model.torch_compile: not available for this {model.config.model_type} model, whose decoder layers "
             "transformers does not mark; set false"
         )
-    model.base_model.register_forward_pre_hook(_hide_lengths, with_kwargs=True)
+    compile_backward_with_forward()
+    compilation = CompilationLog(len(layers), log)
+    model.base_model.register_forward_pre_hook(functools.partial(_begin_pass, compilation), with_kwargs=True)
     AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
+    compiled = {kind: _compiled_class(kind, compilation, backend) for kind in {type(layer) for layer in layers}}
     for layer in layers:
-        torch.nn.Module.compile(layer, dynamic=True)
+        change_class(layer, compiled[type(layer)])
     return len(layers)
 
 
-def _hide_lengths(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _compiled_class(kind: type[torch.nn.Module], compilation: CompilationLog, backend: Any) -> type[torch.nn.Module]:
+    """Return a subclass of a layer's class whose forward pass is compiled while it trains.
+
+    transformers recomputes around the `forward` of the outermost class, so the compiled function is what it repeats.
+    """
+    plain = kind.forward
+    compiled = torch.compile(plain, backend=backend)
+
+    @functools.wraps(plain)
+    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if compilation.failed or not _trains(self):
+            return plain(self, *args, **kwargs)
+        try:
+            return compiled(self, *args, **kwargs)
+        except compile_error() as error:
+            compilation.fail(error)
+            return plain(self, *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    return module.training and torch.is_grad_enabled()
+
+
+def _begin_pass(
+    compilation: CompilationLog, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    if _trains(module):
+        compilation.begin_pass()
     lengths = kwargs.get("document_lengths")
     return args, kwargs if lengths is None else {**kwargs, "document_lengths": HiddenLengths(lengths)}

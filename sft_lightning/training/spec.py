@@ -33,7 +33,7 @@ class TrainingSpec(ModelSpec):
     number k to recompute every k-th decoder layer."""
 
     torch_compile: bool = False
-    """Compile the decoder layers, each by itself."""
+    """Compile the decoder layers for training, each by itself."""
 
     max_nonfinite_losses: int | None = 5
     """Stop after this many optimizer steps in a row with a NaN or infinite loss; `null` for no limit."""

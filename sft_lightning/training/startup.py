@@ -97,5 +97,5 @@ def set_up_layers(module: CausalLMModule) -> None:
     if decision.enabled:
         enable_gradient_checkpointing(module.base_model, decision.every)
     if spec.torch_compile:
-        num_layers = compile_layers(module.base_model)
-        rank_zero_info(f"torch_compile: {num_layers} decoder layers, compiled during the first steps")
+        num_layers = compile_layers(module.base_model, rank_zero_info)
+        rank_zero_info(f"torch_compile: {num_layers} decoder layers are compiled in the first micro-batch")
