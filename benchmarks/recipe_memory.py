@@ -22,8 +22,8 @@ from peft import LoraConfig
 from transformers import AutoConfig
 
 from sft_lightning.cli.commands.plan import plan_inputs
-from sft_lightning.estimation.memory import GIB
 from sft_lightning.estimation.report import plan_memory
+from sft_lightning.training.memory.parts import GIB
 
 RECIPES = Path(__file__).parents[1] / "configs"
 

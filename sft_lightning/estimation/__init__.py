@@ -1,1 +1,1 @@
-"""Estimates of a run before it starts: optimizer steps, memory by part, time."""
+"""Estimates of a run before it starts: optimizer steps, what fits, time."""

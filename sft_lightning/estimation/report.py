@@ -6,19 +6,17 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 from sft_lightning.data.pairs.kind import Pairs
-from sft_lightning.estimation.estimate import Estimator
-from sft_lightning.estimation.inputs import PlanInputs, check_optimizer_as_fit
-from sft_lightning.estimation.memory import (
-    GIB,
-    Memory,
-    Setup,
+from sft_lightning.estimation.fitting import (
     changes,
     largest_batch_size,
     largest_max_length,
     largest_model,
 )
-from sft_lightning.estimation.skeleton import Skeleton, build_skeleton
-from sft_lightning.estimation.speed import arithmetic, mean_document_length
+from sft_lightning.estimation.inputs import PlanInputs, check_optimizer_as_fit
+from sft_lightning.estimation.speed import arithmetic, mean_document_length, num_matrix_entries
+from sft_lightning.training.memory.estimate import Estimator
+from sft_lightning.training.memory.parts import GIB, Memory, Setup
+from sft_lightning.training.memory.skeleton import Skeleton, build_skeleton
 from sft_lightning.training.preference.reference import choose_reference
 from sft_lightning.training.preference.sharing import shared_fraction
 from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
@@ -185,7 +183,7 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
     num_adapter = 0 if spec.adapter is None else sum(parameter.numel() for parameter in skeleton.trainable)
     per_token = arithmetic(
         skeleton.base.config,
-        num_matmul=skeleton.num_matmul,
+        num_matmul=num_matrix_entries(skeleton.base),
         num_adapter=num_adapter,
         full=spec.adapter is None,
         document_length=mean_document_length(lengths),

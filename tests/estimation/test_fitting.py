@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sft_lightning.estimation.memory import (
-    Memory,
-    Setup,
+from sft_lightning.estimation.fitting import (
     changes,
     largest,
     largest_batch_size,
@@ -16,6 +14,7 @@ from sft_lightning.estimation.memory import (
     largest_model,
 )
 from sft_lightning.strategies.sharding import REPLICATED, fsdp2_sharding
+from sft_lightning.training.memory.parts import Memory, Setup
 
 SETUP = Setup(batch_size=4, max_length=2048, checkpointing=False, bits=None, sharding=REPLICATED)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sft_lightning.estimation.tracker import StorageTracker
+from sft_lightning.training.memory.tracker import StorageTracker
 
 
 def test_a_storage_counts_once_and_until_it_is_freed() -> None:

@@ -15,7 +15,6 @@ from transformers import AutoConfig, PreTrainedModel
 from sft_lightning.compat.torch import fake_tensor_mode
 from sft_lightning.compat.transformers import keep_activations, recompute_activations
 from sft_lightning.errors import UserError
-from sft_lightning.estimation.speed import num_matrix_entries
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.continuation import read_adapter_config
 from sft_lightning.models.adapters.targets import linear_names
@@ -39,9 +38,6 @@ class Skeleton:
 
     linears: frozenset[int]
     """`id` of the base's linear weights that quantization stores in fewer bits."""
-
-    num_matmul: int
-    """Parameters of the base's linear layers, head included: two operations per token each in a forward pass."""
 
     @property
     def base(self) -> PreTrainedModel:
@@ -79,7 +75,6 @@ def build_skeleton(spec: ModelSpec, vocab_size: int, precision: str = "32-true")
         base.train()
         names = linear_names(base)
         layers = [m for name, m in base.named_modules() if name in names and isinstance(m, torch.nn.Linear)]
-        num_matmul = num_matrix_entries(base)
         model: PreTrainedModel | PeftModel = base
         if spec.adapter is not None:
             model = add_adapter(base, _without_init(spec.adapter))
@@ -90,7 +85,7 @@ def build_skeleton(spec: ModelSpec, vocab_size: int, precision: str = "32-true")
     mode = fake_tensor_mode()
     _make_fake(model, mode)
     linears = frozenset(id(layer.weight) for layer in layers)
-    return Skeleton(model, mode, linears, num_matmul)
+    return Skeleton(model, mode, linears)
 
 
 _TRUE_PRECISION = {"bf16-true": torch.bfloat16, "16-true": torch.float16}

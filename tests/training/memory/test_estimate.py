@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from sft_lightning.estimation.estimate import Estimator
-from sft_lightning.estimation.memory import Memory, Setup
-from sft_lightning.estimation.simulation import simulate_step
-from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.strategies.sharding import REPLICATED, ShardingSpec, fsdp2_sharding, zero_sharding
+from sft_lightning.training.memory.estimate import Estimator
+from sft_lightning.training.memory.parts import Memory, Setup
+from sft_lightning.training.memory.simulation import simulate_step
+from sft_lightning.training.memory.skeleton import build_skeleton
 from sft_lightning.training.spec import TrainingSpec
 
 SHAPE = {

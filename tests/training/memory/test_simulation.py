@@ -13,8 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.errors import UserError
-from sft_lightning.estimation.simulation import fake_optimizer, optimizer_bytes, simulate_step, training_step
-from sft_lightning.estimation.skeleton import build_skeleton
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.attention.packed import PACKED
@@ -22,6 +20,8 @@ from sft_lightning.models.base.config import DTypeName, QuantizationConfig
 from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.inspection import base_model
 from sft_lightning.models.spec import ModelSpec
+from sft_lightning.training.memory.simulation import fake_optimizer, optimizer_bytes, simulate_step, training_step
+from sft_lightning.training.memory.skeleton import build_skeleton
 
 SHAPES: dict[str, dict[str, Any]] = {
     "narrow": {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 6, "num_attention_heads": 4},

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from sft_lightning.estimation.memory import Memory, Setup, StepBytes
-from sft_lightning.estimation.simulation import fake_optimizer, optimizer_bytes, simulate_step
-from sft_lightning.estimation.skeleton import Skeleton, stored_bytes, stored_bytes_of
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.strategies.fsdp2.groups import shard_groups
+from sft_lightning.training.memory.parts import Memory, Setup, StepBytes
+from sft_lightning.training.memory.simulation import fake_optimizer, optimizer_bytes, simulate_step
+from sft_lightning.training.memory.skeleton import Skeleton, stored_bytes, stored_bytes_of
 from sft_lightning.training.spec import TrainingSpec
 
 _ZERO_BUCKET = 500_000_000

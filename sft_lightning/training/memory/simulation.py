@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch.optim import Optimizer
 
 from sft_lightning.compat.torch import forward_replaced_by
-from sft_lightning.estimation.skeleton import Skeleton, checkpointing
-from sft_lightning.estimation.tracker import StorageTracker
 from sft_lightning.training.losses import Targets, linear_cross_entropy, projected_log_probs
+from sft_lightning.training.memory.skeleton import Skeleton, checkpointing
+from sft_lightning.training.memory.tracker import StorageTracker
 from sft_lightning.training.optim import build_optimizer
 
 Int8Kernel = Literal["cuda", "cpu"]

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sft_lightning.errors import UserError
-from sft_lightning.estimation.skeleton import build_skeleton, checkpointing, quantized_bytes, stored_bytes
+from sft_lightning.estimation.speed import num_matrix_entries
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.spec import ModelSpec
+from sft_lightning.training.memory.skeleton import build_skeleton, checkpointing, quantized_bytes, stored_bytes
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -31,7 +32,7 @@ def test_parameters_have_the_names_shapes_and_types_of_the_real_model() -> None:
         name: (p.shape, p.dtype) for name, p in real.named_parameters()
     }
     assert len(found.trainable) == len(list(real.parameters()))
-    assert found.num_matmul == 2 * (4 * 16 * 16 + 3 * 16 * 32) + 16 * 100
+    assert num_matrix_entries(found.base) == 2 * (4 * 16 * 16 + 3 * 16 * 32) + 16 * 100
     assert len(found.linears) == 2 * 7
 
 
