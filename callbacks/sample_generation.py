@@ -120,7 +120,7 @@ class SampleGeneration(Callback):
         out.print(f"[bold]samples at optimizer step {trainer.global_step}[/bold]")
         for row in rows:
             out.print(f"  [dim]prompt[/dim] {escape(repr(row['prompt'][-100:]))}")
-            for key, label in (("base_answer", "base  "), ("answer", "answer"), ("reference", "wanted")):
+            for key, label in (("base_answer", "base     "), ("answer", "answer   "), ("reference", "reference")):
                 if key in row:
                     out.print(f"  [dim]{label}[/dim] {escape(repr(row[key]))}")
         for number, row in enumerate(rows):

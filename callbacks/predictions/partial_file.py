@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from sft_lightning.errors import UserError
 
-_WAYS_OUT = "restore it, remove the file to answer everything again, or choose another trainer.default_root_dir"
+_WAYS_OUT = "change it back, remove the file to answer everything again, or choose another trainer.default_root_dir"
 
 
 class PartialPredictions:

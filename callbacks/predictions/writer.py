@@ -46,7 +46,7 @@ class PredictionWriter(Callback):
         trainer.strategy.barrier("predictions checked")  # no process may write before all have checked
         loader.num_answered, num_rows = partial.whole_batches(loader.batch_lengths)
         if num_rows:
-            rank_zero_info(f"predictions: continuing after {num_rows:,} in {partial.path}")
+            rank_zero_info(f"predictions: continuing after the {num_rows:,} answers in {partial.path}")
         self._file = partial.open_after(num_rows)
 
     def on_predict_batch_end(

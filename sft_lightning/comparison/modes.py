@@ -14,7 +14,7 @@ ALL_MODES: tuple[DecodingMode, ...] = get_args(DecodingMode)
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingOptions:
-    """Decoding options as the user set them; `None` means the default of each mode that has the option."""
+    """Decoding options; `None` stands for the default of the mode."""
 
     max_new_tokens: int = 100
     """Most tokens in an answer."""

@@ -156,7 +156,7 @@ class SFTDataModule(LightningDataModule):
             RuntimeError: If the trainer's model has not decided about `packing: auto` yet.
         """
         if self._decided_layout is None:
-            raise RuntimeError("data.packing: auto is decided once the model is loaded; nothing can be planned before")
+            raise RuntimeError("data.packing: auto is decided when the model is loaded; no epoch can be planned before")
         return self._decided_layout
 
     @functools.cached_property
@@ -167,7 +167,7 @@ class SFTDataModule(LightningDataModule):
             UserError: If the sources are streamed, or a weight leaves a source without an example.
         """
         if self.spec.streams:
-            raise UserError("data.sources: streamed sources are planned while training, so there is no plan ahead")
+            raise UserError("data.sources: streamed sources are packed during training, so they have no epoch plan")
         parts, sources = self.reader.examples("train"), self.spec.sources_of("train")
         return EpochBlend(parts, [sources[part.name] for part in parts], self.spec.blend, self.spec.seed)
 
@@ -236,9 +236,15 @@ class SFTDataModule(LightningDataModule):
         """
         trainer = self.trainer
         if getattr(trainer, "overfit_batches", 0):
-            raise UserError("trainer.overfit_batches: not available, epochs are planned; set max_examples of a source")
+            raise UserError(
+                "trainer.overfit_batches: not available, because the epoch plan decides the batches; remove it, and "
+                "set max_examples of a source"
+            )
         if any(isinstance(each, GradientAccumulationScheduler) for each in getattr(trainer, "callbacks", [])):
-            raise UserError("trainer.callbacks: GradientAccumulationScheduler would change the plan; leave it out")
+            raise UserError(
+                "trainer.callbacks: GradientAccumulationScheduler cannot be used, because the epoch plan requires a "
+                "constant trainer.accumulate_grad_batches; remove it"
+            )
         loader = self.rows.loader(self._collate)
         if isinstance(loader, TrainLoader) and trainer is not None and not self.blend.repeats:
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # Lightning takes every epoch to be as long as the first

@@ -176,13 +176,13 @@ class DataSpec:
         streamed = [name for name, config in self.sources_of("train").items() if config.streaming]
         if not streamed:
             return
-        because = f"cannot be combined with data.sources.{streamed[0]}.streaming: its number of records is unknown"
+        conflict = f"cannot be combined with data.sources.{streamed[0]}.streaming: true"
         if self.val_fraction:
-            raise UserError(f"data.val_fraction: {self.val_fraction} {because}; use data.val_sources instead")
+            raise UserError(f"data.val_fraction: {self.val_fraction} {conflict}; use data.val_sources instead")
         if self.data_split is not None:
-            raise UserError(f"data.data_split: {self.data_split!r} {because}; divide the files instead")
+            raise UserError(f"data.data_split: {self.data_split!r} {conflict}; divide the files instead")
         for name, config in self.sources_of("train").items():
             if config.max_epochs != 1.0:
                 raise UserError(
-                    f"data.sources.{name}.max_epochs: {config.max_epochs} {because}; trainer.max_steps ends the run"
+                    f"data.sources.{name}.max_epochs: {config.max_epochs} {conflict}; set trainer.max_steps instead"
                 )

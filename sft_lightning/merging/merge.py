@@ -123,7 +123,7 @@ def merge_adapters(
 
     Raises:
         UserError: If a folder is not an adapter, or does not fit its base or the options.
-        RuntimeError: If the merged model, loaded again, does not answer like the adapted one.
+        RuntimeError: If the merged model, loaded again, has other logits than the adapted one.
     """
     try:
         return _merge(adapters, Path(output_dir), options, rows)
@@ -166,14 +166,14 @@ def _bases_to_try(plan: MergePlan, options: MergeOptions) -> list[MergeBase]:
         if options.base == "dequantized":
             raise UserError(
                 "merge --base: dequantized requires an adapter that was trained on a quantized base, but the run "
-                f"manifest of {str(plan.adapters[-1])!r} does not say how it was quantized; set it, such as by "
-                "--quantization.bits 4, or use original"
+                f"manifest of {str(plan.adapters[-1])!r} does not say how it was quantized; say so, for instance with "
+                "--quantization.bits 4, or use --base original"
             )
         return ["original"]
     measured = options.verify and len(plan.adapters) == 1
     if options.base == "auto" and not measured:
-        why = "several adapters have no one trained model" if options.verify else "--verify is false"
-        raise UserError(f"merge --base: auto cannot measure which base is better, because {why}; set it")
+        why = "no single trained model has all adapters" if options.verify else "--verify is false"
+        raise UserError(f"merge --base: auto cannot compare the bases, because {why}; set original or dequantized")
     return ["original", "dequantized"] if measured or options.base == "auto" else [options.base]
 
 

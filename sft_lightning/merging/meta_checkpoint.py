@@ -162,14 +162,14 @@ def meta_tensor(name: str, config: PretrainedConfig) -> MetaTensor:
         config: The model's configuration.
 
     Raises:
-        RuntimeError: If Meta's Llama has no such weight.
+        RuntimeError: If Meta's layout has no such weight.
     """
     text: Any = config.get_text_config()
     if name in _OUTSIDE_LAYERS:
         return MetaTensor(*_OUTSIDE_LAYERS[name], heads=None)
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name)
     if match is None or match[2] not in _IN_LAYER:
-        raise RuntimeError(f"Meta's Llama has no weight like {name}")
+        raise RuntimeError(f"Meta's layout has no weight for {name}")
     theirs, dim = _IN_LAYER[match[2]]
     heads = {"attention.wq": text.num_attention_heads, "attention.wk": text.num_key_value_heads}.get(theirs)
     return MetaTensor(f"layers.{match[1]}.{theirs}.weight", dim, heads)

@@ -153,9 +153,8 @@ def compare_with_reference(reference: ReferenceLogits, merged: torch.Tensor) -> 
     exact = _RELATIVE_TOLERANCE * max(found.scale, found.moved)
     if not _largest(reference.merged - reference.adapted) <= 10 * exact:  # not-a-number included
         raise RuntimeError(
-            "merging changes the model's answers: with the adapter merged by PEFT, logits differ from those with the "
-            f"adapter beside the base by up to {_largest(reference.merged - reference.adapted):.2e}; nothing was "
-            "written"
+            "merging changes the model's answers: logits with the adapter merged by PEFT differ from those with the "
+            f"adapter kept separate by up to {_largest(reference.merged - reference.adapted):.2e}; nothing was written"
         )
     # Layers sum float32 values in another order, which tips the rounding of some weights the other way.
     rounding = _largest(reference.rounded - reference.adapted)
@@ -163,8 +162,8 @@ def compare_with_reference(reference: ReferenceLogits, merged: torch.Tensor) -> 
     beyond = _largest(merged - reference.rounded)
     if not beyond <= tolerance:
         raise RuntimeError(
-            "the merged model, loaded again, does not answer like the one that PEFT merges: their logits differ by up "
-            f"to {beyond:.2e}, more than rounding explains ({tolerance:.2e}); nothing was written"
+            f"the merged model, loaded again, has other logits than PEFT's own merge: they differ by up to "
+            f"{beyond:.2e}, more than rounding explains ({tolerance:.2e}); nothing was written"
         )
     return found
 

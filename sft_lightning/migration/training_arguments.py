@@ -89,7 +89,7 @@ TRAINING_ARGUMENTS: tuple[Option, ...] = (
     omitted("do_eval", "`fit` validates if there is validation data"),
     omitted("log_level", "the libraries' messages are already reduced"),
     omitted("disable_tqdm", "set `trainer.enable_progress_bar: false`", key="trainer.enable_progress_bar"),
-    omitted("torch_compile", "models are not compiled"),
+    copied("torch_compile", "model.torch_compile", "flag", note="each decoder layer by itself"),
     omitted("local_rank", "the launcher sets it"),
     omitted("push_to_hub", "nothing is uploaded"),
     omitted("load_best_model_at_end", "use ModelCheckpoint with `monitor: val/loss`"),

@@ -100,7 +100,7 @@ def assemble_model(
     model = _choose_what_trains(base, spec, unknown, log)
     check_new_tokens_train(base, unknown, names)
     if spec.attn_implementation == "auto" and use_document_mask(model):
-        log(f"attention: that of {base.config.model_type}, with a mask that keeps documents apart")
+        log(f"attention: {base.config.model_type}'s own, with a mask that keeps documents apart")
     return model
 
 

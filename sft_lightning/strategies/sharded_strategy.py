@@ -132,7 +132,7 @@ def one_process_at_a_time(*, wanted: bool) -> Iterator[None]:
         yield
         return
     rank_zero_info(
-        "loading: one process of a machine after the other, because each holds a copy of the weights while it loads"
+        "loading: the processes of a machine load one after the other, because each holds a full copy while it loads"
     )
     with FileLock(_lock_file()):  # the system releases it if the process dies
         yield

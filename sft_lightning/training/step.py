@@ -102,10 +102,10 @@ def nonfinite_error(limit: int, step: int, records: list[str]) -> UserError:
         records: Where the records of its rows are.
     """
     return UserError(
-        f"model.max_nonfinite_losses: the loss was not finite in {limit} optimizer steps in a row; the last, step "
-        f"{step}, trained on {'; '.join(records)}. Continue from a checkpoint before step {step - limit + 1} with a "
-        "lower learning rate, with model.dtype or trainer.precision in bfloat16 or float32 instead of float16, or "
-        "without those records; null for no limit"
+        f"model.max_nonfinite_losses: the loss was NaN or infinite in {limit} optimizer steps in a row; the last one, "
+        f"step {step}, trained on {'; '.join(records)}. Continue from a checkpoint before step {step - limit + 1} with "
+        "a lower learning rate, with bfloat16 or float32 instead of float16 (model.dtype, trainer.precision), or "
+        "without those records; max_nonfinite_losses: null never stops"
     )
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sft_lightning.data.sources.report import DataReport, SourceReport
 
-_TEXT_COLUMNS = ("source", "format", "what", "first of them")
+_TEXT_COLUMNS = ("source", "format", "what", "first places")
 _MAX_PLACES = 3
 """Locations to show for each reason of a drop; `data_report.json` has more."""
 
@@ -60,7 +60,7 @@ def _lengths(report: DataReport) -> Table:
     """Return the table of tokens per example and, in a blend, of the share of each source in the epoch."""
     blended = any(source.wanted is not None for source in report.sources.values())
     shares = (f"wanted ({report.blend_unit})", "delivered") if blended else ()
-    table = _table("tokens per example, before any cut", ("source", "half ≤", "90% ≤", "99% ≤", "longest", *shares))
+    table = _table("tokens per example, before data.overlong", ("source", "median", "90%", "99%", "longest", *shares))
     for name, source in report.sources.items():
         lengths = (source.length_p50, source.length_p90, source.length_p99, source.longest)
         cells = [f"{length:,}" for length in lengths]
@@ -75,7 +75,7 @@ def _percent(share: float | None) -> str:
 
 
 def _losses(report: DataReport) -> Table:
-    table = _table("dropped, cut or repaired", ("source", "what", "count", "first of them"))
+    table = _table("dropped, truncated or repaired", ("source", "what", "count", "first places"))
     for name, source in report.sources.items():
         shown = name
         for what, count, places in _losses_of(source):

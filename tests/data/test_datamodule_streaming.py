@@ -106,7 +106,7 @@ def test_prepare_says_that_no_store_is_written_for_a_stream(
     )
     with caplog.at_level(logging.INFO):
         prepare(data)
-    assert "toy streamed while training, no token store is written" in caplog.text
+    assert "toy are read and tokenized during training; no token store is written" in caplog.text
     out = capsys.readouterr().out
     assert "val/v: " in out
     assert "train/toy: " not in out

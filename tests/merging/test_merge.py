@@ -45,9 +45,9 @@ def test_without_measuring_the_user_must_choose_the_base(
     model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, make_quantized_run: Make
 ) -> None:
     adapter = make_quantized_run(model_dir, tokenizer, tmp_path / "adapter", 4)
-    with pytest.raises(UserError, match="cannot measure which base is better, because --verify is false; set it"):
+    with pytest.raises(UserError, match="cannot compare the bases, because --verify is false; set original"):
         merge_adapters([str(adapter)], str(tmp_path / "merged"), MergeOptions(verify=False))
-    with pytest.raises(UserError, match="several adapters have no one trained model"):
+    with pytest.raises(UserError, match="no single trained model has all adapters"):
         merge_adapters([str(adapter)] * 2, str(tmp_path / "merged"))
 
 

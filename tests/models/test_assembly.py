@@ -64,7 +64,7 @@ def test_attention_that_ignores_documents_gets_a_mask_and_the_log_says_so(tokeni
     bloom = {"model_type": "bloom", "hidden_size": 16, "n_layer": 1, "n_head": 2}
     spec = ModelSpec(from_config=bloom, dtype="float32")
     assemble_model(spec, tokenizer, log=log.append)
-    assert log == ["attention: that of bloom, with a mask that keeps documents apart"]
+    assert log == ["attention: bloom's own, with a mask that keeps documents apart"]
 
 
 def test_weights_are_mapped_if_they_have_the_type_of_the_files(model_dir: Path) -> None:

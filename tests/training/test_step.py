@@ -39,7 +39,9 @@ def check(limit: int | None, losses: list[float]) -> None:
 def test_too_many_nonfinite_losses_in_a_row_stop_the_run_with_the_step(
     limit: int, losses: list[float], step: int
 ) -> None:
-    with pytest.raises(UserError, match=rf"in {limit} optimizer steps in a row; the last, step {step}, .*row {step}"):
+    with pytest.raises(
+        UserError, match=rf"in {limit} optimizer steps in a row; the last one, step {step}, .*row {step}"
+    ):
         check(limit, losses)
 
 

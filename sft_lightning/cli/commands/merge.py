@@ -62,7 +62,7 @@ def merge(adapters: Sequence[str], output_dir: str, options: MergeOptions) -> No
 
 def _report_lines(report: MergeReport, num_examples: int) -> Iterator[str]:
     layout = ", in Meta's layout" if report.format == "pth" else ""
-    yield f"merged into {report.output_dir} ({report.dtype}{layout})"
+    yield f"merged model: {report.output_dir} ({report.dtype}{layout})"
     if report.difference is None:
         yield "not verified (--verify false)"
     else:
@@ -81,7 +81,7 @@ def _report_lines(report: MergeReport, num_examples: int) -> Iterator[str]:
         yield "the head is no longer tied to the embeddings (tie_word_embeddings: false): training changed one of them"
     if report.left_out:
         names = f"{report.left_out[0]}{', …' if len(report.left_out) > 1 else ''}"
-        yield f"left out {len(report.left_out)} tensors of the base that are not loaded either: {names}"
+        yield f"left out {len(report.left_out)} tensors of the base's files that the model does not load: {names}"
 
 
 def _run_examples(adapter: Path) -> list[list[int]]:

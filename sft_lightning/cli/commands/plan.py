@@ -82,10 +82,10 @@ def _add_options(parser: ArgumentParser) -> None:
         "--num_gpus",
         type=int | None,
         default=None,
-        help="GPUs (default: trainer.devices × num_nodes).",
+        help="Number of GPUs of all nodes together (default: trainer.devices × trainer.num_nodes).",
     )
     parser.add_argument("--gpu_memory", type=str | None, default=None, help="Memory of a GPU, such as 48GiB.")
-    parser.add_argument("--mfu", type=float, default=0.4, help="Share of the GPU's peak that training reaches, 0 to 1.")
+    parser.add_argument("--mfu", type=float, default=0.4, help="Share of --tflops that training reaches, 0 to 1 (MFU).")
     parser.add_argument(
         "--tflops",
         type=float,
@@ -98,7 +98,7 @@ def _read(data: SFTDataModule) -> None:
     if not data.spec.sources:
         raise UserError("data.sources: no source given; plan needs at least one")
     if data.spec.streams:
-        raise UserError("data.sources: a streamed source cannot be planned; remove `streaming` to plan")
+        raise UserError("data.sources: streamed sources cannot be planned; remove `streaming`")
     data.prepare()
 
 

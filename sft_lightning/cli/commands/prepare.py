@@ -25,8 +25,8 @@ def main(args: Sequence[str]) -> None:
 
 def add_options(parser: ArgumentParser) -> None:
     """Add the command's own options."""
-    parser.add_argument("--rebuild", action="store_true", help="Tokenize again, even what is stored already.")
-    parser.add_argument("--report", type=str | None, default=None, help="Write data_report.json to this file too.")
+    parser.add_argument("--rebuild", action="store_true", help="Tokenize again, even if the tokens are already stored.")
+    parser.add_argument("--report", type=str | None, default=None, help="Write the data report to this file, as JSON.")
 
 
 def prepare(data: SFTDataModule, *, rebuild: bool = False, report: str | None = None) -> None:
@@ -34,8 +34,8 @@ def prepare(data: SFTDataModule, *, rebuild: bool = False, report: str | None = 
 
     Args:
         data: The data of a run.
-        rebuild: Tokenize again what is stored already.
-        report: Write the report to this file, too.
+        rebuild: Tokenize again, even if the tokens are already stored.
+        report: Write the report to this file, as JSON.
 
     Raises:
         UserError: If there is no source, or a source cannot be used.

@@ -44,4 +44,4 @@ def main(args: Sequence[str]) -> None:
 
 def _add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--num_records", type=int, default=32, help="Records per source whose masks are checked.")
-    parser.add_argument("--row_length", type=int, default=512, help="Most tokens per row in the test's own runs.")
+    parser.add_argument("--row_length", type=int, default=512, help="Most tokens per row in the short runs.")

@@ -194,7 +194,7 @@ def describe_streams(sources: Mapping[str, SourceConfig], blend: BlendConfig) ->
         blend: What their weights mean for stored sources.
     """
     stored = [name for name, config in sources.items() if not config.streaming]
-    text = f"data.sources: {', '.join(sources)} streamed while training, no token store is written"
+    text = f"data.sources: {', '.join(sources)} are read and tokenized during training; no token store is written"
     if stored:
         text += f"; this includes {', '.join(stored)}: if one training source is streamed, all are"
     if len(sources) > 1 and blend.by == "epochs":

@@ -71,7 +71,8 @@ def segments(record: Record) -> list[Message]:
     """Pieces of one text, without a template: `segments` of `text`, `train` (bool) and optional `weight`."""
     pieces = record.fields.get("segments")
     if not isinstance(pieces, list) or not pieces:
-        raise malformed(record, f"`segments` must be a list of pieces{actual_value(record.fields, 'segments')}")
+        wanted = "a list of objects with `text` and `train`"
+        raise malformed(record, f"`segments` must be {wanted}{actual_value(record.fields, 'segments')}")
     return [_segment(record, f"segments[{i}]", piece) for i, piece in enumerate(pieces)]
 
 
@@ -199,14 +200,14 @@ def to_messages(
 
 
 def _check_unicode(record: Record, text: str) -> None:
-    """Refuse half of a surrogate pair: JSON can hold it (`"\\ud83d"`), but it is no character, so it has no tokens."""
+    """Refuse an unpaired surrogate: JSON can hold it (`"\\ud83d"`), but it is not a character, so it has no tokens."""
     if text.isascii():
         return
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        half = f"half of a surrogate pair ({text[error.start]!r} at character {error.start}), which is no character"
-        raise malformed(record, f"a text contains {half}") from error
+        where = f"{text[error.start]!r} at character {error.start}"
+        raise malformed(record, f"a text is not valid Unicode: an unpaired surrogate ({where})") from error
 
 
 def _read(record: Record, name: str, answered: bool) -> list[Message]:

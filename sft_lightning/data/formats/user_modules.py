@@ -40,8 +40,8 @@ def source_hashes(format_path: str, source: str) -> dict[str, str]:
     file = _file_of(importlib.import_module(module).__spec__)
     if file is None:
         raise UserError(
-            f"data.sources.{source}.format: the source code of {module} cannot be found, so a change of it would go "
-            "unnoticed; put the function into a .py file"
+            f"data.sources.{source}.format: the source code of {module} cannot be found, so changes to it could not "
+            "be detected; put the function into a .py file"
         )
     files = {module: file}
     waiting = [module]

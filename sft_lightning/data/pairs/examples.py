@@ -148,8 +148,8 @@ class PairBuilder(ExampleBuilder):
         if len(rendered) > 1:
             raise malformed(
                 record,
-                f"template {self.template.name} renders the answers of this conversation as {len(rendered)} texts, but "
-                "a pair compares one text with one other",
+                f"template {self.template.name} renders this conversation as {len(rendered)} examples, but task: dpo "
+                "compares one example with one other",
                 "rewritten_pair",
                 remedy="set data.loss_on: last_turn",
             )

@@ -57,8 +57,8 @@ class PairDataSpec(DataSpec):
         if self.max_prompt_length is None:
             if truncates:
                 raise UserError(
-                    "data.overlong: truncate cuts the prompt of a pair first, but data.max_prompt_length does not say "
-                    "how much of it to keep; set it, or use drop"
+                    "data.overlong: truncate requires data.max_prompt_length with task: dpo, because the prompt of a "
+                    "pair is cut first; set it to the tokens of the prompt to keep, or use drop"
                 )
             return
         if not truncates:

@@ -67,7 +67,10 @@ class TextEncoder:
                     found[i] = rest
         for i, text in enumerate(texts):
             if i not in found:
-                raise UserError(f"the tokenizer cannot tokenize {text[:40]!r} as the continuation of another text")
+                raise UserError(
+                    f"model.tokenizer_name_or_path: the tokenizer cannot tokenize {text[:40]!r} after another text "
+                    "without changing its tokens; use another tokenizer"
+                )
         return concatenate([found[i] for i in range(len(texts))])
 
     @functools.cached_property

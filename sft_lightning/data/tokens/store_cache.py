@@ -52,7 +52,7 @@ class Prepared:
     """Whether its files had other names when it was built, so that the locations in `facts` are out of date."""
 
     reason: str = ""
-    """Why it was built anew; empty if it was found, or if there was no earlier store of the source."""
+    """Why it was rebuilt; empty if it was found, or if there was no earlier store of the source."""
 
     @property
     def num_records(self) -> int:
@@ -61,10 +61,10 @@ class Prepared:
 
     @property
     def origin(self) -> str:
-        """Whether it was found or built, and why it was built anew."""
+        """Whether it was found or built, and why it was rebuilt."""
         if not self.built:
             return "found"
-        return f"built anew because {self.reason}" if self.reason else "built now"
+        return f"rebuilt because {self.reason}" if self.reason else "built now"
 
 
 def default_store_dir() -> Path:
@@ -106,7 +106,7 @@ def prepare_source(
             except DamagedStoreError as error:
                 reason = f"the store is damaged: {error}"
             if reason:
-                logger.warning("data.sources.%s: the token store is built anew because %s", name, reason)
+                logger.warning("data.sources.%s: the token store is rebuilt because %s", name, reason)
         _build(name, config, builder, folder, made_of)
         store, facts = open_store(folder)
         return Prepared(folder, store, facts, built=True, reason=reason)

@@ -170,7 +170,7 @@ def _verify_logits(model: PeftModel, folder: Path, precision: Callable[[], Abstr
         raise RuntimeError(f"the export cannot be loaded again: {error}") from error
     if not difference <= 1e-4 * max(scale, 1.0):  # not-a-number included
         raise RuntimeError(
-            f"{folder}: the exported adapter does not answer like the live model: logits differ by up to "
+            f"{folder}: the exported adapter has other logits than the trained model: they differ by up to "
             f"{difference:.2e}, the largest is {scale:.2e}"
         )
     return difference

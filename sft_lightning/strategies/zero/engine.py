@@ -47,7 +47,7 @@ def cpu_adam(optimizer: Optimizer) -> Optimizer:
     """
     make: Any = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
     name = type(optimizer).__name__
-    rank_zero_info(f"optimizer: DeepSpeedCPUAdam takes the steps of {name} on the CPU, with the same hyper-parameters")
+    rank_zero_info(f"optimizer: offloaded; DeepSpeedCPUAdam replaces {name}, with the same hyper-parameters")
     keys: Mapping[str, Any] = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
     on_cpu: Optimizer = make(optimizer.param_groups, adamw_mode=name == "AdamW", **keys)
     return on_cpu

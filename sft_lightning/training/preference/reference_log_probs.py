@@ -168,7 +168,7 @@ def load_table(folder: Path, key: str, num_pairs: int) -> torch.Tensor | None:
         logger.warning("the reference log-probabilities in %s are damaged (%s) and are computed again", path, error)
         return None
     if table.shape != (num_pairs, 2) or table.dtype != np.float32:
-        logger.warning("the reference log-probabilities in %s are of other data and are computed again", path)
+        logger.warning("the reference log-probabilities in %s belong to other data and are computed again", path)
         return None
     return torch.from_numpy(table)
 

@@ -31,7 +31,7 @@ def test_an_adapter_is_merged_and_the_measured_difference_is_printed(
     options = ["--dtype", "bfloat16", "--max_shard_size", "30KB"]
     assert main(["merge", "--adapter", str(adapter), "--output_dir", str(merged), *options]) == 0
     out = capsys.readouterr().out
-    assert f"merged into {merged} (bfloat16)" in out
+    assert f"merged model: {merged} (bfloat16)" in out
     assert "logits differ from the adapted model's by at most" in out
     assert AutoConfig.from_pretrained(merged).dtype is not None
     assert len(weight_files(merged)) > 1

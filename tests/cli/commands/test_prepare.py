@@ -61,7 +61,7 @@ def test_the_second_time_the_store_is_found_unless_it_is_to_be_rebuilt(
     for options in ([], [], ["--rebuild"], []):
         assert prepare(*options) == 0
         endings.append(capsys.readouterr().out.strip().rpartition(", ")[2])
-    assert endings == ["built now", "found", "built anew because --rebuild was given", "found"]
+    assert endings == ["built now", "found", "rebuilt because --rebuild was given", "found"]
 
 
 def test_what_changed_is_told_when_a_source_is_tokenized_again(
@@ -70,7 +70,7 @@ def test_what_changed_is_told_when_a_source_is_tokenized_again(
     assert prepare() == 0
     capsys.readouterr()
     assert prepare("--data.loss_on=all", "--data.template=vicuna_v1.1", "--data.max_length=200") == 0
-    told = "built anew because template changed: alpaca → vicuna_v1.1; loss_on changed: assistant → all"
+    told = "rebuilt because template changed: alpaca → vicuna_v1.1; loss_on changed: assistant → all"
     assert f", {told}" in capsys.readouterr().out
     assert f"data.sources.toy: the token store is {told}" in caplog.text
 

@@ -209,7 +209,7 @@ def turns(*roles: str) -> dict[str, Any]:
         ({"prompt": "q"}, "prompt_completion", "`completion` is missing"),
         ({"segments": [{"text": 1}]}, "segments", "`segments[0].text` must be a string"),
         ({"segments": ["x"]}, "segments", "segments[0] must be an object"),
-        ({"segments": "x"}, "segments", "`segments` must be a list of pieces (got str)"),
+        ({"segments": "x"}, "segments", "`segments` must be a list of objects with `text` and `train` (got str)"),
         ({"messages": [{"role": "user"}]}, "messages", "`messages[0].content` is missing"),
         ({"instruction": "Hi", "output": "x", "response": "y"}, "alpaca", "both hold the answer, but they differ"),
         ({"instruction": "Hi", "output": ""}, "alpaca", "every assistant message is empty"),
@@ -285,6 +285,6 @@ def test_every_format_refuses_an_empty_record() -> None:
 
 
 def test_half_of_a_surrogate_pair_is_malformed() -> None:
-    with pytest.raises(Malformed, match=r"half of a surrogate pair \('\\ud83d' at character 4\)") as error:
+    with pytest.raises(Malformed, match=r"an unpaired surrogate \('\\ud83d' at character 4\)") as error:
         to_messages(record(instruction="ends\ud83d", output="a"), "alpaca")
     assert error.value.reason == "broken_record"

@@ -142,13 +142,15 @@ def test_a_record_makes_two_examples_the_chosen_one_first(builder: Any) -> None:
     assert (records.tolist(), log.format, log.marks_array().tolist()) == ([0, 0], "preference", [0])
 
 
-def test_a_pair_that_the_template_renders_as_several_texts_is_refused_with_a_way_out(builder: Any) -> None:
-    with pytest.raises(Malformed, match=r"as 2 texts.*; set data\.loss_on: last_turn, fix the record or set") as caught:
+def test_a_pair_that_the_template_renders_as_several_examples_is_refused_with_a_way_out(builder: Any) -> None:
+    with pytest.raises(
+        Malformed, match=r"as 2 examples.*; set data\.loss_on: last_turn, fix the record or set"
+    ) as caught:
         list(builder().build([record(**EARLY)], None, "f", RecordLog()))
     assert caught.value.reason == "rewritten_pair"
 
 
-def test_a_pair_that_the_template_renders_as_several_texts_can_be_dropped(builder: Any) -> None:
+def test_a_pair_that_the_template_renders_as_several_examples_can_be_dropped(builder: Any) -> None:
     log = RecordLog()
     rows = [record(prompt="q", chosen="good", rejected="bad"), record(**EARLY)]
     [(_, records)] = builder(malformed="drop").build(rows, None, "f", log)

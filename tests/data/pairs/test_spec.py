@@ -15,7 +15,7 @@ from sft_lightning.errors import UserError
     [
         ({"loss_on": "all"}, r"^data\.loss_on: all"),
         ({"packing": "concat"}, r"^data\.packing: concat"),
-        ({"overlong": "truncate"}, r"data\.max_prompt_length does not say"),
+        ({"overlong": "truncate"}, r"truncate requires data\.max_prompt_length"),
         ({"max_prompt_length": 20}, r"set data\.overlong: truncate"),
         ({"overlong": "truncate", "max_prompt_length": 200}, r"must be at least 1 and below 200.* \(got 200\)"),
         ({"overlong": "truncate", "max_prompt_length": 0}, r"must be at least 1 and below 200.* \(got 0\)"),

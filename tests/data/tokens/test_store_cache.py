@@ -68,7 +68,7 @@ def test_a_damaged_store_is_reported_and_built_anew(
         second = prepare()
     assert second.built
     assert second.store.input_ids.tolist() == tokens
-    assert "data.sources.toy: the token store is built anew because the store is damaged: " in caplog.text
+    assert "data.sources.toy: the token store is rebuilt because the store is damaged: " in caplog.text
     assert said in caplog.text
     assert said in second.origin
     caplog.clear()
@@ -113,7 +113,7 @@ def test_a_rebuild_that_fails_keeps_the_earlier_store(prepare: Prepare, monkeypa
 
 def test_a_requested_rebuild_is_reported_without_a_warning(prepare: Prepare, caplog: pytest.LogCaptureFixture) -> None:
     prepare()
-    assert prepare(rebuild=True).origin == "built anew because --rebuild was given"
+    assert prepare(rebuild=True).origin == "rebuilt because --rebuild was given"
     assert not caplog.text
 
 

@@ -48,8 +48,8 @@ def test_options_that_decide_the_tokens_are_in_the_key_and_a_change_is_reported(
     assert not caplog.text
     second = prepare(**change)
     assert second.folder != first.folder
-    assert second.origin == f"built anew because {told}"
-    assert f"data.sources.toy: the token store is built anew because {told}" in caplog.text
+    assert second.origin == f"rebuilt because {told}"
+    assert f"data.sources.toy: the token store is rebuilt because {told}" in caplog.text
     assert prepare().origin == "found"  # the first store is still there
 
 

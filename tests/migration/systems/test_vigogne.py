@@ -36,6 +36,7 @@ def test_the_documented_command_becomes_a_configuration(migrate: Migrate, accept
     config = accepted()
     assert config["model"]["quantization"]["bits"] == 8
     assert config["model"]["dtype"] == "float16"
+    assert config["model"]["torch_compile"] is True
     assert len(config["model"]["adapter"]["target_modules"]) == 7
     assert (config["data"]["packing"], config["data"]["max_length"]) == ("best_fit", 2048)
     assert config["data"]["template"] == "vigogne/instruct_en"
@@ -46,7 +47,7 @@ def test_the_documented_command_becomes_a_configuration(migrate: Migrate, accept
         "WandbLogger",
     ]
     assert config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] == 100
-    for option in ("--torch_compile", "--overwrite_output_dir", "--dataloader_num_workers 1", "--log_level info"):
+    for option in ("--overwrite_output_dir", "--dataloader_num_workers 1", "--log_level info"):
         assert f"#   {option}: " in found["text"]
 
 

@@ -81,8 +81,8 @@ def test_a_table_is_read_back_as_it_was_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (np.zeros((4, 2), np.float32), "are of other data"),
-        (np.zeros((3, 2), np.float64), "are of other data"),
+        (np.zeros((4, 2), np.float32), "belong to other data"),
+        (np.zeros((3, 2), np.float64), "belong to other data"),
         (None, "are damaged"),
     ],
 )
