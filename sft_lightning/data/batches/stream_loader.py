@@ -67,8 +67,8 @@ class StreamLoader:
         """Refuse a window whose tokens are not those that the checkpoint was saved at."""
         if self._digest and window.digest != self._digest:
             raise UserError(
-                "--ckpt_path: the streamed sources have other tokens at the checkpoint's position than when it was "
-                "saved; restore the files, the template and the tokenizer, or start a new run from the checkpoint's "
+                "--ckpt_path: the streamed sources no longer hold the same tokens at the checkpoint's position; "
+                "restore the files, the template and the tokenizer, or start a new run from the checkpoint's "
                 "weights with model.adapter.path (or model.model_name_or_path)"
             )
         self._digest = ""

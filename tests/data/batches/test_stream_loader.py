@@ -109,7 +109,7 @@ def test_a_run_with_other_records_at_the_position_is_refused(
     monkeypatch.setattr(stream_source, "read_records", changed)
     again = streaming.loader(streaming.windows(streaming.streams({"a": 300})), 30)
     again.load_state_dict(state)
-    with pytest.raises(UserError, match="--ckpt_path: the streamed sources have other tokens"):
+    with pytest.raises(UserError, match="--ckpt_path: the streamed sources no longer hold"):
         next(iter(again))
 
 
