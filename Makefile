@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A rented GPU machine has Python and torch, no network and no .venv: benchmarks/gpu/wheels collects the rest.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,env PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu-packages $(PYTHON))
 
-.PHONY: help setup demo test test-all test-oldest test-newest test-gpu test-browser check docs bench bench-data bench-scaling equality wheel clean
+.PHONY: help setup demo test test-all test-oldest test-newest test-gpu test-browser check docs bench bench-data bench-gpu bench-scaling equality wheel clean
 
 help:  ## Show this list (the default)
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,8 +34,8 @@ test-oldest:  ## Install the lowest versions allowed in .venv-oldest, test them 
 test-newest:  ## The same for the newest versions allowed, in .venv-newest
 	sh .ci/versions newest
 
-test-gpu: setup  ## Run the tests that need an NVIDIA GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu:  ## Run the tests that need an NVIDIA GPU (5 minutes; without .venv with what benchmarks/gpu/wheels collected)
+	$(GPU_PYTHON) -m pytest -m gpu tests/callbacks/test_throughput.py tests/models/attention/test_packed.py
 
 check: setup  ## Lint, check the formatting, check the types
 	$(BIN)/ruff check .
@@ -47,6 +49,9 @@ docs: setup  ## Write the pages of docs/ that are made from the code
 
 bench: setup  ## Run the benchmarks; results go to benchmarks/results/
 	$(BIN)/python benchmarks/train.py
+
+bench-gpu:  ## Measure training steps on this machine's GPU, cell by cell (10 minutes; CELLS='lora qlora': only these)
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(CELLS),--cells $(CELLS))
 
 bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (makes their environments; an hour)
 	$(BIN)/python benchmarks/data.py
