@@ -25,11 +25,13 @@ PAGE = Path(__file__).parent / "configuration.md"
 _INTRODUCTION = """\
 # Configuration
 
-Every key under `model` and `data`. At the top level stand `task` (`sft`, `pretrain` or `dpo`), `seed_everything`,
-`ckpt_path` (a checkpoint, or `last`) and `trainer`, which takes every option of
-[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html). On the command line a key is
-`--model.adapter.r 8`. `python -m sft_lightning fit --help` says the same as this page, which `make docs` writes.
+Every key under `model` and `data`. The other top-level keys are `task` (`sft`, `pretrain` or `dpo`),
+`seed_everything`, `ckpt_path` (a checkpoint, or `last`) and `trainer`, which takes every option of
+[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html). On the command line, write
+`--model.adapter.r 8`. `python -m sft_lightning fit --help` prints the same descriptions. `make docs` writes this page.
 """
+
+_KEYS_BELOW = "the keys below"
 
 _SET_BY_OTHERS = re.compile(r"^Set by ")
 """Arguments of the data that the command line links to other keys."""
@@ -44,8 +46,15 @@ class Key(NamedTuple):
     meaning: str
 
 
-def keys_of(owner: type, prefix: str) -> Iterator[Key]:
-    """Yield the keys that a dataclass has, those of the configurations within them after each."""
+def keys_of(owner: type, prefix: str, listed: dict[type, str] | None = None) -> Iterator[Key]:
+    """Yield the keys of a dataclass; a key whose value has keys is followed by those, unless they are listed already.
+
+    Args:
+        owner: The dataclass.
+        prefix: Dotted key of its value.
+        listed: Classes whose keys were yielded, with the key under which they were.
+    """
+    listed = {} if listed is None else listed
     meanings = _meanings(owner)
     hints = typing.get_type_hints(owner)
     for name, parameter in inspect.signature(owner).parameters.items():
@@ -55,9 +64,13 @@ def keys_of(owner: type, prefix: str) -> Iterator[Key]:
         inner = _configuration_in(hint)
         mapped = typing.get_origin(_without_none(hint)) is dict and inner is not None
         key = f"{prefix}.{name}"
-        yield Key(key, _in_words(hint), _default(parameter, inner), meanings.get(name, ""))
-        if inner is not None:
-            yield from keys_of(inner, f"{key}.<name>" if mapped else key)
+        value = _in_words(hint)
+        if inner in listed:
+            value = value.replace(_KEYS_BELOW, f"the keys of `{listed[inner]}`")
+        yield Key(key, value, _default(parameter, inner), meanings.get(name, ""))
+        if inner is not None and inner not in listed:
+            listed[inner] = f"{key}.<name>" if mapped else key
+            yield from keys_of(inner, listed[inner], listed)
 
 
 def _meanings(owner: type) -> Mapping[str, str]:
@@ -105,7 +118,7 @@ def _in_words(hint: Any) -> str:
     if origin is dict:
         return "mapping" if arguments[1] is Any else f"mapping to {_in_words(arguments[1])}"
     if _is_ours(hint):
-        return "the keys below"
+        return _KEYS_BELOW
     return {str: "text", int: "integer", float: "number", bool: "`true`, `false`"}.get(hint, "class_path and init_args")
 
 

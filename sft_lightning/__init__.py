@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of causal language models on PyTorch Lightning, proven in the user's own run.
+"""Supervised fine-tuning of causal language models on PyTorch Lightning, verified in the user's own run.
 
 Importing this package imports nothing heavy: `--help` and `--version` must answer at once.
 """

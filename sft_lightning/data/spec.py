@@ -45,7 +45,7 @@ class DataSpec:
     """Sources of the `predict` command; default: the validation data."""
 
     blend: BlendConfig = BlendConfig()  # noqa: RUF009 (frozen)
-    """What the weights of the sources mean."""
+    """How the weights of the sources are read."""
 
     data_split: str | None = None
     """Proportions of the training stages that share the data, such as `2,4,4`; a source with `sft_only` is not
@@ -77,8 +77,8 @@ class DataSpec:
 
     packing: PackingSetting = "best_fit"
     """`best_fit` packs whole examples into rows. `concat` writes all examples one after the other and cuts every
-    `max_length` tokens. `none` gives each example its own row. `auto` is `best_fit` if documents of a row are proven
-    isolated on the loaded model, else `none`. Documents of a row never see each other."""
+    `max_length` tokens. `none` gives each example its own row. `auto` is `best_fit` if a check of the loaded
+    model verifies that documents of a row do not see each other, else `none`. Documents never see each other."""
 
     batch_size: int = 1
     """Rows per micro-batch and device."""

@@ -35,7 +35,7 @@ class ModelSpec:
     """Type of the loaded weights. For full fine-tuning use float32 with `trainer.precision: bf16-mixed`."""
 
     attn_implementation: str = "auto"
-    """`auto` for attention that keeps the documents of a row apart, or a name that transformers knows."""
+    """`auto`: attention that keeps the documents of a row apart; or a name of transformers, such as `sdpa`."""
 
     trust_remote_code: bool = False
     """Run code that comes with the model."""
@@ -50,22 +50,22 @@ class ModelSpec:
     """Tokens that the tokenizer lacks; new rows of the embeddings start at the mean of the old ones."""
 
     add_special_tokens: list[str] | None = None
-    """As `add_tokens`, and left out of decoded answers."""
+    """Like `add_tokens`, but left out of decoded answers."""
 
     resize_vocabulary: bool = False
-    """Accept a tokenizer with more tokens than the model embeds, without `add_tokens`."""
+    """Accept a tokenizer that has more tokens than the model, and add rows to the embeddings for them."""
 
     pad_to_multiple_of: int | None = None
-    """Round the number of embedded tokens up to a multiple, such as 8."""
+    """Round the number of rows of the embeddings up to a multiple of this, such as 8."""
 
     quantization: QuantizationConfig | None = None
-    """How the frozen base is quantized; `null` for no quantization. Requires `adapter`."""
+    """How the frozen base is quantized; `null`: not at all. Requires `adapter`."""
 
     adapter: AdapterConfig | None = None
     """The adapter to train; `null` for full fine-tuning."""
 
     trainable: list[str] | None = None
-    """Without an adapter: regular expressions; parameters train if one is found in their name, all others are frozen.
+    """Without an adapter: train only the parameters whose names contain a match of one of these regular expressions.
     `null` trains all parameters."""
 
     def __post_init__(self) -> None:

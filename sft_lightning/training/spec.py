@@ -26,7 +26,8 @@ class TrainingSpec(ModelSpec):
     """
 
     neftune_alpha: float | None = None
-    """NEFTune: noise on the embeddings while training, within ±alpha / sqrt(document length · width)."""
+    """NEFTune (Jain et al., 2023, arXiv:2310.05914): noise on the embeddings while training, within ±alpha /
+    sqrt(document length · width)."""
 
     gradient_checkpointing: bool | int | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: `true`, `false`, `auto` (only if they do not fit into memory), or a
@@ -39,7 +40,7 @@ class TrainingSpec(ModelSpec):
     """Stop after this many optimizer steps in a row with a NaN or infinite loss; `null` for no limit."""
 
     optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW
-    """Class and arguments; the command line's default is fused AdamW at 2e-4."""
+    """Optimizer class and its arguments; the command line's default is fused AdamW with lr 2e-4."""
 
     lr_scheduler: LRScheduleConfig = LRScheduleConfig()  # noqa: RUF009 (frozen)
     """How the learning rate changes over the planned optimizer steps."""
@@ -72,4 +73,4 @@ class PreferenceSpec(TrainingSpec):
     """
 
     preference: PreferenceConfig = PreferenceConfig()  # noqa: RUF009 (frozen)
-    """What is learned from a pair."""
+    """The loss on pairs of answers."""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sft_lightning.data.sources.report import DataReport, SourceReport
 
-_TEXT_COLUMNS = ("source", "format", "what", "first places")
+_TEXT_COLUMNS = ("source", "format", "what", "first locations")
 _MAX_PLACES = 3
 """Locations to show for each reason of a drop; `data_report.json` has more."""
 
@@ -75,7 +75,7 @@ def _percent(share: float | None) -> str:
 
 
 def _losses(report: DataReport) -> Table:
-    table = _table("dropped, truncated or repaired", ("source", "what", "count", "first places"))
+    table = _table("dropped, truncated or repaired", ("source", "what", "count", "first locations"))
     for name, source in report.sources.items():
         shown = name
         for what, count, places in _losses_of(source):

@@ -48,7 +48,7 @@ def messages(record: Record) -> list[Message]:
 def sharegpt(record: Record) -> list[Message]:
     """ShareGPT: `conversations` of `from` (human, gpt, system, function_call, observation) and `value`.
 
-    Optional `system` and `tools` of the record, `train` and `weight` of a turn.
+    Optional `system` and `tools` of the record, `train` and `weight` of a message.
     """
     return read_conversation(record, ("conversations", "messages", "conversation"))
 

@@ -1,6 +1,6 @@
 """Records with a chosen and a rejected answer → two examples each, the chosen one first.
 
-The turns that both conversations have in common are the prompt, which has no loss. A pair is kept or dropped as a
+The messages that both conversations have in common are the prompt, which has no loss. A pair is kept or dropped as a
 whole, and counted.
 """
 
@@ -21,7 +21,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.types import LossOn, Message, Record, Segment
 
 PairHistory = Literal["own", "chosen"]
-"""The earlier turns of a rejected answer: its `own`, or those of the `chosen` conversation, as in Firefly."""
+"""The messages before a rejected answer: its `own`, or those of the `chosen` conversation, as in Firefly."""
 
 
 class Pair(NamedTuple):
@@ -41,13 +41,13 @@ def make_pair(
 
     Args:
         record: The record.
-        history: The earlier turns of the rejected answer.
-        loss_on: `assistant`: every answer from the first turn that differs; `last_turn`: the last answer.
+        history: The messages before the rejected answer.
+        loss_on: `assistant`: every answer from the first message that differs; `last_turn`: the last answer.
         repairs: Counts what was repaired; see `message_order.repair_order`.
 
     Raises:
-        Malformed: If the record has no pair, its turns are out of order, or its answers have different prompts or are
-            the same.
+        Malformed: If the record has no pair, its messages are out of order, or its answers have different prompts or
+            are the same.
     """
     chosen, rejected = (repair_order(record, turns, repairs=repairs) for turns in preference_pair(record))
     if history == "chosen":
@@ -60,17 +60,17 @@ def make_pair(
     if firsts != {"assistant"} or parting in (len(chosen), len(rejected)):
         raise malformed(
             record,
-            f"the conversations differ from turn {parting} on, which is not an answer, so they do not answer the same "
-            "prompt",
+            f"the conversations first differ at message {parting}, which is not an answer, so their answers have "
+            "different prompts",
             "different_prompts",
-            remedy="set data.pair_history: chosen to put both answers after the chosen one's turns",
+            remedy="set data.pair_history: chosen to put both answers after the chosen one's messages",
         )
     weight = read_weight(record, record.fields)
     return Pair(*(_supervise(turns, parting, weight, loss_on) for turns in (chosen, rejected)))
 
 
 def _first_difference(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """Return the first turn in which two conversations differ."""
+    """Return the first message in which two conversations differ."""
     same = [_content(one) == _content(other) for one, other in zip(chosen, rejected, strict=False)]
     return same.index(False) if False in same else len(same)
 
@@ -80,7 +80,7 @@ def _content(turn: Message) -> tuple[object, ...]:
 
 
 def _supervise(turns: Sequence[Message], first: int, weight: float, loss_on: LossOn) -> list[Message]:
-    """Supervise the answers from a turn on, except those whose `train` is false."""
+    """Supervise the answers from a message on, except those whose `train` is false."""
     answers = [i for i in range(first, len(turns)) if turns[i].role == "assistant"]
     if loss_on == "last_turn":
         answers = answers[-1:]
@@ -95,7 +95,7 @@ class PairBuilder(ExampleBuilder):
     """Makes two examples from each record, the chosen one first."""
 
     history: PairHistory = "own"
-    """The earlier turns of the rejected answer."""
+    """The messages before the rejected answer."""
 
     def format_of(self, record: Record, configured: str | None, path: str = "") -> str:
         """Return the format of a source, which must be `preference`.

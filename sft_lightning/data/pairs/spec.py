@@ -26,11 +26,11 @@ class PairDataSpec(DataSpec):
 
     max_prompt_length: int | None = None
     """With `overlong: truncate`, tokens at the end of a prompt that are always kept. Long pairs are then shortened, as
-    by Firefly, until each answer with its prompt has at most half of `max_length`."""
+    in Firefly, until each answer with its prompt has at most half of `max_length`."""
 
     pair_history: PairHistory = "own"
-    """The earlier turns of a rejected answer: `own` (its conversation must have the chosen one's prompt) or `chosen`
-    (those of the chosen conversation, whatever its own are; as by Firefly)."""
+    """The messages before a rejected answer: `own` (its conversation must have the chosen one's prompt) or `chosen`
+    (those of the chosen conversation, as in Firefly)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

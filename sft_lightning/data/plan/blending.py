@@ -21,7 +21,7 @@ BlendUnit = Literal["epochs", "examples", "tokens", "supervised_tokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlendConfig:
-    """What the weights of the sources mean.
+    """How the weights of the sources are read.
 
     Raises:
         UserError: If `temperature` is not positive.

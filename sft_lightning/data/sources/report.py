@@ -58,7 +58,7 @@ class SourceReport:
     """Number of repaired records by code: `leading_answer`, `trailing_user`, `empty_turn`."""
 
     rewritten_records: int = 0
-    """Records that make several examples because the template rewrites earlier turns once others follow."""
+    """Records that make several examples because the template rewrites earlier messages once others follow."""
 
     rewritten_examples: int = 0
     """Examples of those records."""

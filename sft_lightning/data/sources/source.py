@@ -36,14 +36,14 @@ class SourceConfig:
     path or from the keys of the first record."""
 
     columns: dict[str, str] | None = None
-    """The format's name of a key, and the key in the file: `{instruction: question, output: answer}`."""
+    """Keys of the format, each with the key to read it from: `{instruction: question, output: answer}`."""
 
     weight: float = 1.0
     """How often the source is seen, in the unit of `data.blend.by`. By default passes per epoch: 1 shows each example
     once, 2 twice, 0.5 a different half in each epoch."""
 
     max_epochs: float = 1.0
-    """The most passes over the source in one epoch, where `weight` is a share; the first source to reach it ends the
+    """If `weight` is a share: the most passes over the source in one epoch; the first source to reach it ends the
     epoch."""
 
     max_examples: int | None = None
@@ -60,7 +60,7 @@ class SourceConfig:
     """Commit, branch or tag of a Hub data set."""
 
     sft_only: bool = False
-    """Use the whole source, although `data.data_split` gives parts of the others to other stages."""
+    """Use the whole source, even if `data.data_split` divides the others among training stages."""
 
     streaming: bool = False
     """Read, tokenize and pack the source during training, for data larger than disk or memory. Requires

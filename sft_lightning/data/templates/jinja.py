@@ -91,7 +91,7 @@ class JinjaTemplate:
         return rewritten or [[Segment(whole, False)]]
 
     def generation_prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text after which the model writes the next answer; `messages` end with the user's turn."""
+        """Return the text after which the model writes the next answer; `messages` end with the user's."""
         return self.apply(self.chat(messages), True, messages[0].tools)
 
     def chat(self, messages: Sequence[Message]) -> Chat:

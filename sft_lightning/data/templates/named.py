@@ -77,7 +77,7 @@ class NamedTemplate:
         return [segments]
 
     def generation_prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text after which the model writes the next answer; `messages` end with the user's turn."""
+        """Return the text after which the model writes the next answer; `messages` end with the user's."""
         return "".join([segment.text for segment in self.render(messages, "assistant")[0]])
 
     def chat_template(self) -> str:

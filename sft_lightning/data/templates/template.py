@@ -42,7 +42,7 @@ class Template(Protocol):
         """All tokens that may end an answer, `stop` first: some templates end a tool call with another token."""
 
     def render(self, messages: Sequence[Message], loss_on: LossOn) -> list[list[Segment]]:
-        """Return the training texts of a conversation: one, unless the template rewrites earlier turns.
+        """Return the training texts of a conversation: one, unless the template rewrites earlier messages.
 
         Args:
             messages: The conversation.
@@ -50,7 +50,7 @@ class Template(Protocol):
         """
 
     def generation_prompt(self, messages: Sequence[Message]) -> str:
-        """Return the text after which the model writes the next answer; `messages` end with the user's turn."""
+        """Return the text after which the model writes the next answer; `messages` end with the user's."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Conversation(NamedTuple):
     """Its messages."""
 
     examples: list[list[Segment]]
-    """The segments of each example; several examples where the template rewrites earlier turns."""
+    """The segments of each example; several examples where the template rewrites earlier messages."""
 
 
 class RenderedRecord(NamedTuple):

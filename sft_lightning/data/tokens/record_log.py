@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 REWRITTEN = "rewritten"
-"""Mark of a record that makes several examples because the template rewrites earlier turns once others follow."""
+"""Mark of a record that makes several examples because the template rewrites earlier messages once others follow."""
 
 _LOCATIONS_KEPT = 20
 """Locations of dropped records to keep for each reason."""

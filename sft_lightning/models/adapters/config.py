@@ -73,10 +73,10 @@ class AdapterConfig:
     arXiv:2310.08659)."""
 
     rank_pattern: dict[str, int] | None = None
-    """A different `r` for modules whose names match a name ending or a regular expression."""
+    """`r` for some modules: name ending or regular expression → `r`."""
 
     alpha_pattern: dict[str, float] | None = None
-    """A different `alpha` for modules, by the same patterns."""
+    """`alpha` for some modules, by the same patterns."""
 
     layers_to_transform: list[int] | None = None
     """Adapt only these layers, from 0."""

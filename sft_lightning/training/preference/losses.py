@@ -20,7 +20,7 @@ _DEFAULT_GAMMA = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceConfig:
-    """What is learned from a pair of answers.
+    """The loss on pairs of answers.
 
     Raises:
         UserError: If a value is out of range, or does not apply to the loss.
