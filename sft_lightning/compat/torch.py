@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import inspect
 import time
@@ -241,38 +240,37 @@ def compile_backward_with_forward() -> None:
     since="2.11",
     replacement="model.attn_implementation: flash_attention_2",
 )
-def attend_within_documents(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    starts: tuple[torch.Tensor, torch.Tensor],
-    longest: tuple[int, int],
-    **options: Any,
-) -> torch.Tensor:
-    """Compute the attention of documents of different lengths that stand one after the other, in one kernel.
-
-    Key and value heads are repeated where the kernel cannot share them among query heads (before torch 2.12).
-
-    Args:
-        query: (tokens, heads, head_dim).
-        key: (tokens, key/value heads, head_dim).
-        value: (tokens, key/value heads, head_dim).
-        starts: Where each document starts, and where the last one ends, among queries and among keys; int32.
-        longest: Tokens of the longest document, among queries and among keys.
-        options: What else `varlen_attn` takes: `scale`, `window_size`.
+def variable_length_attention() -> Callable[..., torch.Tensor]:
+    """Return the attention of documents of different lengths that stand one after the other, in one kernel.
 
     Returns:
-        (tokens, heads, head_dim).
+        A function of queries (tokens, heads, head_dim), keys and values (tokens, key/value heads, head_dim), the starts
+        of the documents among queries and among keys, the lengths of the longest, and what else `varlen_attn` takes:
+        `scale`, `window_size`. Key and value heads are repeated where the kernel cannot share them among query heads.
     """
+    attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    shares = shares_key_value_heads()
+
+    def attend_to(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *documents: Any, **options: Any
+    ) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and shares:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+        return cast("torch.Tensor", attend(query, key, value, *documents, **options))
+
+    return attend_to
+
+
+@uses(
+    "torch.nn.attention.varlen:varlen_attn",
+    feature="model.attn_implementation: auto on a GPU",
+    since="2.11",
+    replacement="model.attn_implementation: flash_attention_2",
+)
+def shares_key_value_heads() -> bool:
+    """Whether torch's variable-length kernel lets query heads share key/value heads (from torch 2.12)."""
     attend = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and _takes(attend, "enable_gqa"):
-        options["enable_gqa"] = True
-    elif groups > 1:
-        key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
-    return cast("torch.Tensor", attend(query, key, value, *starts, *longest, **options))
-
-
-@functools.cache
-def _takes(function: Callable[..., Any], argument: str) -> bool:
-    return argument in inspect.signature(function).parameters
+    return "enable_gqa" in inspect.signature(attend).parameters

@@ -17,8 +17,9 @@ from sft_lightning.compat.torch import (
     watch_compilations,
 )
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.packed import PACKED, HiddenLengths, packed_attention
+from sft_lightning.models.attention.packed import PACKED, packed_attention
 from sft_lightning.models.checkpointing import recomputable_layers
+from sft_lightning.types import DocumentLengths
 
 
 class CompilationLog:
@@ -139,4 +140,6 @@ def _begin_pass(
     if _trains(module):
         compilation.begin_pass()
     lengths = kwargs.get("document_lengths")
-    return args, kwargs if lengths is None else {**kwargs, "document_lengths": HiddenLengths(lengths)}
+    if lengths is None or isinstance(lengths, DocumentLengths):
+        return args, kwargs
+    return args, {**kwargs, "document_lengths": DocumentLengths(lengths)}

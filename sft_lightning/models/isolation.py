@@ -71,7 +71,7 @@ def measure_isolation(
     return Isolation(
         leak=float((packed - moved).abs().max()),
         difference=float((packed - alone).abs().max()),
-        tolerance=float(alone.abs().max()) * 32 * torch.finfo(_compute_dtype(model)).eps,
+        tolerance=float(alone.abs().max()) * 32 * torch.finfo(_compute_dtype(model, device)).eps,
     )
 
 
@@ -96,6 +96,23 @@ def verify_isolation(
     if not found.verified:
         raise UserError(f"data.packing: {describe_leak(model, found)}; {_way_out(model)}")
     return found.difference
+
+
+@torch.no_grad()
+def run_once(model: torch.nn.Module, vocab_size: int, device: torch.device) -> None:
+    """Run the model on a short document in evaluation mode, as the measurement does.
+
+    Args:
+        model: The model, adapters included.
+        vocab_size: Random token ids are below it.
+        device: The model's device.
+    """
+    with evaluating(model):
+        _logits(
+            model,
+            torch.randint(vocab_size, (1, _LENGTH), generator=torch.Generator().manual_seed(0)).to(device),
+            [_LENGTH],
+        )
 
 
 def choose_packing(
@@ -176,7 +193,9 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor, lengths: list[int]) -> to
     return logits.float()
 
 
-def _compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """Return the coarsest floating-point type among the parameters, which decides the rounding of the logits."""
+def _compute_dtype(model: torch.nn.Module, device: torch.device) -> torch.dtype:
+    """Return the coarsest type among the parameters' and autocast's, which decides the rounding of the logits."""
     dtypes = {p.dtype for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16, torch.float32)}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -114,9 +114,8 @@ class CausalLMModule(LightningModule):
         return startup.datamodule_of(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Check packing isolation, and decide how the layers run."""
-        if self.data.packs:
-            startup.check_isolation(self)
+        """Check packing isolation, name the kernel of the attention, and decide how the layers run."""
+        startup.check_attention(self, packs=self.data.packs)
         startup.set_up_layers(self)
         self.objective.on_fit_start(self)
 
@@ -233,8 +232,7 @@ class CausalLMModule(LightningModule):
     def _prepare_evaluation(self) -> None:
         if self.trainer.state.fn == "fit":
             return
-        if self.data.layout.packing != "none":
-            startup.check_isolation(self)
+        startup.check_attention(self, packs=self.data.layout.packing != "none")
         self.objective.on_evaluation_start(self)
 
     def on_validation_epoch_start(self) -> None:

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
+from sft_lightning.compat.transformers import attention_of
 from sft_lightning.data.batches.row_order import row_order_error
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.errors import UserError
+from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.attention.paths import noting_paths
 from sft_lightning.models.base.rope import check_packing
 from sft_lightning.models.checkpointing import decide_checkpointing, enable_gradient_checkpointing, free_memory_gib
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.inspection import computing_device
-from sft_lightning.models.isolation import choose_packing, verify_isolation
+from sft_lightning.models.isolation import choose_packing, run_once, verify_isolation
 
 if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
@@ -66,6 +69,22 @@ def decide_layout(module: CausalLMModule) -> Layout:
     if known is not None and known.packing != packing:
         raise row_order_error([f"packing: {known.packing} → {packing}"])
     return Layout(packing=packing)
+
+
+def check_attention(module: CausalLMModule, *, packs: bool) -> None:
+    """Check packing isolation if rows hold several documents, and name in the log what computes the attention.
+
+    Args:
+        module: The model, on its device.
+        packs: Whether a row may hold more than one document.
+    """
+    with module.trainer.precision_plugin.forward_context(), noting_paths() as paths:
+        if packs:
+            check_isolation(module)
+        elif attention_of(module.base_model.config) == PACKED:
+            run_once(module.language_model, len(module.data.tokenizer), module.device)
+    for path in paths:
+        rank_zero_info(f"attention: {path}")
 
 
 def check_isolation(module: CausalLMModule) -> None:

@@ -137,7 +137,7 @@ def test_key_heads_are_shared_by_the_kernel_or_repeated_before_it(
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", new if shares_heads else old)
     starts = (torch.tensor([0, 2, 5]), torch.tensor([0, 2, 5]))
     query, key = torch.ones(5, 4, 8), torch.ones(5, 2, 8)
-    assert compat.attend_within_documents(query, key, key, starts, (3, 3), scale=1.0) is query
+    assert compat.variable_length_attention()(query, key, key, *starts, 3, 3, scale=1.0) is query
     assert seen["key"].shape[1] == (2 if shares_heads else 4)
     assert seen["enable_gqa"] is (True if shares_heads else None)
     assert seen["rest"] == (*starts, 3, 3)

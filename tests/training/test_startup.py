@@ -17,6 +17,7 @@ from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models import isolation
+from sft_lightning.training import startup
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of, layout_before_loading
 
@@ -49,6 +50,34 @@ def test_the_layout_is_known_before_loading_unless_the_model_decides(
 def test_a_trainer_without_our_data_module_is_refused() -> None:
     with pytest.raises(UserError, match=r"the trainer needs an SFTDataModule .*got NoneType"):
         datamodule_of(SimpleNamespace())
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_the_kernel_of_the_attention_is_named_once_before_training(
+    packing: str, make_run: MakeRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer, module, data = make_run(packing=packing, trainer_max_steps=1)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, data)
+    assert [line for line in caplog.messages if line.startswith("attention:")] == [
+        "attention: one call per document (variable-length kernels need a CUDA device, this is cpu)"
+    ]
+    assert any("packing isolation" in line for line in caplog.messages) is (packing == "best_fit")
+
+
+def test_isolation_is_checked_in_the_precision_that_trains(make_run: MakeRun) -> None:
+    seen = set()
+    trainer, module, data = make_run(packing="best_fit", trainer_max_steps=1, trainer_precision="bf16-mixed")
+    verify = startup.verify_isolation
+
+    def noting(model: Any, *rest: Any, **options: Any) -> float:
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        return verify(model, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "verify_isolation", noting)
+        trainer.fit(module, data)
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("setting", "enabled"), [(True, True), (False, False), ("auto", False)])

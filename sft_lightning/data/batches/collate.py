@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLength, TokenizedExample
+from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLength, DocumentLengths, TokenizedExample
 
 
 def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, denominator: float) -> Batch:
@@ -48,7 +48,7 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
         labels=labels,
         loss_weights=loss_weights,
         position_ids=position_ids,
-        document_lengths=document_lengths,
+        document_lengths=DocumentLengths(document_lengths),
         denominator=denominator,
         num_tokens=sum(used),
         num_supervised=int((labels != IGNORE_INDEX).sum()),

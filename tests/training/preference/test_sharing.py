@@ -7,6 +7,7 @@ import pytest
 
 from sft_lightning.training.preference.losses import PreferenceConfig
 from sft_lightning.training.preference.sharing import SharingProbe, shared_fraction
+from sft_lightning.types import num_tokens
 
 Train = Callable[..., Any]
 
@@ -49,7 +50,10 @@ def test_attention_that_lets_answers_see_each_other_switches_sharing_off(
     train: Train, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     # The attention then reads a shared prompt and both answers as one document.
-    monkeypatch.setattr("sft_lightning.models.attention.packed.SharedPrompt", type(None))
+    monkeypatch.setattr(
+        "sft_lightning.types.split_shared_prompts",
+        lambda lengths: ([num_tokens(each) for each in lengths],) * 2 + ([None] * len(lengths),),
+    )
     with caplog.at_level("INFO"):
         run = train(trainer={"max_steps": 1})
     assert not run.data.layout.share_prompts
