@@ -31,9 +31,10 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.attention.isolation import Isolation, measure_isolation
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.export.write import export_adapter
-from sft_lightning.models.isolation import Isolation, measure_isolation
+from sft_lightning.training.forward import inputs_of_rows
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.spec import TrainingSpec
 
@@ -123,7 +124,13 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
         mode=mode,
         losses=tuple(module.losses),
         packing=data.layout.packing,
-        isolation=measure_isolation(language_model, len(data.tokenizer), module.device, max_length=_MAX_LENGTH),
+        isolation=measure_isolation(
+            language_model,
+            len(data.tokenizer),
+            inputs_of_rows(module.device),
+            max_length=_MAX_LENGTH,
+            batch_size=3,
+        ),
         attention=str(module.base_model.config._attn_implementation),
         chunked_loss=module.head is not None,
         changed=frozenset(changed),

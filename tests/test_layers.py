@@ -24,7 +24,7 @@ LAYERS = (
     ("sft_lightning.models.inspection", "sft_lightning.models.probing", "sft_lightning.models.checkpointing"),
     ("sft_lightning.models.attention", "sft_lightning.models.head", "sft_lightning.models.neftune"),
     ("sft_lightning.models.base", "sft_lightning.models.compiling"),
-    ("sft_lightning.models.adapters", "sft_lightning.models.isolation"),
+    ("sft_lightning.models.adapters",),
     ("sft_lightning.models.generation", "sft_lightning.models.export"),
     ("sft_lightning.models",),
     ("sft_lightning.data.datamodule",),

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 
 from sft_lightning.compat.bitsandbytes import without_int8_outliers
-from sft_lightning.data.batches.collate import collate
+from sft_lightning.data.batches.collate import batch_to, collate
 from sft_lightning.data.batches.loader import documents_of
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.store import PairExample
 from sft_lightning.models.inspection import evaluating
 from sft_lightning.selftest.short_runs import Run
+from sft_lightning.training.forward import decoder_inputs
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
 from sft_lightning.types import Batch, TokenizedExample
 
@@ -52,11 +53,7 @@ def batch_of(rows: Sequence[Sequence[TokenizedExample]], data: SFTDataModule, de
         data: The data of the run, for its padding token.
         device: Where to put the tensors.
     """
-    batch = collate(rows, pad_token_id=data.stop_token_id, denominator=1.0)
-    for key, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            batch[key] = value.to(device)  # type: ignore[literal-required]  # the keys are the batch's own
-    return batch
+    return batch_to(collate(rows, pad_token_id=data.stop_token_id, denominator=1.0), device)
 
 
 @torch.no_grad()
@@ -86,12 +83,7 @@ def evaluate(model: torch.nn.Module, batch: Batch, precision: Precision) -> Eval
     model.eval()
     targets = find_targets(batch["labels"], batch["loss_weights"])
     with precision():
-        out = model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            document_lengths=batch["document_lengths"],
-            use_cache=False,
-        )
+        out = model(**decoder_inputs(batch))
     logits = out.logits.flatten(0, 1)[targets.positions].float()
     sums = cross_entropy_sums(logits, targets)
     return Evaluation(logits.cpu(), float(sums.loss / sums.weight))

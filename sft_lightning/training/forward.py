@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sft_lightning.data.batches.collate import batch_to, collate
+from sft_lightning.models.attention.isolation import MakeInputs
 from sft_lightning.models.head.routers import find_router_loss, tokens_of_documents
 from sft_lightning.models.head.sharded import ShardedHead, find_sharded_head
 from sft_lightning.models.head.whole import Head, find_head
@@ -20,7 +24,7 @@ from sft_lightning.training.losses import (
     linear_cross_entropy,
     projected_cross_entropy,
 )
-from sft_lightning.types import Batch
+from sft_lightning.types import Batch, TokenizedExample
 
 
 def find_any_head(
@@ -38,13 +42,36 @@ def find_any_head(
 
 
 def decoder_inputs(batch: Batch) -> dict[str, Any]:
-    """Return the arguments that the decoder is called with."""
+    """Return the arguments that the decoder is called with.
+
+    The documents are there under transformers' own names too: attention implementations other than ours would find
+    them by the positions, and only in a batch of one row.
+    """
     return {
         "input_ids": batch["input_ids"],
         "position_ids": batch["position_ids"],
         "document_lengths": batch["document_lengths"],
+        **batch["document_lengths"].flash_arguments,
         "use_cache": False,
     }
+
+
+def inputs_of_rows(device: torch.device) -> MakeInputs:
+    """Return what makes rows of documents into the arguments of a forward pass, as training does.
+
+    Args:
+        device: Where the model computes.
+    """
+
+    def inputs_of(rows: Sequence[Sequence[torch.Tensor]]) -> dict[str, Any]:
+        documents = [[_unsupervised(ids) for ids in row] for row in rows]
+        return decoder_inputs(batch_to(collate(documents, pad_token_id=0, denominator=1.0), device))
+
+    return inputs_of
+
+
+def _unsupervised(ids: torch.Tensor) -> TokenizedExample:
+    return TokenizedExample(ids.numpy().astype(np.int32), np.zeros(len(ids), np.float32))
 
 
 def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | ShardedHead | None, batch: Batch) -> LossSums:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,13 +12,14 @@ from sft_lightning.data.batches.row_order import row_order_error
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.errors import UserError
+from sft_lightning.models.attention.isolation import describe_leak, measure_isolation, run_once, verify_isolation
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.attention.paths import noting_paths
 from sft_lightning.models.base.rope import check_packing
 from sft_lightning.models.checkpointing import decide_checkpointing, enable_gradient_checkpointing, free_memory_gib
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.inspection import computing_device
-from sft_lightning.models.isolation import choose_packing, run_once, verify_isolation
+from sft_lightning.training.forward import inputs_of_rows
 
 if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
@@ -58,17 +59,37 @@ def decide_layout(module: CausalLMModule) -> Layout:
     data, known = module.data, module.layout
     if known is not None and (data.spec.packing != "auto" or known.packing == "none"):
         return known
-    packing, reason = choose_packing(
-        module.language_model,
-        len(data.tokenizer),
-        computing_device(module.language_model),  # DeepSpeed moves the model only later
-        max_length=data.spec.max_length,
-        rope_scaling=module.spec.rope_scaling,
-    )
+    packing, reason = choose_packing(module)
     rank_zero_info(f"packing: {packing} (auto: {reason})")
     if known is not None and known.packing != packing:
         raise row_order_error([f"packing: {known.packing} → {packing}"])
     return Layout(packing=packing)
+
+
+def choose_packing(module: CausalLMModule) -> tuple[Literal["best_fit", "none"], str]:
+    """Decide `data.packing: auto` on the loaded model.
+
+    Returns:
+        The packing, and the reason.
+    """
+    model, data, rope_scaling = module.language_model, module.data, module.spec.rope_scaling
+    inputs_of = inputs_of_rows(computing_device(model))  # DeepSpeed moves the model only later
+    try:
+        if rope_scaling is not None:
+            check_packing(module.base_model.config, rope_scaling, data.spec.max_length)
+        with module.trainer.precision_plugin.forward_context():
+            found = measure_isolation(
+                model,
+                len(data.tokenizer),
+                inputs_of,
+                max_length=data.spec.max_length,
+                batch_size=data.spec.batch_size,
+            )
+    except UserError as error:
+        return "none", str(error)
+    if not found.verified:
+        return "none", describe_leak(model, found)
+    return "best_fit", "packed documents do not see each other"
 
 
 def check_attention(module: CausalLMModule, *, packs: bool) -> None:
@@ -82,7 +103,7 @@ def check_attention(module: CausalLMModule, *, packs: bool) -> None:
         if packs:
             check_isolation(module)
         elif attention_of(module.base_model.config) == PACKED:
-            run_once(module.language_model, len(module.data.tokenizer), module.device)
+            run_once(module.language_model, len(module.data.tokenizer), inputs_of_rows(module.device))
     for path in paths:
         rank_zero_info(f"attention: {path}")
 
@@ -97,7 +118,11 @@ def check_isolation(module: CausalLMModule) -> None:
     if rope_scaling is not None:
         check_packing(module.base_model.config, rope_scaling, data.spec.max_length)
     difference = verify_isolation(
-        module.language_model, len(data.tokenizer), module.device, max_length=data.spec.max_length
+        module.language_model,
+        len(data.tokenizer),
+        inputs_of_rows(module.device),
+        max_length=data.spec.max_length,
+        batch_size=data.spec.batch_size,
     )
     rank_zero_info(f"packing isolation: verified; packed and separate logits differ by at most {difference:.1e}")
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.training.forward import decoder_inputs, find_any_head, logits_at, router_loss, token_loss_sums
-from sft_lightning.types import IGNORE_INDEX, Batch
+from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLengths
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def batch(supervised: bool = True) -> Batch:
     weights = torch.linspace(0.5, 2.0, 24).view(2, 12)
     made: Any = {
         "input_ids": ids, "labels": labels, "loss_weights": weights, "position_ids": positions,
-        "document_lengths": [[7, 5], [6, 6]],
+        "document_lengths": DocumentLengths([[7, 5], [6, 6]]),
     }  # fmt: skip
     found: Batch = made
     return found

@@ -16,8 +16,7 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
-from sft_lightning.models import isolation
-from sft_lightning.training import startup
+from sft_lightning.training import forward, startup
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of, layout_before_loading
 
@@ -27,8 +26,13 @@ MakeRun = Callable[..., tuple[Trainer, CausalLMModule, SFTDataModule]]
 @pytest.fixture
 def leaking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the probe of isolation read each row as one document, as a model without packed attention does."""
-    logits = isolation._logits
-    monkeypatch.setattr(isolation, "_logits", lambda model, ids, lengths: logits(model, ids, [sum(lengths)]))
+    make = forward.inputs_of_rows
+
+    def joined(device: torch.device) -> Any:
+        inputs_of = make(device)
+        return lambda rows: inputs_of([[torch.cat(list(row))] for row in rows])
+
+    monkeypatch.setattr(startup, "inputs_of_rows", joined)
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar, cast
 
 import torch
 
 from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLength, DocumentLengths, TokenizedExample
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, denominator: float) -> Batch:
@@ -53,3 +56,15 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
         num_tokens=sum(used),
         num_supervised=int((labels != IGNORE_INDEX).sum()),
     )
+
+
+def batch_to(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """Return a batch with its tensors and documents on a device.
+
+    Args:
+        batch: A micro-batch.
+        device: Where to copy them.
+    """
+    movable = (torch.Tensor, DocumentLengths)
+    moved = {key: value.to(device) if isinstance(value, movable) else value for key, value in batch.items()}
+    return cast("AnyBatch", moved)

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.errors import UserError
+from sft_lightning.models.attention.isolation import describe_leak, measure_isolation
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.isolation import describe_leak, measure_isolation
 from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.evaluation import documents_of_row, loss_sums
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.selftest.small_data import SmallData
+from sft_lightning.training.forward import inputs_of_rows
 
 _FLOAT32_TOLERANCE = 1e-5
 
@@ -34,7 +35,12 @@ def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Ch
     module = run.module.to(run.device)
     try:
         with run.trainer.precision_plugin.forward_context():
-            isolation = measure_isolation(module.language_model, len(run.data.tokenizer), run.device)
+            isolation = measure_isolation(
+                module.language_model,
+                len(run.data.tokenizer),
+                inputs_of_rows(run.device),
+                batch_size=run.data.spec.batch_size,
+            )
     except UserError as error:
         yield Check("packing isolation", False, str(error))
         return

@@ -11,6 +11,7 @@ import torch
 
 from sft_lightning.compat.bitsandbytes import without_int8_outliers
 from sft_lightning.compat.transformers import attention_of
+from sft_lightning.data.batches.collate import batch_to
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.collate import PairBatch, collate_pairs
 from sft_lightning.data.pairs.store import PairExample, share_prompt
@@ -99,10 +100,7 @@ def probe_sharing(
     def asked(prompt: np.ndarray, chosen: np.ndarray, *, share: bool) -> torch.Tensor:
         pair = _pair(prompt, chosen[:_ANSWER], rejected[: _ANSWER // 2])
         batch = collate_pairs([[(0, pair)]], together=True, pad_token_id=0, denominator=1.0, share=share)
-        for key, value in batch.items():
-            if isinstance(value, torch.Tensor):
-                batch[key] = value.to(device)  # type: ignore[literal-required]  # the keys are the batch's own
-        return log_probs(batch)[0]
+        return log_probs(batch_to(batch, device))[0]
 
     separate, shared = (asked(prompt, chosen, share=share) for share in (False, True))
     other_answer = asked(prompt, other_chosen, share=True)

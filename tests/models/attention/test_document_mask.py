@@ -14,10 +14,11 @@ from sft_lightning.models.attention.document_mask import (
     document_mask,
     use_document_mask,
 )
+from sft_lightning.models.attention.isolation import measure_isolation
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.isolation import measure_isolation
+from sft_lightning.training.forward import inputs_of_rows
 
-CPU = torch.device("cpu")
+INPUTS = inputs_of_rows(torch.device("cpu"))
 OWN = {
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -42,16 +43,16 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 @pytest.mark.parametrize("name", OWN)
 def test_documents_do_not_see_each_other_in_families_with_their_own_attention(name: str) -> None:
     model = build(name)
-    assert not measure_isolation(model, 50, CPU).verified or name == "gpt_neo"  # which sees the positions
+    assert not measure_isolation(model, 50, INPUTS).verified or name == "gpt_neo"  # which sees the positions
     assert use_document_mask(model)
-    assert measure_isolation(model, 50, CPU, max_length=100).verified
+    assert measure_isolation(model, 50, INPUTS, max_length=100).verified
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_documents_do_not_see_each_other_under_an_adapter(name: str) -> None:
     model: PeftModel = get_peft_model(build(name), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     assert use_document_mask(model)
-    assert measure_isolation(model, 50, CPU).verified
+    assert measure_isolation(model, 50, INPUTS).verified
 
 
 @pytest.mark.parametrize("name", OWN)

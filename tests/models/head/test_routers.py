@@ -11,7 +11,7 @@ from sft_lightning.models.checkpointing import enable_gradient_checkpointing
 from sft_lightning.models.head.routers import find_router_loss, tokens_of_documents
 from sft_lightning.models.head.whole import find_head
 from sft_lightning.training.forward import token_loss_sums
-from sft_lightning.types import IGNORE_INDEX
+from sft_lightning.types import IGNORE_INDEX, DocumentLengths
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def micro_batch() -> Any:
     positions = torch.stack([torch.arange(13), torch.cat([torch.arange(9), torch.arange(4)])])
     return {
         "input_ids": ids, "labels": labels, "loss_weights": (labels != IGNORE_INDEX).float(),
-        "position_ids": positions, "document_lengths": LENGTHS,
+        "position_ids": positions, "document_lengths": DocumentLengths(LENGTHS),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.fsdp2.groups import shard_model
 from sft_lightning.training import losses
 from sft_lightning.training.forward import token_loss_sums
-from sft_lightning.types import Batch
+from sft_lightning.types import Batch, DocumentLengths
 
 CPU = torch.device("cpu")
 VOCABULARY = 50
@@ -51,7 +51,7 @@ def batch(supervised: bool = True) -> Batch:
     labels[0, :5] = labels[1, 9:] = -100
     found: Any = {
         "input_ids": ids, "labels": labels, "position_ids": torch.arange(12).expand(2, 12),
-        "loss_weights": torch.linspace(0.5, 2.0, 24).view(2, 12), "document_lengths": [[12], [12]],
+        "loss_weights": torch.linspace(0.5, 2.0, 24).view(2, 12), "document_lengths": DocumentLengths([[12], [12]]),
     }  # fmt: skip
     made: Batch = found
     return made

@@ -20,7 +20,7 @@ def loaded_run(model_dir: Path, attn_implementation: str) -> Run:
     module.to = lambda device: module
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     trainer = SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace(forward_context=nullcontext))
-    data: Any = SimpleNamespace(tokenizer=range(model.config.vocab_size))
+    data: Any = SimpleNamespace(tokenizer=range(model.config.vocab_size), spec=SimpleNamespace(batch_size=2))
     return Run(module, data, trainer)
 
 
