@@ -168,7 +168,7 @@ def test_nothing_is_planned_before_the_model_has_decided(make_run: MakeRun) -> N
     trainer.strategy._lightning_module = module
     data.setup("fit")
     assert data.report.rows == 0
-    with pytest.raises(RuntimeError, match="decided once the model is loaded"):
+    with pytest.raises(RuntimeError, match="decided when the model is loaded"):
         data.plan(0)
     module.layout = Layout(packing="none")
     assert data.plan(0).num_rows == data.report.rows == 24
