@@ -33,10 +33,10 @@ def delete(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     *path, last = attribute.split(".")
     for part in path:
         owner = getattr(owner, part)
-    bases = owner.__mro__ if isinstance(owner, type) else [owner]
-    for base in bases:
-        if last in vars(base):
-            monkeypatch.delattr(base, last)
+    bases = owner.__mro__ if isinstance(owner, type) else [owner, *type(owner).__mro__]
+    holders = [base for base in bases if last in vars(base)]
+    for holder in holders or [owner]:  # a configuration module of torch removes a name that is in no `vars`
+        monkeypatch.delattr(holder, last)
 
 
 @pytest.mark.parametrize("entry", EVERY, ids=lambda entry: entry.function)
