@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -147,6 +146,28 @@ def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -
             vars(module)["forward"] = own
 
 
+@contextmanager
+@uses(
+    "torch.nn.functional:dropout",
+    feature="plan",
+    since="2.0",
+    replacement="fake tensors of a GPU, which the CPU build of torch refuses to compute with",
+)
+def dropout_replaced_by(function: Callable[..., Any]) -> Iterator[None]:
+    """Patch `torch.nn.functional.dropout`, which every dropout layer calls. The patch ends with the context.
+
+    Args:
+        function: Takes what `dropout` takes.
+    """
+    functional: Any = importlib.import_module("torch.nn.functional")
+    own = functional.dropout
+    functional.dropout = function
+    try:
+        yield
+    finally:
+        functional.dropout = own
+
+
 @uses(
     feature="fused LoRA layers",
     since="2.0",
@@ -174,64 +195,44 @@ def runs_more_than_forward(module: torch.nn.Module) -> bool:
 
 
 @uses(
-    "torch._dynamo.utils:counters",
-    feature="model.torch_compile",
-    since="2.0",
-    replacement="the messages of TORCH_LOGS=graph_breaks,recompiles",
-)
-def num_compiled_graphs() -> int:
-    """Return how many graphs torch has compiled in this process; 0 shows that `torch.compile` compiles nothing."""
-    return int(importlib.import_module("torch._dynamo.utils").counters["stats"]["unique_graphs"])
-
-
-@uses(
-    "torch._dynamo.callback:callback_handler.register_start_callback",
-    "torch._dynamo.callback:callback_handler.register_end_callback",
-    feature="model.torch_compile",
+    "torch.autograd:_unsafe_preserve_version_counter",
+    feature="fused LoRA layers",
     since="2.4",
-    replacement="the messages of TORCH_LOGS=recompiles, which have the times",
+    replacement="`torch.addmm`, which reads and writes the output once more",
 )
-def watch_compilations(note: Callable[[float], None]) -> None:
-    """Report each compilation of this process from now on.
+def hidden_change(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which changes of a tensor in place do not count as changes.
+
+    Selective recomputation keeps the output of a matrix product, and refuses one that changed afterwards.
 
     Args:
-        note: Called after a compilation with the seconds that it took.
+        tensor: Of any shape; nobody may read it between the operation that made it and the change.
     """
-    handler: Any = importlib.import_module("torch._dynamo.callback").callback_handler
-    started = [0.0]
-
-    def start(_: Any) -> None:
-        started[0] = time.perf_counter()
-
-    handler.register_start_callback(start)
-    handler.register_end_callback(lambda _: note(time.perf_counter() - started[0]))
+    return cast(
+        "AbstractContextManager[Any]",
+        importlib.import_module("torch.autograd")._unsafe_preserve_version_counter(tensor),
+    )
 
 
 @uses(
-    "torch._dynamo.exc:TorchDynamoException",
-    feature="model.torch_compile",
-    since="2.0",
-    replacement="`RuntimeError`, which it is derived from",
+    attributes=("_schema",),
+    feature="model.gradient_checkpointing: selective",
+    since="2.4",
+    replacement="a list of the positions of `dropout_p` in the operations of each release",
 )
-def compile_error() -> type[Exception]:
-    """Return the class of the errors of `torch.compile`, those of its backends included."""
-    return cast("type[Exception]", importlib.import_module("torch._dynamo.exc").TorchDynamoException)
+def argument_of(operation: torch._ops.OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the value of an argument in a call of an operation; `None` if the operation does not have it.
 
-
-@uses(
-    "torch._functorch.config:force_non_lazy_backward_lowering",
-    feature="model.torch_compile",
-    since="2.8",
-    replacement="nothing, once backward passes are compiled before they run",
-)
-def compile_backward_with_forward() -> None:
-    """Patch torch's configuration: a backward pass is compiled with its forward pass, not when it first runs.
-
-    A compilation that fails then does so before anything was computed, when there is still another way. The patch
-    stays until the process ends.
+    Args:
+        operation: What was called.
+        name: The argument's name.
+        args: Positional arguments of the call.
+        kwargs: Named arguments of the call.
     """
-    config: Any = importlib.import_module("torch._functorch.config")
-    config.force_non_lazy_backward_lowering = True
+    for position, argument in enumerate(operation._schema.arguments):
+        if argument.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
+    return None
 
 
 @uses(

@@ -229,14 +229,17 @@ def untie_head(model: PreTrainedModel) -> None:
     since="5.17",
     replacement="`activation_checkpointing_enable` alone; the older name goes with transformers 6",
 )
-def recompute_activations(model: PreTrainedModel, every: int) -> None:
+def recompute_activations(
+    model: PreTrainedModel, every: int, contexts: Callable[[], tuple[Any, Any]] | None = None
+) -> None:
     """Recompute decoder layers in the backward pass, not reentrant, under the name that the installed version has.
 
     Args:
         model: The transformers model.
         every: Recompute every n-th decoder layer, starting with the first.
+        contexts: `context_fn` of `torch.utils.checkpoint`: makes the contexts that keep some outputs.
     """
-    options = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False} | ({} if contexts is None else {"context_fn": contexts})
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None:
         enable(activation_checkpointing_kwargs=options, every_n_layers=every)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from sft_lightning.models.checkpointing import Recomputation
 from sft_lightning.strategies.names import FSDP2
 from sft_lightning.strategies.sharding import SHORT_NAMES
 from sft_lightning.training.memory.parts import Memory, Setup
@@ -69,7 +70,7 @@ class Change(NamedTuple):
 def changes(setup: Setup, *, has_adapter: bool, can_quantize: bool) -> Iterator[Change]:
     """Yield changes that save memory, cheapest first; each is applied on top of the previous ones.
 
-    A smaller micro-batch with more accumulation costs only kernel launches, checkpointing about a third of the speed, 4
+    A smaller micro-batch with more accumulation costs only kernel launches, checkpointing up to a third of the speed, 4
     bits some accuracy of the base and time to unpack it. Sharding needs more GPUs, and shorter rows change the data.
 
     Args:
@@ -81,9 +82,10 @@ def changes(setup: Setup, *, has_adapter: bool, can_quantize: bool) -> Iterator[
         factor = setup.batch_size
         setup = replace(setup, batch_size=1)
         yield Change(f"data.batch_size: 1 and {factor} times the trainer.accumulate_grad_batches", setup)
-    if not setup.checkpointing:
-        setup = replace(setup, checkpointing=True)
-        yield Change("model.gradient_checkpointing: true", setup)
+    ways: tuple[Recomputation, ...] = (0, "selective", 1)
+    for how in ways[1 + ways.index(setup.recomputation) if setup.recomputation in ways else -1 :]:
+        setup = replace(setup, recomputation=how)
+        yield Change(f"model.gradient_checkpointing: {'true' if how == 1 else how}", setup)
     if has_adapter and can_quantize and setup.bits is None:
         setup = replace(setup, bits=4)
         yield Change("model.quantization: {bits: 4}", setup)

@@ -14,6 +14,8 @@ from sft_lightning.estimation.fitting import (
 )
 from sft_lightning.estimation.inputs import PlanInputs, check_optimizer_as_fit
 from sft_lightning.estimation.speed import arithmetic, mean_document_length, num_matrix_entries
+from sft_lightning.models.checkpointing import Recomputation, describe_recomputation
+from sft_lightning.training.memory.decision import choices, decide_recomputation, given_recomputation
 from sft_lightning.training.memory.estimate import Estimator
 from sft_lightning.training.memory.parts import GIB, Memory, Setup
 from sft_lightning.training.memory.skeleton import Skeleton, build_skeleton
@@ -63,13 +65,14 @@ def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
     setup = Setup(
         batch_size=data.spec.batch_size,
         max_length=data.spec.max_length,
-        checkpointing=spec.gradient_checkpointing is True,
+        recomputation=given_recomputation(spec.gradient_checkpointing) or 0,
         bits=None if spec.quantization is None else spec.quantization.bits,
         sharding=inputs.sharding,
         num_gpus=topology.world_size,
     )
     if spec.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
-        setup = replace(setup, checkpointing=estimator.memory(setup).total > inputs.gpu_bytes)
+        decision = decide_recomputation(estimator.memory, setup, choices(skeleton.base), inputs.gpu_bytes)
+        setup = replace(setup, recomputation=decision.how)
     return estimator, setup
 
 
@@ -94,14 +97,18 @@ def _data_lines(inputs: PlanInputs) -> Iterator[str]:
 
 
 def _memory_lines(estimator: Estimator, setup: Setup) -> Iterator[str]:
-    yield f"memory of a GPU ({_sharding_label(setup)}, checkpointing {'on' if setup.checkpointing else 'off'}), GiB:"
+    how = describe_recomputation(setup.recomputation)
+    yield f"memory of a GPU ({_sharding_label(setup)}, checkpointing: {how}), GiB:"
     memory = estimator.memory(setup)
     for part in PARTS:
         yield f"  {part:<13} {getattr(memory, part) / GIB:9.3f}"
-    other = replace(setup, checkpointing=not setup.checkpointing)
-    word = "on" if other.checkpointing else "off"
-    instead = estimator.memory(other).total / GIB
-    yield f"  {'peak':<13} {memory.total / GIB:9.3f}  (checkpointing {word}: {instead:.3f})"
+    words: dict[Recomputation, str] = {0: "off", "selective": "selective", 1: "on"}
+    others = [
+        f"{words[other]}: {estimator.memory(replace(setup, recomputation=other)).total / GIB:.3f}"
+        for other in choices(estimator.skeleton.base)
+        if other in words and other != setup.recomputation
+    ]
+    yield f"  {'peak':<13} {memory.total / GIB:9.3f}  (checkpointing {', '.join(others)})"
 
 
 def _sharding_label(setup: Setup) -> str:
@@ -191,16 +198,17 @@ def _speed_lines(inputs: PlanInputs, skeleton: Skeleton, setup: Setup) -> Iterat
     tokens = int(rows.lengths.sum() * (1 - _shared(inputs)))
     if _asks_reference(spec, skeleton):
         per_token = replace(per_token, model=per_token.model + per_token.recomputed)
+    share = 0.0 if setup.recomputation in (0, "selective") else 1 / float(setup.recomputation)
     seconds = per_token.seconds(
         tokens,
         mfu=inputs.mfu,
         tflops=inputs.tflops,
         num_gpus=data.topology.world_size,
-        checkpointing=setup.checkpointing,
+        recomputed=share,
     )
     yield (
         f"arithmetic: {per_token.model / 1e9:.2f} GFLOP per token"
-        + (f" and {per_token.recomputed / 1e9:.2f} for recomputation" if setup.checkpointing else "")
+        + (f" and {share * per_token.recomputed / 1e9:.2f} for recomputation" if share else "")
         + f"; an epoch takes {_duration(seconds)} at {inputs.mfu:.0%} of {inputs.tflops:g} TFLOP/s per GPU"
     )
 

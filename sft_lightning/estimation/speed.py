@@ -51,7 +51,7 @@ class Arithmetic:
     recomputed: float
     """Operations that gradient checkpointing runs a second time."""
 
-    def seconds(self, num_tokens: int, *, mfu: float, tflops: float, num_gpus: int, checkpointing: bool) -> float:
+    def seconds(self, num_tokens: int, *, mfu: float, tflops: float, num_gpus: int, recomputed: float) -> float:
         """Return how long training takes, in seconds.
 
         Args:
@@ -59,9 +59,9 @@ class Arithmetic:
             mfu: Share of the peak that the executed operations reach, 0 to 1.
             tflops: Peak of a GPU in its training type, in 10¹² operations per second.
             num_gpus: GPUs that share the tokens.
-            checkpointing: Whether activations are recomputed.
+            recomputed: Share of the layers that are recomputed, 0 to 1.
         """
-        executed = self.model + (self.recomputed if checkpointing else 0.0)
+        executed = self.model + recomputed * self.recomputed
         return num_tokens * executed / (mfu * tflops * 1e12 * num_gpus)
 
 

@@ -1,96 +1,41 @@
-"""Gradient checkpointing: decide whether it is needed, from activations and free memory, and enable it for layers."""
+"""Gradient checkpointing: which activations are kept for the backward pass, and which are computed again.
+
+Four ways, from the fastest to the one that takes the least memory: keep everything; keep the outputs of matrix products
+and attention of each layer, and compute what is cheap again (`selective`; Korthikanti et al., 2022, arXiv:2205.05198);
+recompute every n-th layer; recompute all layers (Chen et al., 2016, arXiv:1604.06174).
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sft_lightning.compat.torch import argument_of
 from sft_lightning.compat.transformers import recompute_activations
 from sft_lightning.errors import UserError
 
-_GIB = 2**30
-_SHARE_OF_FREE_MEMORY = 0.7
+Recomputation = int | Literal["selective"]
+"""What is recomputed: 0 nothing, n every n-th decoder layer (1: all), `selective` all but products and attention."""
 
 
-@dataclass(frozen=True)
-class CheckpointingDecision:
-    """Whether gradient checkpointing is on, and why."""
-
-    enabled: bool
-    """Whether activations are recomputed."""
-
-    reason: str
-    """Why, for the log."""
-
-    every: int = 1
-    """Recompute every n-th decoder layer, starting with the first; the other layers keep their activations."""
+def describe_recomputation(how: Recomputation) -> str:
+    """Return what is recomputed, in words."""
+    if how == "selective":
+        return "selective, keeping matrix products and attention"
+    ordinal = {0: "off", 1: "every decoder layer", 2: "every second decoder layer", 3: "every third decoder layer"}
+    return ordinal.get(how, f"every {how}th decoder layer")
 
 
-def activation_gib(config: PretrainedConfig, *, tokens: int, bytes_per_value: int) -> float:
-    """Predict the activations that a forward pass keeps for the backward pass, without checkpointing, in GiB.
-
-    Per layer and token, a decoder keeps about 6 hidden, 2 key/value and 3 feed-forward vectors; transformers' unfused
-    layers with a PEFT adapter keep about twice as much. A state space model has no heads; its scan keeps three float32
-    states of each feed-forward channel and token. Logits add three float32 copies of the vocabulary per token.
-
-    Args:
-        config: The model's configuration.
-        tokens: Tokens of a micro-batch on one device.
-        bytes_per_value: Bytes of an activation.
-    """
-    text = config.get_text_config()
-    hidden = text.hidden_size
-    heads = getattr(text, "num_attention_heads", None)
-    kv = hidden * (getattr(text, "num_key_value_heads", None) or heads) // heads if heads else 0
-    feed_forward = getattr(text, "intermediate_size", None) or 4 * hidden
-    per_layer = 2 * (6 * hidden + 2 * kv + 3 * feed_forward) * bytes_per_value
-    if not heads:
-        per_layer += 12 * feed_forward * text.state_size
-    values: float = tokens * (text.num_hidden_layers * per_layer + 12 * text.vocab_size)
-    return values / _GIB
-
-
-def decide_checkpointing(
-    setting: bool | int | Literal["auto"],
-    config: PretrainedConfig,
-    *,
-    tokens: int,
-    bytes_per_value: int,
-    free_gib: float,
-) -> CheckpointingDecision:
-    """Decide whether to recompute activations in the backward pass, which costs about a third of the speed.
-
-    Args:
-        setting: `model.gradient_checkpointing`.
-        config: The model's configuration.
-        tokens: Tokens of a micro-batch on one device.
-        bytes_per_value: Bytes of an activation.
-        free_gib: Free memory of the device, in GiB, after the weights were loaded.
-    """
-    if isinstance(setting, bool):
-        return CheckpointingDecision(setting, f"set to {str(setting).lower()}")
-    if isinstance(setting, int):
-        return CheckpointingDecision(True, f"every {_ordinal(setting)}decoder layer", every=setting)
-    needed = activation_gib(config, tokens=tokens, bytes_per_value=bytes_per_value)
-    enabled = needed > _SHARE_OF_FREE_MEMORY * free_gib
-    sign = ">" if enabled else "≤"
-    return CheckpointingDecision(
-        enabled,
-        f"auto: activations of {tokens} tokens take about {needed:.2f} GiB {sign} "
-        f"{_SHARE_OF_FREE_MEMORY:.0%} of {free_gib:.2f} GiB free",
-    )
-
-
-def free_memory_gib(device: torch.device) -> float:
-    """Return the free memory of a device, in GiB."""
+def free_memory_bytes(device: torch.device) -> float:
+    """Return the free memory of a device, in bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / _GIB
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
@@ -98,20 +43,21 @@ def recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLay
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int:
+def enable_gradient_checkpointing(model: PreTrainedModel, how: Recomputation = 1) -> int:
     """Recompute layers in the backward pass; non-reentrant, so it works with frozen inputs.
 
     Args:
         model: The transformers model, without the PEFT model around it.
-        every: Recompute every n-th decoder layer, starting with the first; 1 recomputes all.
+        how: What is recomputed; not 0. Every n-th layer starts with the first.
 
     Returns:
-        The number of layers that are recomputed.
+        The number of layers of which something is recomputed.
 
     Raises:
-        UserError: If the model does not support it, or has fewer than `every` layers.
+        UserError: If the model does not support it, or has fewer than n layers.
     """
     layers = recomputable_layers(model)
+    every = 1 if how == "selective" else how
     if every > max(1, len(layers)):
         raise UserError(
             f"model.gradient_checkpointing: must be at most {max(1, len(layers))}, the number of decoder layers that "
@@ -119,9 +65,42 @@ def enable_gradient_checkpointing(model: PreTrainedModel, every: int = 1) -> int
         )
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: {model.config.model_type} models do not support it; set false")
-    recompute_activations(model, every)
+    recompute_activations(model, every, selective_contexts if how == "selective" else None)
     return -(-len(layers) // every)
 
 
-def _ordinal(number: int) -> str:
-    return {1: "", 2: "second ", 3: "third "}.get(number, f"{number}th ")
+_PRODUCTS = frozenset(
+    f"aten.{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_scaled_mm", "_grouped_mm")
+)
+
+
+def is_kept(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether selective recomputation keeps an operation's output: that of a matrix product, or of attention.
+
+    Attention with dropout is computed again, so that all random numbers after it are drawn as they were. A low-rank
+    update that is added to an output of the same size is computed again too: its product is small, its output is not.
+
+    Args:
+        operation: An overload of a torch operation.
+        args: Positional arguments of the call.
+        kwargs: Named arguments of the call.
+    """
+    name = str(operation).rpartition(".")[0]
+    if name == "aten.addmm":
+        return bool(args[0].dim() == 1)
+    if name in _PRODUCTS:
+        return True
+    library, _, function = name.partition(".")
+    if library == "bitsandbytes":
+        return "mm" in function or "matmul" in function
+    attends = "attention" in function or "attn" in function
+    return attends and not argument_of(operation, "dropout_p", args, kwargs)
+
+
+def selective_contexts() -> tuple[Any, Any]:
+    """Return the contexts of a layer's forward pass and of its recomputation, for `torch.utils.checkpoint`."""
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-any-return]
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_kept(operation, args, kwargs) else CheckpointPolicy.PREFER_RECOMPUTE

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from sft_lightning.compat.torch import (
-    change_class,
+from sft_lightning.compat.dynamo import (
     compile_backward_with_forward,
     compile_error,
     num_compiled_graphs,
     watch_compilations,
 )
+from sft_lightning.compat.torch import change_class
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED, packed_attention
 from sft_lightning.models.checkpointing import recomputable_layers

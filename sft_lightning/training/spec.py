@@ -29,9 +29,9 @@ class TrainingSpec(ModelSpec):
     """NEFTune (Jain et al., 2023, arXiv:2310.05914): noise on the embeddings while training, within ±alpha /
     sqrt(document length · width)."""
 
-    gradient_checkpointing: bool | int | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass: `true`, `false`, `auto` (only if they do not fit into memory), or a
-    number k to recompute every k-th decoder layer."""
+    gradient_checkpointing: bool | int | Literal["auto", "selective"] = "auto"
+    """Recompute activations in the backward pass: `true`, `false`, `selective` (all but the outputs of matrix products
+    and attention), a number n (every n-th decoder layer), or `auto`: the fastest of these that fits into memory."""
 
     torch_compile: bool = False
     """Compile the decoder layers for training, each by itself."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from sft_lightning.compat.transformers import attention_of
@@ -16,10 +15,12 @@ from sft_lightning.models.attention.isolation import describe_leak, measure_isol
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.attention.paths import noting_paths
 from sft_lightning.models.base.rope import check_packing
-from sft_lightning.models.checkpointing import decide_checkpointing, enable_gradient_checkpointing, free_memory_gib
+from sft_lightning.models.checkpointing import enable_gradient_checkpointing
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.inspection import computing_device
 from sft_lightning.training.forward import inputs_of_rows
+from sft_lightning.training.memory.decision import RecomputationDecision, given_recomputation
+from sft_lightning.training.memory.run_decision import decide_for_run
 
 if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
@@ -129,17 +130,11 @@ def check_isolation(module: CausalLMModule) -> None:
 
 def set_up_layers(module: CausalLMModule) -> None:
     """Decide on gradient checkpointing, and compile the decoder layers if asked to."""
-    spec, data = module.spec, module.data.spec
-    decision = decide_checkpointing(
-        spec.gradient_checkpointing,
-        module.base_model.config,
-        tokens=data.batch_size * data.max_length,
-        bytes_per_value=getattr(torch, spec.dtype).itemsize,
-        free_gib=free_memory_gib(module.device),
-    )
-    rank_zero_info(f"gradient checkpointing: {'on' if decision.enabled else 'off'} ({decision.reason})")
-    if decision.enabled:
-        enable_gradient_checkpointing(module.base_model, decision.every)
-    if spec.torch_compile:
+    how = given_recomputation(module.spec.gradient_checkpointing)
+    decision = decide_for_run(module) if how is None else RecomputationDecision(how, "as set")
+    rank_zero_info(f"gradient checkpointing: {decision}")
+    if decision.how:
+        enable_gradient_checkpointing(module.base_model, decision.how)
+    if module.spec.torch_compile:
         num_layers = compile_layers(module.base_model, rank_zero_info)
         rank_zero_info(f"torch_compile: {num_layers} decoder layers are compiled in the first micro-batch")

@@ -16,7 +16,7 @@ from sft_lightning.estimation.fitting import (
 from sft_lightning.strategies.sharding import REPLICATED, fsdp2_sharding
 from sft_lightning.training.memory.parts import Memory, Setup
 
-SETUP = Setup(batch_size=4, max_length=2048, checkpointing=False, bits=None, sharding=REPLICATED)
+SETUP = Setup(batch_size=4, max_length=2048, recomputation=0, bits=None, sharding=REPLICATED)
 
 
 def memory(setup: Setup) -> Memory:
@@ -35,15 +35,17 @@ def test_the_largest_batch_size_and_max_length_that_fit_are_found() -> None:
 def test_changes_are_cheapest_first_and_skip_what_is_already_set() -> None:
     words = [change.words for change in changes(SETUP, has_adapter=True, can_quantize=True)]
     assert words[0].startswith("data.batch_size: 1 and 4 times")
-    assert words[1:3] == ["model.gradient_checkpointing: true", "model.quantization: {bits: 4}"]
+    assert words[1:4] == [
+        "model.gradient_checkpointing: selective", "model.gradient_checkpointing: true", "model.quantization: {bits: 4}"
+    ]  # fmt: skip
     assert words[-1].startswith("data.max_length: 512")
-    done = replace(SETUP, batch_size=1, checkpointing=True, bits=4)
+    done = replace(SETUP, batch_size=1, recomputation=1, bits=4)
     first = next(iter(changes(done, has_adapter=True, can_quantize=True)))
     assert first.words.startswith("2 GPUs")
 
 
 def test_a_model_that_is_sharded_over_enough_gpus_gets_no_more_of_them() -> None:
-    sharded = replace(SETUP, batch_size=1, checkpointing=True, bits=4, sharding=fsdp2_sharding(), num_gpus=8)
+    sharded = replace(SETUP, batch_size=1, recomputation=1, bits=4, sharding=fsdp2_sharding(), num_gpus=8)
     words = [change.words for change in changes(sharded, has_adapter=True, can_quantize=True)]
     assert all(each.startswith("data.max_length") for each in words)
 

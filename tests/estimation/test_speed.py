@@ -16,7 +16,7 @@ def test_a_token_of_llama_2_7b_takes_the_published_operations() -> None:
     assert lora.model == pytest.approx(28.28e9, rel=1e-3)
     assert full.model == pytest.approx(41.25e9, rel=1e-3)
     slow, fast = (
-        lora.seconds(10**6, mfu=0.5, tflops=100, num_gpus=2, checkpointing=recompute) for recompute in (True, False)
+        lora.seconds(10**6, mfu=0.5, tflops=100, num_gpus=2, recomputed=recompute) for recompute in (True, False)
     )
     assert fast == pytest.approx(28.28e15 / 1e14, rel=1e-3)
     assert slow / fast == pytest.approx(1 + lora.recomputed / lora.model)

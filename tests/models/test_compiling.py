@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from sft_lightning.compat.torch import num_compiled_graphs
+from sft_lightning.compat.dynamo import num_compiled_graphs
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.checkpointing import enable_gradient_checkpointing, recomputable_layers

@@ -16,6 +16,7 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
+from sft_lightning.models.checkpointing import recomputable_layers
 from sft_lightning.training import forward, startup
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of, layout_before_loading
@@ -84,15 +85,23 @@ def test_isolation_is_checked_in_the_precision_that_trains(make_run: MakeRun) ->
     assert seen == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("setting", "enabled"), [(True, True), (False, False), ("auto", False)])
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (True, "every decoder layer (as set)"),
+        (False, "off (as set)"),
+        ("selective", "selective, keeping matrix products and attention (as set)"),
+        ("auto", "off (auto: at most"),
+    ],
+)
 def test_gradient_checkpointing_is_set_up_as_decided(
-    setting: Any, enabled: bool, make_run: MakeRun, caplog: pytest.LogCaptureFixture
+    setting: Any, words: str, make_run: MakeRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer, module, data = make_run(gradient_checkpointing=setting, trainer_max_steps=1)
     with caplog.at_level(logging.INFO):
         trainer.fit(module, data)
-    assert module.base_model.is_gradient_checkpointing is enabled
-    assert f"gradient checkpointing: {'on' if enabled else 'off'} (" in caplog.text
+    assert any(layer.gradient_checkpointing for layer in recomputable_layers(module.base_model)) is (words[:3] != "off")
+    assert f"gradient checkpointing: {words}" in caplog.text
 
 
 def test_auto_packs_if_documents_do_not_see_each_other(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:

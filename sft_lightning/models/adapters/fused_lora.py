@@ -24,7 +24,7 @@ from peft.tuners import lora
 from torch.autograd.function import once_differentiable
 
 from sft_lightning.compat.deepspeed import is_partitioned
-from sft_lightning.compat.torch import change_class, runs_more_than_forward
+from sft_lightning.compat.torch import change_class, hidden_change, runs_more_than_forward
 
 
 class _LoraUpdate(torch.autograd.Function):
@@ -57,9 +57,13 @@ class _LoraUpdate(torch.autograd.Function):
         """
         state = _random_state(x.device) if dropout else None
         low_rank = (x * _mask(x, dropout) if dropout else x) @ lora_a.to(x.dtype).T
-        y = base if weight is None else F.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
         up = lora_b.to(x.dtype).T
-        y = torch.addmm(y, low_rank, up, alpha=scaling) if weight is None else y.addmm_(low_rank, up, alpha=scaling)
+        if weight is None:
+            y = torch.addmm(base, low_rank, up, alpha=scaling)
+        else:
+            y = F.linear(x, _dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+            with hidden_change(y):
+                y = y.addmm_(low_rank, up, alpha=scaling)
         ctx.save_for_backward(x, lora_a, lora_b, low_rank, weight)
         ctx.scaling, ctx.dropout, ctx.state = scaling, dropout, state
         return y

@@ -8,9 +8,10 @@ from typing import Literal
 import torch
 
 from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.checkpointing import Recomputation
 from sft_lightning.strategies.fsdp2.groups import shard_groups
 from sft_lightning.training.memory.parts import Memory, Setup, StepBytes
-from sft_lightning.training.memory.simulation import fake_optimizer, optimizer_bytes, simulate_step
+from sft_lightning.training.memory.simulation import Device, fake_optimizer, optimizer_bytes, simulate_step
 from sft_lightning.training.memory.skeleton import Skeleton, stored_bytes, stored_bytes_of
 from sft_lightning.training.spec import TrainingSpec
 
@@ -34,6 +35,7 @@ class Estimator:
         max_length: `data.max_length`.
         accumulates: Whether gradients are kept for a later micro-batch.
         of_pairs: Whether the loss is that of `task: dpo`.
+        device: The device that is imitated.
     """
 
     def __init__(
@@ -45,9 +47,11 @@ class Estimator:
         max_length: int,
         accumulates: bool,
         of_pairs: bool = False,
+        device: Device = "cuda",
     ) -> None:
         self._spec = spec
         self._of_pairs = of_pairs
+        self._device = device
         self.skeleton = skeleton
         """The model, without weights."""
 
@@ -74,7 +78,7 @@ class Estimator:
             frozen, trained, gradients, optimizer = self._deepspeed_bytes(quantization)
         # Sharded gradients are freed as soon as they are reduced; the shards wait, and are counted at shard size.
         waiting = self._accumulates or shards.gradients > 1 or sharding.offloads_optimizer
-        step = self.step(setup.batch_size * setup.max_length, setup.checkpointing, setup.bits, has_gradients=waiting)
+        step = self.step(setup.batch_size * setup.max_length, setup.recomputation, setup.bits, has_gradients=waiting)
         made = 0.0 if waiting else self.trained_bytes  # the simulated peak includes them
         kept = max(0.0, min(step.kept, step.peak - made))  # in full fine-tuning most are freed before the peak
         weights, adapter = (frozen + trained, 0.0) if self._spec.adapter is None else (frozen, trained)
@@ -116,33 +120,34 @@ class Estimator:
         """The type that DeepSpeed casts the model to; `None` if it keeps the types."""
         return getattr(torch, {"bf16": "bfloat16", "16": "float16"}.get(self._precision.partition("-")[0], ""), None)
 
-    def step(self, num_tokens: int, checkpointing: bool, bits: int | None, *, has_gradients: bool) -> StepBytes:
+    def step(self, num_tokens: int, how: Recomputation, bits: int | None, *, has_gradients: bool) -> StepBytes:
         """Return the bytes of a micro-batch, interpolated between two simulated ones.
 
         Args:
             num_tokens: Tokens of the micro-batch.
-            checkpointing: Whether activations are recomputed.
+            how: What is recomputed in the backward pass.
             bits: Bits of the base's quantized weights; `None` if they are not quantized.
             has_gradients: Whether gradients of an earlier micro-batch exist already.
         """
         short, long = self._lengths
-        low, high = (self._simulated(length, checkpointing, bits == 8, has_gradients) for length in (short, long))
+        low, high = (self._simulated(length, how, bits == 8, has_gradients) for length in (short, long))
         if num_tokens == long or short == long:
             return high
         share = (num_tokens - short) / (long - short)
         return StepBytes(*(max(0.0, a + share * (b - a)) for a, b in zip(low, high, strict=True)))
 
     @functools.lru_cache(maxsize=16)  # noqa: B019 (one estimator per command)
-    def _simulated(self, length: int, checkpointing: bool, int8: bool, has_gradients: bool) -> StepBytes:
+    def _simulated(self, length: int, how: Recomputation, int8: bool, has_gradients: bool) -> StepBytes:
         step = simulate_step(
             self.skeleton,
             batch_size=1,
             max_length=length,
-            gradient_checkpointing=checkpointing,
+            recomputation=how,
             precision=self._precision,
             has_gradients=has_gradients,
-            int8="cuda" if int8 else None,
+            int8=int8,
             of_pairs=self._of_pairs,
+            device=self._device,
         )
         return StepBytes(step.kept, step.peak)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sft_lightning.models.checkpointing import Recomputation
 from sft_lightning.strategies.sharding import ShardingSpec, Shards
 
 GIB = 2**30
@@ -30,8 +31,8 @@ class Setup:
     max_length: int
     """Tokens per row."""
 
-    checkpointing: bool
-    """Whether activations are recomputed in the backward pass."""
+    recomputation: Recomputation
+    """What is recomputed in the backward pass."""
 
     bits: int | None
     """Bits of the base's quantized weights: 4 or 8; `None` if they are not quantized."""

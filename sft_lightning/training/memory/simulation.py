@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch.optim import Optimizer
 
-from sft_lightning.compat.torch import forward_replaced_by
+from sft_lightning.compat.torch import dropout_replaced_by, forward_replaced_by
+from sft_lightning.models.checkpointing import Recomputation
 from sft_lightning.training.losses import Targets, linear_cross_entropy, projected_log_probs
-from sft_lightning.training.memory.skeleton import Skeleton, checkpointing
+from sft_lightning.training.memory.skeleton import Skeleton, recomputing
 from sft_lightning.training.memory.tracker import StorageTracker
 from sft_lightning.training.optim import build_optimizer
 
-Int8Kernel = Literal["cuda", "cpu"]
-"""The device whose bitsandbytes kernels are imitated; they make different copies."""
+Device = Literal["cuda", "cpu"]
+"""The device that is imitated: its dropout, and bitsandbytes' kernels, keep and copy other tensors."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ def simulate_step(
     *,
     batch_size: int,
     max_length: int,
-    gradient_checkpointing: bool,
+    recomputation: Recomputation,
     precision: str = "32-true",
     has_gradients: bool = False,
-    int8: Int8Kernel | None = None,
+    int8: bool = False,
     of_pairs: bool = False,
+    device: Device = "cuda",
 ) -> SimulatedStep:
     """Run a forward and a backward pass on tensors without values.
 
@@ -52,14 +54,16 @@ def simulate_step(
         skeleton: The model without weights.
         batch_size: Rows.
         max_length: Tokens per row.
-        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        recomputation: What is recomputed in the backward pass.
         precision: `trainer.precision` in its long form, such as `bf16-mixed`.
         has_gradients: Whether gradients of an earlier micro-batch exist already; they are not counted then.
-        int8: Device whose LLM.int8 kernels the frozen linear layers imitate; `None` if they are not in 8 bits.
+        int8: Whether the frozen linear layers imitate LLM.int8's.
         of_pairs: Whether the loss is that of `task: dpo`.
+        device: The device that is imitated.
     """
-    layers = int8_layers(skeleton.base, skeleton.linears, int8)
-    with skeleton.mode, checkpointing(skeleton.base, gradient_checkpointing), layers:
+    layers = int8_layers(skeleton.base, skeleton.linears, device if int8 else None)
+    dropout = dropout_replaced_by(_cuda_dropout) if device == "cuda" else nullcontext()
+    with skeleton.mode, recomputing(skeleton.base, recomputation), layers, dropout:
         for parameter in skeleton.trainable:
             parameter.grad = torch.zeros_like(parameter) if has_gradients else None
         try:
@@ -165,6 +169,11 @@ def optimizer_bytes(skeleton: Skeleton, optimizer: Optimizer) -> float | None:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
 
+def _cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """Dropout that keeps what it keeps on a GPU: a mask of one byte per value. On the CPU it is of the input's type."""
+    return torch.native_dropout(input, p, training)[0] if training and p else input
+
+
 class _Int8Linear(torch.autograd.Function):
     """A linear layer for fake tensors that allocates what LLM.int8's does.
 
@@ -183,7 +192,9 @@ class _Int8Linear(torch.autograd.Function):
         codes = torch.empty_like(half, dtype=torch.int8)
         del half
         sums = torch.empty(len(flat), len(weight), dtype=torch.int32, device=x.device)
-        out = sums.to(x.dtype)
+        out = torch.mm(
+            flat, flat.new_empty(1, 1).expand(flat.shape[1], len(weight))
+        )  # selective recomputation keeps it
         del codes, sums
         return out.view(*x.shape[:-1], len(weight))
 
@@ -199,7 +210,7 @@ def _unpacked(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @contextmanager
-def int8_layers(model: torch.nn.Module, linears: Collection[int], kernel: Int8Kernel | None) -> Iterator[None]:
+def int8_layers(model: torch.nn.Module, linears: Collection[int], kernel: Device | None) -> Iterator[None]:
     """Make linear layers allocate what LLM.int8's do while the context is open.
 
     Args:
@@ -217,6 +228,6 @@ def int8_layers(model: torch.nn.Module, linears: Collection[int], kernel: Int8Ke
         yield
 
 
-def _forward(layer: torch.nn.Linear, kernel: Int8Kernel, x: torch.Tensor) -> torch.Tensor:
+def _forward(layer: torch.nn.Linear, kernel: Device, x: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = _Int8Linear.apply(x, layer.weight, layer.bias, kernel)  # type: ignore[no-untyped-call]
     return out

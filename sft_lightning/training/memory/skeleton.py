@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from sft_lightning.compat.torch import fake_tensor_mode
-from sft_lightning.compat.transformers import keep_activations, recompute_activations
+from sft_lightning.compat.transformers import keep_activations
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.continuation import read_adapter_config
@@ -22,6 +22,7 @@ from sft_lightning.models.adapters.trainable import train_only
 from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
+from sft_lightning.models.checkpointing import Recomputation, enable_gradient_checkpointing
 from sft_lightning.models.inspection import base_model
 from sft_lightning.models.spec import ModelSpec
 
@@ -194,17 +195,17 @@ def quantized_bytes(numel: int, columns: int, quantization: QuantizationConfig) 
 
 
 @contextmanager
-def checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+def recomputing(model: PreTrainedModel, how: Recomputation) -> Iterator[None]:
     """Enable gradient checkpointing while the context is open.
 
     Args:
         model: The transformers model.
-        enabled: Whether to; otherwise nothing changes.
+        how: What is recomputed; with 0, nothing changes.
     """
-    if enabled:
-        recompute_activations(model, 1)
+    if how:
+        enable_gradient_checkpointing(model, how)
     try:
         yield
     finally:
-        if enabled:
+        if how:
             keep_activations(model)

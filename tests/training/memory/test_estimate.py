@@ -37,7 +37,7 @@ def estimator(adapter: AdapterConfig | None = None, precision: str = "32-true") 
 
 
 def memory(estimator: Estimator, sharding: ShardingSpec, num_gpus: int = 4, bits: int | None = None) -> Memory:
-    setup = Setup(batch_size=1, max_length=32, checkpointing=False, bits=bits, sharding=sharding, num_gpus=num_gpus)
+    setup = Setup(batch_size=1, max_length=32, recomputation=0, bits=bits, sharding=sharding, num_gpus=num_gpus)
     return estimator.memory(setup)
 
 
@@ -51,7 +51,7 @@ def test_one_gpu_holds_the_full_model_and_no_buffers() -> None:
 
 def test_gradients_of_one_gpu_count_at_the_peak_and_sharded_ones_beside_it() -> None:
     full = estimator()
-    options: Any = {"batch_size": 1, "max_length": 32, "gradient_checkpointing": False}
+    options: Any = {"batch_size": 1, "max_length": 32, "recomputation": 0}
     alone, divided = memory(full, REPLICATED, 1), memory(full, fsdp2_sharding())
     step = simulate_step(full.skeleton, **options)
     assert alone.activations + alone.temporary + alone.gradients == step.peak
@@ -111,6 +111,6 @@ def test_long_rows_of_a_state_space_model_are_extrapolated_from_short_ones() -> 
     shape = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     spec = TrainingSpec(from_config=shape, tokenizer_name_or_path="none", dtype="float32")
     found = Estimator(spec, build_skeleton(spec, 100), precision="32-true", max_length=4096, accumulates=False)
-    kept = [found.step(tokens, False, None, has_gradients=True).kept for tokens in (1024, 2048, 4096)]
+    kept = [found.step(tokens, 0, None, has_gradients=True).kept for tokens in (1024, 2048, 4096)]
     assert kept[2] - kept[1] == pytest.approx(2 * (kept[1] - kept[0]))
     assert kept[0] > 0

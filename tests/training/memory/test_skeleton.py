@@ -14,7 +14,7 @@ from sft_lightning.estimation.speed import num_matrix_entries
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.spec import ModelSpec
-from sft_lightning.training.memory.skeleton import build_skeleton, checkpointing, quantized_bytes, stored_bytes
+from sft_lightning.training.memory.skeleton import build_skeleton, quantized_bytes, recomputing, stored_bytes
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -68,7 +68,7 @@ def test_frozen_and_trained_bytes_are_those_of_the_stored_types() -> None:
 
 def test_checkpointing_is_enabled_only_inside() -> None:
     base = build_skeleton(spec(), 100).base
-    with checkpointing(base, enabled=True):
+    with recomputing(base, 1):
         assert base.is_gradient_checkpointing
     assert not base.is_gradient_checkpointing
 
