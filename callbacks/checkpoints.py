@@ -15,7 +15,8 @@ from sft_lightning.compat.lightning.loops import is_accumulating
 class TimedCheckpoint(ModelCheckpoint):
     """Lightning's `ModelCheckpoint` with a time interval: overwrites `checkpoints/last.ckpt`, and keeps no other file.
 
-    The clock is read once per optimizer step, when all processes can agree on it, not at every micro-batch.
+    The clock is read when an optimizer step has ended. Several processes agree on it by a message between their GPUs,
+    so they read it only where the run logs, and waits for the GPUs anyway.
 
     Args:
         train_time_interval: Time between two checkpoints, such as `"02:00:00"`.
@@ -32,7 +33,8 @@ class TimedCheckpoint(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if the interval is over and an optimizer step has ended."""
-        if not is_accumulating(trainer):
+        every = max(1, getattr(trainer, "log_every_n_steps", 1)) if trainer.world_size > 1 else 1
+        if not is_accumulating(trainer) and trainer.global_step % every == 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 

@@ -10,11 +10,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PretrainedConfig
 
+from sft_lightning.batch import Batch
 from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.estimation.speed import arithmetic, mean_document_length, num_matrix_entries, peak_tflops
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of
-from sft_lightning.types import Batch
 
 
 class Throughput(Callback):

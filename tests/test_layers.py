@@ -13,6 +13,7 @@ MODULES = sorted([*(ROOT / "sft_lightning").rglob("*.py"), *(ROOT / "callbacks")
 
 LAYERS = (
     ("sft_lightning", "sft_lightning.errors", "sft_lightning.types", "sft_lightning.terminal"),
+    ("sft_lightning.batch",),
     ("sft_lightning.compat",),
     ("sft_lightning.tokenizer",),
     ("sft_lightning.data.formats", "sft_lightning.data.sources"),

@@ -31,7 +31,7 @@ def measure(job: Job) -> Answer:
             batch["input_ids"], position_ids=batch["position_ids"], document_lengths=batch["document_lengths"],
             use_cache=False,
         ).last_hidden_state  # fmt: skip
-        targets = find_targets(batch["labels"], batch["loss_weights"])
+        targets = find_targets(batch)
         sums = linear_cross_entropy(hidden.flatten(0, 1)[targets.positions], model.lm_head.weight, None, targets)
         loss = sums.loss / batch["denominator"]
         loss.backward()

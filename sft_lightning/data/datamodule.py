@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerFast
 
+from sft_lightning.batch import Batch, pinned
 from sft_lightning.data.batches.example_kind import Conversations, ExampleKind
 from sft_lightning.data.batches.generation_prompts import PromptBatch, PromptLoader, prompts_of
 from sft_lightning.data.batches.loader import Document, EvaluationLoader, TrainLoader
@@ -32,7 +33,6 @@ from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.store_cache import Prepared
 from sft_lightning.errors import UserError
 from sft_lightning.tokenizer import load_tokenizer
-from sft_lightning.types import Batch
 
 Spec = TypeVar("Spec", bound=DataSpec)
 
@@ -291,4 +291,7 @@ class SFTDataModule(LightningDataModule):
         return EvaluationLoader(plan, topology, part.store, self._collate)
 
     def _collate(self, rows: Sequence[Sequence[Document]], denominator: float) -> Batch:
-        return self.kind.collate(rows, layout=self.layout, pad_token_id=self.pad_token_id, denominator=denominator)
+        """Return rows as a micro-batch, in page-locked memory if it is copied to a GPU."""
+        batch = self.kind.collate(rows, layout=self.layout, pad_token_id=self.pad_token_id, denominator=denominator)
+        strategy = getattr(self.trainer, "strategy", None)
+        return pinned(batch) if strategy is not None and strategy.root_device.type == "cuda" else batch

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.compat.dynamo import (
     compile_backward_with_forward,
     compile_error,
@@ -19,7 +20,6 @@ from sft_lightning.compat.torch import change_class
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.packed import PACKED, packed_attention
 from sft_lightning.models.checkpointing import recomputable_layers
-from sft_lightning.types import DocumentLengths
 
 
 class CompilationLog:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class EmbeddingNoise:
         if alpha <= 0:
             raise UserError(f"model.neftune_alpha: must be above 0 (got {alpha}); null adds no noise")
         self.alpha = alpha
-        self._document_lengths: list[list[int]] | None = None
+        self._documents: DocumentLengths | None = None
 
     def attach(self, model: PreTrainedModel) -> None:
         """Add the noise to a model, with or without an adapter; evaluation and the state dict do not change."""
@@ -39,14 +40,19 @@ class EmbeddingNoise:
         model.base_model.register_forward_pre_hook(self._note_documents, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add_noise)
 
-    def _note_documents(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._document_lengths = kwargs.get("document_lengths")
+    def _note_documents(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+        documents = kwargs.get("document_lengths")
+        if documents is not None and not isinstance(documents, DocumentLengths):
+            documents = DocumentLengths(documents).to(module.device)
+        self._documents = documents
 
     def _add_noise(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return output
         rows, length, width = output.shape
-        documents = self._document_lengths or [[length]] * rows
-        bounds = [[self.alpha / math.sqrt(n * width) for n in row for _ in range(n)] for row in documents]
-        bound = torch.tensor(bounds, dtype=output.dtype).to(output.device)[..., None]
-        return output + torch.empty_like(output).uniform_(-1, 1) * bound
+        noise = torch.empty_like(output).uniform_(-1, 1)
+        if self._documents is None:
+            return output + noise * (self.alpha / math.sqrt(length * width))
+        lengths = self._documents.starts[0].diff()
+        of_tokens = lengths.repeat_interleave(lengths, output_size=rows * length).view(rows, length, 1)
+        return output + noise * (self.alpha / (of_tokens.double() * width).sqrt()).to(output.dtype)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sft_lightning.batch import Batch, batch_to
 from sft_lightning.compat.bitsandbytes import without_int8_outliers
-from sft_lightning.data.batches.collate import batch_to, collate
+from sft_lightning.data.batches.collate import collate
 from sft_lightning.data.batches.loader import documents_of
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.store import PairExample
@@ -17,7 +18,7 @@ from sft_lightning.models.inspection import evaluating
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.training.forward import decoder_inputs
 from sft_lightning.training.losses import LossSums, cross_entropy_sums, find_targets
-from sft_lightning.types import Batch, TokenizedExample
+from sft_lightning.types import TokenizedExample
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context of a forward pass, such as autocast."""
@@ -81,7 +82,7 @@ def evaluate(model: torch.nn.Module, batch: Batch, precision: Precision) -> Eval
         precision: Makes the context of the forward pass.
     """
     model.eval()
-    targets = find_targets(batch["labels"], batch["loss_weights"])
+    targets = find_targets(batch)
     with precision():
         out = model(**decoder_inputs(batch))
     logits = out.logits.flatten(0, 1)[targets.positions].float()

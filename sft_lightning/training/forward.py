@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from sft_lightning.data.batches.collate import batch_to, collate
+from sft_lightning.batch import Batch, SupervisedPositions, batch_to
+from sft_lightning.data.batches.collate import collate
 from sft_lightning.models.attention.isolation import MakeInputs
 from sft_lightning.models.head.routers import find_router_loss, tokens_of_documents
 from sft_lightning.models.head.sharded import ShardedHead, find_sharded_head
@@ -24,7 +25,7 @@ from sft_lightning.training.losses import (
     linear_cross_entropy,
     projected_cross_entropy,
 )
-from sft_lightning.types import Batch, TokenizedExample
+from sft_lightning.types import TokenizedExample
 
 
 def find_any_head(
@@ -82,13 +83,13 @@ def token_loss_sums(model: PreTrainedModel | PeftModel, head: Head | ShardedHead
         head: The model's head, a sharded one if its weights are sharded; `None` to use the model's own logits.
         batch: Packed rows.
     """
-    targets = find_targets(batch["labels"], batch["loss_weights"])
+    targets = find_targets(batch)
     inputs = decoder_inputs(batch)
     if head is None:
-        logits, out = logits_at(model, inputs, targets.positions)
+        logits, out = logits_at(model, inputs, batch["supervised"])
         sums = cross_entropy_sums(logits, targets)
     elif isinstance(head, ShardedHead):
-        sums, out = _sums_within(model, head, inputs, targets)
+        sums, out = _sums_within(model, head, inputs, targets, batch["supervised"])
     else:
         out = head.decoder(**inputs)
         sums = _sums_under(head, out.last_hidden_state.flatten(0, 1)[targets.positions], targets, base_model(model))
@@ -107,17 +108,21 @@ def _sums_under(head: Head, hidden: torch.Tensor, targets: Targets, base: PreTra
 
 
 def _sums_within(
-    model: PreTrainedModel | PeftModel, head: ShardedHead, inputs: dict[str, Any], targets: Targets
+    model: PreTrainedModel | PeftModel,
+    head: ShardedHead,
+    inputs: dict[str, Any],
+    targets: Targets,
+    supervised: SupervisedPositions,
 ) -> tuple[LossSums, Any]:
     """Return the loss sums, computed in the place of the head, and the model's whole output."""
-    columns, rows, index = _places(inputs, targets.positions)
 
     def sums(hidden: torch.Tensor) -> torch.Tensor:
-        found = linear_cross_entropy(hidden[rows, index], head.module.weight, head.module.bias, targets)
+        hidden = hidden[supervised.rows, supervised.column_index]
+        found = linear_cross_entropy(hidden, head.module.weight, head.module.bias, targets)
         return torch.stack([found.loss, found.correct]).view(1, 1, 2).clone()  # FSDP2 wants no views
 
     with head.replaced_by(sums):
-        out = model(**inputs, logits_to_keep=columns)
+        out = model(**inputs, logits_to_keep=supervised.columns)
     loss, correct = out.logits.flatten()
     return LossSums(loss, targets.weights.sum(), correct), out
 
@@ -138,25 +143,17 @@ def router_loss(model: PreTrainedModel | PeftModel, outputs: Any, batch: Batch) 
 
 
 def logits_at(
-    model: PreTrainedModel | PeftModel, inputs: dict[str, Any], positions: torch.Tensor
+    model: PreTrainedModel | PeftModel, inputs: dict[str, Any], supervised: SupervisedPositions
 ) -> tuple[torch.Tensor, Any]:
     """Return the model's own logits at some positions; it computes those of all columns that contain a position.
 
     Args:
         model: The model, adapters included.
         inputs: As `decoder_inputs` makes them.
-        positions: Positions in the flattened (B · S) micro-batch, (N,).
+        supervised: N positions.
 
     Returns:
         The logits, (N, V), and the model's whole output.
     """
-    columns, rows, index = _places(inputs, positions)
-    out = model(**inputs, logits_to_keep=columns)
-    return out.logits[rows, index], out
-
-
-def _places(inputs: dict[str, Any], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the columns that contain a position, and for each position its row and its index among the columns."""
-    width = inputs["input_ids"].shape[1]
-    columns, index = torch.unique(positions % width, return_inverse=True)
-    return columns, positions // width, index
+    out = model(**inputs, logits_to_keep=supervised.columns)
+    return out.logits[supervised.rows, supervised.column_index], out

@@ -1,4 +1,4 @@
-"""Token-weighted cross entropy over supervised tokens; the only place that shifts labels.
+"""Token-weighted cross entropy over supervised tokens.
 
 A token is predicted at the position before it. Logits are computed only at these positions, in chunks of a few hundred,
 and each chunk is turned into gradients at once. The (tokens × vocabulary) matrix of logits never exists, so the head's
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from sft_lightning.types import IGNORE_INDEX
+from sft_lightning.batch import Batch
 
 CHUNK_LOGITS = 1 << 25
 """Number of logits in a chunk: 128 MiB in float32."""
@@ -48,16 +48,16 @@ class Targets(NamedTuple):
     """Loss weights, float32, (N,)."""
 
 
-def find_targets(labels: torch.Tensor, loss_weights: torch.Tensor) -> Targets:
-    """Return the supervised tokens, and the positions that predict them.
+def find_targets(batch: Batch) -> Targets:
+    """Return the supervised tokens of a micro-batch, and the positions that predict them; waits for no device.
 
     Args:
-        labels: Aligned labels, (B, S).
-        loss_weights: Aligned weights, (B, S).
+        batch: Packed rows.
     """
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    positions = (shifted != IGNORE_INDEX).nonzero().squeeze(1)
-    return Targets(positions, shifted[positions], F.pad(loss_weights[:, 1:], (0, 1)).flatten()[positions].float())
+    positions = batch["supervised"].flat
+    return Targets(
+        positions, batch["labels"].flatten()[positions + 1], batch["loss_weights"].flatten()[positions + 1].float()
+    )
 
 
 def cross_entropy_sums(logits: torch.Tensor, targets: Targets) -> LossSums:

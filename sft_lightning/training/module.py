@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from sft_lightning.batch import Batch
 from sft_lightning.compat.bitsandbytes import store_4bit_as_bytes
 from sft_lightning.compat.lightning.loops import is_accumulating, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
@@ -37,7 +38,6 @@ from sft_lightning.training.optim import build_optimizer, check_float16, clip_gr
 from sft_lightning.training.preference.objective import PreferenceObjective
 from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
 from sft_lightning.training.step import LossScale, NonfiniteLosses, StepSums
-from sft_lightning.types import Batch
 
 
 class CausalLMModule(LightningModule):

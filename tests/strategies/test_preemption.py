@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from sft_lightning.strategies.preemption import Preemption, last_checkpoint
+from sft_lightning.strategies.preemption import Preemption, SignalVote, last_checkpoint, steps_between_votes
 
 
 class Module(LightningModule):
@@ -77,3 +77,35 @@ def test_the_last_checkpoint_is_beside_the_others(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     assert last_checkpoint(trainer(tmp_path, ModelCheckpoint(dirpath=folder))) == folder / "last.ckpt"
     assert last_checkpoint(trainer(tmp_path)) == tmp_path / "checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(0.0, 1), (30.0, 1), (1.0, 1), (0.3, 3), (0.1, 10), (0.001, 50)], ids=str
+)
+def test_processes_compare_their_signals_about_once_a_second_and_once_in_a_logging_interval(
+    seconds: float, steps: int
+) -> None:
+    assert steps_between_votes(seconds, max_steps=50) == steps
+
+
+def test_a_process_alone_compares_with_nobody() -> None:
+    vote = SignalVote(1, max_steps=50)
+    assert not vote.any_signalled(False, 1)
+    assert vote.any_signalled(True, 2)
+
+
+def test_processes_compare_at_the_same_steps_and_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged: list[list[float]] = []
+    seconds = 0.25  # of the slower process
+
+    def all_reduce(flags: torch.Tensor, op: Any, group: Any) -> None:
+        exchanged.append(flags.tolist())
+        flags[1] = seconds if len(exchanged) > 1 else 0.0
+        flags[0] = 1.0 if len(exchanged) == 4 else flags[0]
+
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    vote = SignalVote(2, max_steps=3)
+    answers = {step: vote.any_signalled(False, step) for step in range(1, 12)}
+    assert len(exchanged) == 5
+    assert {step for step, answer in answers.items() if answer} == {8}  # of 1, 2, 5, 8 and 11

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from sft_lightning.batch import Batch, DocumentLengths, SupervisedPositions
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.training.forward import decoder_inputs, find_any_head, logits_at, router_loss, token_loss_sums
-from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLengths
+from sft_lightning.types import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def batch(supervised: bool = True) -> Batch:
     weights = torch.linspace(0.5, 2.0, 24).view(2, 12)
     made: Any = {
         "input_ids": ids, "labels": labels, "loss_weights": weights, "position_ids": positions,
-        "document_lengths": DocumentLengths([[7, 5], [6, 6]]),
+        "document_lengths": DocumentLengths([[7, 5], [6, 6]]), "supervised": SupervisedPositions(labels),
     }  # fmt: skip
     found: Batch = made
     return found
@@ -72,11 +73,12 @@ def test_without_supervised_tokens_the_loss_is_zero_with_a_backward_pass(model: 
 
 
 def test_logits_are_those_of_the_positions_in_their_order(model: PreTrainedModel) -> None:
-    inputs = decoder_inputs(batch())
+    made = batch()
+    inputs, supervised = decoder_inputs(made), made["supervised"]
     everywhere = model(**inputs).logits.flatten(0, 1)
-    positions = torch.tensor([20, 3, 15, 8])
-    found, _ = logits_at(model, inputs, positions)
-    torch.testing.assert_close(found, everywhere[positions])
+    found, _ = logits_at(model, inputs, supervised)
+    assert len(found) == len(supervised) > 0
+    torch.testing.assert_close(found, everywhere[supervised.flat])
 
 
 def test_a_model_without_routers_has_no_loss_of_routers(model: PreTrainedModel) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from sft_lightning.batch import Batch, SupervisedPositions
 from sft_lightning.training import losses
 from sft_lightning.training.losses import (
     LossSums,
@@ -22,6 +24,12 @@ LABELS = torch.tensor([[X, X, 3, 1], [X, 2, X, 4]])
 WEIGHTS = torch.tensor([[0, 0, 1.0, 0.5], [0, 2.0, 0, 1.0]])
 
 
+def batch(labels: torch.Tensor, weights: torch.Tensor) -> Batch:
+    found: Any = {"labels": labels, "loss_weights": weights, "supervised": SupervisedPositions(labels)}
+    made: Batch = found
+    return made
+
+
 def plain(logits: torch.Tensor, labels: torch.Tensor = LABELS, weights: torch.Tensor = WEIGHTS) -> torch.Tensor:
     """The weighted sum of torch's own cross entropy over all shifted positions."""
     each = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=X)
@@ -29,21 +37,21 @@ def plain(logits: torch.Tensor, labels: torch.Tensor = LABELS, weights: torch.Te
 
 
 def test_a_token_is_predicted_one_position_before_it() -> None:
-    targets = find_targets(LABELS, WEIGHTS)
+    targets = find_targets(batch(LABELS, WEIGHTS))
     assert targets.positions.tolist() == [1, 2, 4, 6]
     assert targets.ids.tolist() == [3, 1, 2, 4]
     assert targets.weights.tolist() == [1.0, 0.5, 2.0, 1.0]
-    assert find_targets(torch.full((2, 4), X), torch.zeros(2, 4)).positions.tolist() == []
+    assert find_targets(batch(torch.full((2, 4), X), torch.zeros(2, 4))).positions.tolist() == []
 
 
 def test_the_first_token_of_a_row_is_never_predicted_by_the_last_of_the_row_before() -> None:
     labels = torch.tensor([[X, 1], [2, 3]])
-    assert find_targets(labels, torch.ones(2, 2)).positions.tolist() == [0, 2]
+    assert find_targets(batch(labels, torch.ones(2, 2))).positions.tolist() == [0, 2]
 
 
 def test_the_loss_is_the_weighted_sum_of_plain_cross_entropy_in_value_and_gradient() -> None:
     logits = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    targets = find_targets(LABELS, WEIGHTS)
+    targets = find_targets(batch(LABELS, WEIGHTS))
     ours = cross_entropy_sums(logits.flatten(0, 1)[targets.positions], targets)
     torch.testing.assert_close(ours.loss, plain(logits))
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours.loss, plain(logits))))

@@ -26,6 +26,22 @@ def is_accumulating(trainer: Trainer) -> bool:
 
 
 @uses(
+    f"{_LOOPS}.training_epoch_loop:_TrainingEpochLoop._broadcast_sigterm_tensor",
+    attributes=("fit_loop.epoch_loop",),
+    feature="fit in several processes without waiting for a GPU at each micro-batch",
+    since="2.6",
+    replacement="nothing, once Lightning asks less often (Lightning#21487); until then, it waits at each micro-batch",
+    optional=True,
+)
+def stop_asking_for_signals(trainer: Trainer) -> None:
+    """Patch the training loop of one trainer: it no longer asks all processes for SIGTERM before each micro-batch.
+
+    The answer is always no, because Lightning's handler of the signal is not installed where ours is.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+@uses(
     f"{_LOOPS}.training_epoch_loop:_TrainingEpochLoop.on_save_checkpoint",
     attributes=("fit_loop.epoch_loop._batches_that_stepped",),
     feature="fit --ckpt_path",

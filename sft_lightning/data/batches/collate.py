@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar, cast
 
 import torch
 
-from sft_lightning.types import IGNORE_INDEX, Batch, DocumentLength, DocumentLengths, TokenizedExample
-
-AnyBatch = TypeVar("AnyBatch", bound=Batch)
+from sft_lightning.batch import Batch, DocumentLengths, SupervisedPositions
+from sft_lightning.types import IGNORE_INDEX, DocumentLength, TokenizedExample
 
 
 def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, denominator: float) -> Batch:
@@ -46,6 +44,7 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
         padding = width - start
         position_ids[r, start:] = torch.arange(padding)
         document_lengths.append([*(document.document_length for document in row), *([padding] if padding else [])])
+    supervised = SupervisedPositions(labels)  # a document's first token has no label, so none is left out
     return Batch(
         input_ids=input_ids,
         labels=labels,
@@ -54,17 +53,6 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
         document_lengths=DocumentLengths(document_lengths),
         denominator=denominator,
         num_tokens=sum(used),
-        num_supervised=int((labels != IGNORE_INDEX).sum()),
+        num_supervised=len(supervised),
+        supervised=supervised,
     )
-
-
-def batch_to(batch: AnyBatch, device: torch.device) -> AnyBatch:
-    """Return a batch with its tensors and documents on a device.
-
-    Args:
-        batch: A micro-batch.
-        device: Where to copy them.
-    """
-    movable = (torch.Tensor, DocumentLengths)
-    moved = {key: value.to(device) if isinstance(value, movable) else value for key, value in batch.items()}
-    return cast("AnyBatch", moved)

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerFast
 
+from sft_lightning.batch import Batch
 from sft_lightning.data.batches.collate import collate
 from sft_lightning.data.batches.loader import Document
 from sft_lightning.data.plan.epoch_plan import Layout
@@ -15,7 +16,6 @@ from sft_lightning.data.plan.split_reader import SplitReader
 from sft_lightning.data.spec import DataSpec
 from sft_lightning.data.templates.template import Template
 from sft_lightning.data.tokens.examples import ExampleBuilder
-from sft_lightning.types import Batch
 
 
 class ExampleKind(Protocol):

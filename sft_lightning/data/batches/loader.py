@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from sft_lightning.batch import Batch
 from sft_lightning.data.plan.epoch_plan import EpochPlan, Topology
-from sft_lightning.types import Batch, TokenizedExample
+from sft_lightning.types import TokenizedExample
 
 
 class Document(NamedTuple):

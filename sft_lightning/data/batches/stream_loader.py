@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+from sft_lightning.batch import Batch
 from sft_lightning.data.batches.loader import Collate, documents_of
 from sft_lightning.data.batches.stream_windows import StreamWindows, Window
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
-from sft_lightning.types import Batch
 
 
 class StreamLoader:

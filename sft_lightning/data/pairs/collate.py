@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from sft_lightning.batch import Batch
 from sft_lightning.data.batches.collate import collate
 from sft_lightning.data.pairs.store import PairExample, share_prompt
-from sft_lightning.types import Batch, TokenizedExample
+from sft_lightning.types import TokenizedExample
 
 
 class PairBatch(Batch):
@@ -22,6 +23,9 @@ class PairBatch(Batch):
 
     answer_lengths: list[int]
     """Supervised tokens of each example, 2P of them, in the order of the rows: chosen, rejected, chosen, …"""
+
+    num_answer_tokens: torch.Tensor
+    """The same on the device of the batch, (P, 2) int64."""
 
 
 def collate_pairs(
@@ -47,11 +51,13 @@ def collate_pairs(
     if not together:
         documents = [[document] for row in documents for document in row]
     batch = collate(documents, pad_token_id=pad_token_id, denominator=denominator)
+    answers = [int((document.loss_weights[1:] > 0).sum()) for _, pair in pairs for document in pair.halves()]
     return PairBatch(
         **batch,
         pairs=torch.tensor([index for index, _ in pairs], dtype=torch.int64),
         pair_weights=torch.tensor([pair.weight for _, pair in pairs], dtype=torch.float32),
-        answer_lengths=[int((document.loss_weights[1:] > 0).sum()) for _, pair in pairs for document in pair.halves()],
+        answer_lengths=answers,
+        num_answer_tokens=torch.tensor(answers, dtype=torch.int64).view(-1, 2),
     )
 
 

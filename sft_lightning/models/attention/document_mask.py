@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.compat.transformers import attention_of, calls_registered_attention, set_attention
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.inspection import base_model
@@ -89,8 +90,9 @@ def document_mask(
     lengths = _document_lengths.get()
     if lengths is None or q_length != kv_length:
         return mask
-    rows = [[number for number, length in enumerate(row) for _ in range(length)] for row in lengths]
-    documents = torch.tensor(rows, device=mask.device)
+    starts = (lengths if isinstance(lengths, DocumentLengths) else DocumentLengths(lengths).to(mask.device)).starts
+    places = torch.arange(batch_size * q_length, device=mask.device).view(batch_size, q_length)
+    documents = torch.searchsorted(starts[0], places, right=True)
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return torch.where(same, mask, torch.finfo(dtype).min)
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.compat.torch import variable_length_attention
-from sft_lightning.types import DocumentLengths
 
 _FLASH_ATTN = "flash-attn"
 _FIRST_WITH_SOFTCAP = (2, 6)

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.kernels import VariableLengthKernel, flash_attn_kernel, torch_kernel
 from sft_lightning.models.attention.paths import AttentionPath, path_of_call
 from sft_lightning.models.attention.per_document import attend_each, attend_per_document
-from sft_lightning.types import DocumentLength, DocumentLengths
+from sft_lightning.types import DocumentLength
 
 PACKED = "packed"
 """The name under which the function is registered with transformers."""

@@ -32,14 +32,14 @@ def answer_log_probs(module: CausalLMModule, batch: PairBatch) -> AnswerLogProbs
         module: The model, in training or evaluation mode.
         batch: P pairs.
     """
-    targets = find_targets(batch["labels"], batch["loss_weights"])
+    targets = find_targets(batch)
     inputs, head = decoder_inputs(batch), module.head
     if isinstance(head, Head):
         out = head.decoder(**inputs)
         hidden = out.last_hidden_state.flatten(0, 1)[targets.positions]
         tokens = projected_log_probs(hidden, head.project, targets.ids, module.base_model.config.vocab_size)
     else:
-        logits, out = logits_at(module.language_model, inputs, targets.positions)
+        logits, out = logits_at(module.language_model, inputs, batch["supervised"])
         tokens = log_probs_of(logits, targets.ids)
     # Sums of slices, not an `index_add`, which adds in another order on every run of a GPU.
     sums = [part.sum() for part in tokens.split(batch["answer_lengths"])]

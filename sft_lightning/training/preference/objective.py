@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from sft_lightning.data.pairs.collate import PairBatch
@@ -107,8 +106,7 @@ class PreferenceObjective(Objective):
         # The reference first, while nothing of the model's own graph takes memory.
         reference = self.reference.of(module, batch, split, source)
         answers = answer_log_probs(module, batch)
-        lengths = torch.tensor(batch["answer_lengths"], device=module.device).view(-1, 2)
-        return answers, score_pairs(self.config, answers.log_probs, reference, lengths)
+        return answers, score_pairs(self.config, answers.log_probs, reference, batch["num_answer_tokens"])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the reference's log-probabilities."""

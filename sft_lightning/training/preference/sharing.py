@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from sft_lightning.batch import batch_to
 from sft_lightning.compat.bitsandbytes import without_int8_outliers
 from sft_lightning.compat.transformers import attention_of
-from sft_lightning.data.batches.collate import batch_to
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.collate import PairBatch, collate_pairs
 from sft_lightning.data.pairs.store import PairExample, share_prompt

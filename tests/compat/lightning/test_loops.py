@@ -16,6 +16,7 @@ from sft_lightning.compat.lightning.loops import (
     reopen_epoch,
     set_device,
     set_logged_step,
+    stop_asking_for_signals,
     validate_before_training,
 )
 
@@ -151,3 +152,14 @@ def test_the_inner_optimizer_is_found_with_a_wrapper_and_without() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     assert inner_optimizer(LightningOptimizer(optimizer)) is optimizer
     assert inner_optimizer(optimizer) is optimizer
+
+
+def test_the_training_loop_asks_no_process_for_signals(tmp_path: Path) -> None:
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    loop = trainer.fit_loop.epoch_loop
+    asked = type(loop)._broadcast_sigterm_tensor
+    stop_asking_for_signals(trainer)
+    assert loop._broadcast_sigterm_tensor() is None  # the loop calls it by this name
+    assert type(loop)._broadcast_sigterm_tensor is asked
+    other = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    assert other.fit_loop.epoch_loop._broadcast_sigterm_tensor.__func__ is asked

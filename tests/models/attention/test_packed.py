@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention import paths
 from sft_lightning.models.attention.kernels import flash_attn_kernel, torch_kernel
 from sft_lightning.models.attention.packed import PACKED, packed_attention
 from sft_lightning.models.attention.paths import AttentionFacts, AttentionPath, choose_path
 from sft_lightning.models.attention.per_document import attend_each
-from sft_lightning.types import DocumentLengths, SharedPrompt, split_shared_prompts
+from sft_lightning.types import SharedPrompt
 
 LENGTHS = [[5, 3, 8], [16]]
 
@@ -212,10 +213,3 @@ def test_documents_with_a_shared_prompt_attend_as_if_each_had_its_own(options: d
     for kept, own in ((rows[:end], rows[:end]), (torch.cat([rows[:common], rows[end:]]), rows[end:])):
         alone, _ = packed_attention(module, *(x[:, :, kept] for x in (q, k, v)), None, **options)
         assert torch.allclose(alone[:, -len(own) :], together[:, own], atol=1e-6)
-
-
-def test_a_shared_prompt_is_among_the_keys_of_both_documents() -> None:
-    asking, seen, pieces = split_shared_prompts([4, SharedPrompt(3, 2, 1)])
-    assert (asking, seen) == ([4, 5, 1], [4, 5, 4])
-    rows = torch.arange(10)
-    assert torch.cat([rows[piece] for piece in pieces]).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 9]

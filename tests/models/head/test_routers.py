@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sft_lightning.batch import DocumentLengths, SupervisedPositions
 from sft_lightning.models.checkpointing import enable_gradient_checkpointing
 from sft_lightning.models.head.routers import find_router_loss, tokens_of_documents
 from sft_lightning.models.head.whole import find_head
 from sft_lightning.training.forward import token_loss_sums
-from sft_lightning.types import IGNORE_INDEX, DocumentLengths
+from sft_lightning.types import IGNORE_INDEX
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -47,6 +48,7 @@ def micro_batch() -> Any:
     return {
         "input_ids": ids, "labels": labels, "loss_weights": (labels != IGNORE_INDEX).float(),
         "position_ids": positions, "document_lengths": DocumentLengths(LENGTHS),
+        "supervised": SupervisedPositions(labels),
     }  # fmt: skip
 
 

@@ -15,13 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sft_lightning.batch import Batch, DocumentLengths, SupervisedPositions
 from sft_lightning.models.head.sharded import find_sharded_head
 from sft_lightning.models.head.whole import find_head
 from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.fsdp2.groups import shard_model
 from sft_lightning.training import losses
 from sft_lightning.training.forward import token_loss_sums
-from sft_lightning.types import Batch, DocumentLengths
 
 CPU = torch.device("cpu")
 VOCABULARY = 50
@@ -52,6 +52,7 @@ def batch(supervised: bool = True) -> Batch:
     found: Any = {
         "input_ids": ids, "labels": labels, "position_ids": torch.arange(12).expand(2, 12),
         "loss_weights": torch.linspace(0.5, 2.0, 24).view(2, 12), "document_lengths": DocumentLengths([[12], [12]]),
+        "supervised": SupervisedPositions(labels),
     }  # fmt: skip
     made: Batch = found
     return made

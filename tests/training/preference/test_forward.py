@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sft_lightning.batch import SupervisedPositions
 from sft_lightning.training.preference.forward import answer_log_probs
 from sft_lightning.training.preference.losses import PreferenceConfig
 
@@ -40,7 +41,7 @@ def test_the_models_own_logits_give_the_same_log_probabilities_as_its_head(train
 def test_a_batch_without_pairs_has_no_log_probabilities_and_still_a_backward_pass(train: Train) -> None:
     run = train("full", trainer={"max_steps": 1})
     batch = next(iter(run.data.train_dataloader()))
-    batch = {**batch, "labels": torch.full_like(batch["labels"], -100), "answer_lengths": []}
+    batch = {**batch, "answer_lengths": [], "supervised": SupervisedPositions(torch.full_like(batch["labels"], -100))}
     log_probs = answer_log_probs(run.module, batch).log_probs  # type: ignore[arg-type]
     assert log_probs.shape == (0, 2)
     assert log_probs.sum().requires_grad

@@ -51,7 +51,7 @@ def test_attention_that_lets_answers_see_each_other_switches_sharing_off(
 ) -> None:
     # The attention then reads a shared prompt and both answers as one document.
     monkeypatch.setattr(
-        "sft_lightning.types.split_shared_prompts",
+        "sft_lightning.batch.split_shared_prompts",
         lambda lengths: ([num_tokens(each) for each in lengths],) * 2 + ([None] * len(lengths),),
     )
     with caplog.at_level("INFO"):
