@@ -23,10 +23,10 @@ demo: setup  ## Pretrain a tiny model, fine-tune it with QLoRA, merge, and ask i
 	$(BIN)/python demo/run.py
 
 test: setup  ## Run the tests (CPU, no downloads)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 test-all: setup  ## Run the tests, slow ones too
-	$(BIN)/python -m pytest -m "not gpu and not browser"
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not gpu and not browser"
 
 test-oldest:  ## Install the lowest versions allowed in .venv-oldest, test them end to end (TORCH=2.13.0: that torch)
 	sh .ci/versions oldest

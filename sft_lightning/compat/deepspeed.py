@@ -40,6 +40,19 @@ def cpu_has_float16() -> bool:
     return bool(accelerator.is_fp16_supported())
 
 
+@uses(
+    "deepspeed.comm.torch:build_shm_op",
+    "deepspeed.ops:__compatible_ops__",
+    feature="starting trainer.strategy: deepspeed_stage_* on a CPU without compiling what only serving uses",
+    since="0.15",
+    replacement="nothing; DeepSpeed then compiles its shared-memory operator at the first start, in over a minute",
+    optional=True,
+)
+def skip_serving_operator() -> None:
+    """Let DeepSpeed start on a CPU without its shared-memory operator, which `inference_all_reduce` alone calls."""
+    importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 # --- a weight under ZeRO-3 --------------------------------------------------------------------------------------------
 
 

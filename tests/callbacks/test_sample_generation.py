@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks import SampleGeneration
 from sft_lightning.errors import UserError
 
-SAMPLES = "--trainer.callbacks+={{class_path: callbacks.SampleGeneration, init_args: {{{0}}}}}"
+SAMPLES = "--trainer.callbacks=[{{class_path: callbacks.SampleGeneration, init_args: {{{0}}}}}]"
 
 
 def samples(run: Path) -> list[dict[str, Any]]:

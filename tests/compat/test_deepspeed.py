@@ -40,6 +40,15 @@ def test_float16_on_a_cpu_is_what_deepspeeds_engine_asks_for(supported: bool, mo
     assert compat.cpu_has_float16() is supported
 
 
+def test_a_backend_starts_without_the_operator_that_only_serving_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.ops
+    from deepspeed.comm.torch import build_shm_op
+
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", True)
+    compat.skip_serving_operator()
+    assert build_shm_op() is None
+
+
 def test_a_partitioned_parameter_tells_its_whole_shape_and_its_own_part() -> None:
     parameter, plain = partitioned(), nn.Parameter(torch.ones(2, 2))
     assert compat.is_partitioned(parameter)

@@ -48,7 +48,8 @@ class KeepLogits(Callback):
         model.train()
 
 
-@pytest.mark.parametrize("bits", [pytest.param("16", id="lora", marks=pytest.mark.slow), pytest.param("4", id="qlora")])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [pytest.param("16", id="lora"), pytest.param("4", id="qlora")])
 def test_an_adapter_trained_on_real_data_is_served_by_plain_peft_with_the_same_logits(
     bits: str, real_data: Path, tmp_path: Path
 ) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sft_lightning.__main__ import main
+
 TIMEOUT = 400
 """Seconds after which a run counts as hung; DeepSpeed's CPU Adam is compiled at first use, in half of that time."""
 
@@ -46,8 +48,8 @@ def options(model_dir: Path, data: Path) -> list[str]:
 class Runs:
     """Starts runs of one model on one data file."""
 
-    def __init__(self, model_dir: Path, data: Path) -> None:
-        self._options = options(model_dir, data)
+    def __init__(self, model_dir: Path, data: Path, few_samples: list[str]) -> None:
+        self._options = [*options(model_dir, data), *few_samples]
 
     def command(
         self, folder: Path, mode: str, *extra: str, processes: int = 1, strategy: str = "auto", stage: str = "fit"
@@ -79,19 +81,19 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(model_dir: Path, records_file: Path) -> Runs:
-    return Runs(model_dir, records_file)
+def runs(model_dir: Path, records_file: Path, few_samples: list[str]) -> Runs:
+    return Runs(model_dir, records_file, few_samples)
 
 
 @pytest.fixture(scope="session")
 def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run in one process, made once for each mode."""
+    """The folder of a run in one process, this one, made once for each mode."""
     made: dict[str, Path] = {}
 
     def run(mode: str) -> Path:
         if mode not in made:
             made[mode] = tmp_path_factory.mktemp(f"alone_{mode}")
-            runs(made[mode], mode)
+            assert main(runs.command(made[mode], mode)[3:]) == 0  # without: python -m sft_lightning
         return made[mode]
 
     return run

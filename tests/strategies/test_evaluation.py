@@ -30,8 +30,8 @@ DECODING = {
 }
 
 
-def cell(strategy: str, *values: str, slow: bool = True) -> Any:
-    marks = [pytest.mark.slow] * slow + [needs_deepspeed] * strategy.startswith("deepspeed")
+def cell(strategy: str, *values: str) -> Any:
+    marks = [pytest.mark.slow] + [needs_deepspeed] * strategy.startswith("deepspeed")
     return pytest.param(strategy, *values, marks=marks)
 
 
@@ -56,7 +56,7 @@ def asking(file: Path, decoding: str) -> list[str]:
 @pytest.mark.parametrize(
     ("strategy", "mode", "decoding"),
     [
-        cell("fsdp2", "lora", "sampling", slow=False),
+        cell("fsdp2", "lora", "sampling"),
         cell("ddp", "lora", "sampling"),
         cell("fsdp2_offload", "lora", "sampling"),
         cell("deepspeed_stage_1", "lora", "sampling"),

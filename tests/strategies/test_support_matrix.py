@@ -45,9 +45,8 @@ MODES: Mapping[str, tuple[str, tuple[str, ...], ModelSpec]] = {
 }
 """Row of the table → mode of `conftest.MODES`, options beside it, and the model that they describe."""
 
-FAST = {("QLoRA", "fsdp2")}
 CELLS = [
-    pytest.param(mode, strategy, marks=() if (mode, strategy) in FAST else pytest.mark.slow, id=f"{mode}-{strategy}")
+    pytest.param(mode, strategy, marks=pytest.mark.slow, id=f"{mode}-{strategy}")
     for mode in MODES
     for strategy in SHORT_NAMES
 ]

@@ -38,7 +38,7 @@ def test_the_keys_in_the_guide_save_the_files_that_it_says(option: str, fit_args
     given = yaml.safe_load(keys_of(option).replace("500", steps))
     callback = yaml.safe_dump(given, default_flow_style=True, width=999).strip()
     assert main([
-        "fit", *fit_args, f"--trainer.callbacks=[{callback}]",
+        "fit", *fit_args, f"--trainer.callbacks+={callback}",
         "--trainer.max_epochs=3", "--trainer.accumulate_grad_batches=2", "--data.val_fraction=0.2",
         "--data.max_length=500",
     ]) == 0  # fmt: skip

@@ -22,8 +22,8 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ReadRun = Callable[[Path], Any]
 
 CHECKPOINTING = (
-    "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
-    "{filename: '{step}', every_n_train_steps: 2, save_top_k: -1, save_last: true}}]"
+    "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
+    "{filename: '{step}', every_n_train_steps: 2, save_top_k: -1, save_last: true}}"
 )
 
 
@@ -88,7 +88,7 @@ def test_a_run_killed_in_its_only_epoch_continues_from_the_last_timed_checkpoint
     def one_epoch(run: Path) -> list[str]:
         changed = {CHECKPOINTING, "--trainer.max_epochs=2"}
         timed = "{class_path: callbacks.TimedCheckpoint, init_args: {train_time_interval: '00:00:00'}}"
-        return [*(arg for arg in options(fit_args, run) if arg not in changed), f"--trainer.callbacks=[{timed}]"]
+        return [*(arg for arg in options(fit_args, run) if arg not in changed), f"--trainer.callbacks+={timed}"]
 
     whole, killed = read_run(tmp_path / "whole"), read_run(tmp_path / "killed")
     assert main(["fit", *one_epoch(whole.folder)]) == 0
@@ -99,15 +99,16 @@ def test_a_run_killed_in_its_only_epoch_continues_from_the_last_timed_checkpoint
 
 
 def test_samples_and_validation_change_no_learned_weight(
-    fit_args: list[str], tmp_path: Path, read_run: ReadRun
+    fit_args: list[str], few_samples: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
+    own = [arg for arg in fit_args if arg not in few_samples]
     watched = [
-        *options(fit_args, tmp_path / "watched"),
+        *options(own, tmp_path / "watched"),
         "--trainer.callbacks+={class_path: callbacks.SampleGeneration, init_args: {every_n_steps: 1, "
         "generation: {temperature: 1.0, max_new_tokens: 3}}}",
     ]
     bare = [
-        *options(fit_args, tmp_path / "bare"),
+        *options(own, tmp_path / "bare"),
         "--trainer.callbacks+={class_path: callbacks.SampleGeneration, init_args: {prompts: []}}",
         "--trainer.limit_val_batches=0",
     ]
@@ -186,7 +187,8 @@ def test_a_checkpoint_with_different_data_settings_is_refused_with_what_changed(
     assert "different data settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", [3, slow(11)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [3, 11])
 def test_a_run_that_reached_max_steps_within_an_epoch_continues_with_the_rest_of_the_epoch(
     first: int, fit_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:

@@ -23,8 +23,8 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ReadRun = Callable[[Path], Any]
 
 CHECKPOINTING = (
-    "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
-    "{filename: '{step}', every_n_train_steps: 2, save_top_k: -1, save_last: true}}]"
+    "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
+    "{filename: '{step}', every_n_train_steps: 2, save_top_k: -1, save_last: true}}"
 )
 
 
@@ -102,7 +102,8 @@ def test_validation_runs_while_streaming_and_at_the_end(
 
 
 @pytest.mark.usefixtures("small_windows")
-@pytest.mark.parametrize("first", [3, slow(8)])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [3, 8])
 def test_a_streamed_run_that_reached_max_steps_can_be_continued_with_more_steps(
     first: int, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -131,7 +132,8 @@ class SaveAt(Callback):
 
 
 @pytest.mark.usefixtures("small_windows")
-@pytest.mark.parametrize("micro_batch", [slow(1), 13, slow(26)])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [1, 13, 26])
 def test_a_checkpoint_within_a_step_continues_at_its_start(
     micro_batch: int, stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_checkpoint_within_a_step_continues_at_its_start(
 
 
 @pytest.mark.usefixtures("small_windows")
+@pytest.mark.slow
 def test_another_split_of_the_global_batch_continues_with_the_same_rows(
     stream_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -155,6 +158,7 @@ def test_another_split_of_the_global_batch_continues_with_the_same_rows(
     assert again.losses == pytest.approx({step: whole.losses[step] for step in range(6, 12)}, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_streamed_run_continues_to_the_same_bits(
     stream_args: list[str], tmp_path: Path, read_run: ReadRun, fit_and_kill: Callable[..., None]
 ) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sft_lightning.compat.bitsandbytes import keep_quantization_states, store_4bit_as_bytes
-from sft_lightning.compat.deepspeed import flat_partitions
+from sft_lightning.compat.deepspeed import flat_partitions, skip_serving_operator
 from sft_lightning.compat.lightning.loops import inner_optimizer
 from sft_lightning.compat.lightning.strategies import HookedDeepSpeedStrategy
 from sft_lightning.errors import UserError
@@ -143,6 +143,7 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         """As Lightning's, on the CPU too, with our precision."""
+        skip_serving_operator()
         super().setup_environment()
         precision: Any = self.precision_plugin.precision
         self.precision_plugin = ZeroPrecision(precision)

@@ -41,6 +41,7 @@ def answers(folder: Path, text: str, *options: str) -> list[str]:
     return done.stdout.split("\n")[:-1]
 
 
+@pytest.mark.slow
 def test_a_pipe_gets_one_line_per_prompt_and_nothing_else(chat_dir: Path) -> None:
     first, empty, other, again = answers(chat_dir, "Hi\n\nWhat is hot?\nHi\n")
     assert first == again  # lines are independent of each other
@@ -49,6 +50,7 @@ def test_a_pipe_gets_one_line_per_prompt_and_nothing_else(chat_dir: Path) -> Non
     assert ">" not in first[:1]
 
 
+@pytest.mark.slow
 def test_a_pipe_can_be_a_conversation(chat_dir: Path) -> None:
     first, second, third = answers(chat_dir, "Hi\nHi\n/reset\nHi\n/quit\nHi\n", "--history=true", "--system=Be kind.")
     assert first == third
