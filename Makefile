@@ -35,7 +35,7 @@ test-newest:  ## The same for the newest versions allowed, in .venv-newest
 	sh .ci/versions newest
 
 test-gpu:  ## Run the tests that need an NVIDIA GPU (5 minutes; without .venv with what benchmarks/gpu/wheels collected)
-	$(GPU_PYTHON) -m pytest -m gpu tests/callbacks/test_throughput.py tests/models/attention/test_packed.py
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu tests/models/attention/test_packed.py
 
 check: setup  ## Lint, check the formatting, check the types
 	$(BIN)/ruff check .
