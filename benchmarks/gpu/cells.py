@@ -82,6 +82,7 @@ CELLS: tuple[Cell, ...] = (
     _lever("bfloat16-adapters", options={"trainer.precision": "bf16-true"}),
     _lever("sdpa-mask", options={"model.attn_implementation": "sdpa"}),
     _lever("flash-attention-2", options={"model.attn_implementation": "flash_attention_2"}),
+    _lever("selective", options={"model.gradient_checkpointing": "selective"}),
     _lever("checkpointing", options={"model.gradient_checkpointing": True}),
     Cell(
         name="qlora-4k", group="qlora", rows="full", batch_size=1, train="qlora", goal={"peak_gib": 7.0},

@@ -6,12 +6,11 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 import callbacks
 from benchmarks.gpu.cells import Cell
@@ -92,7 +91,12 @@ def bare(cell: Cell, config: Path, clock: StepClock) -> Answer:
     data, module = command.data, command.module
     data.setup("fit")
     torch.manual_seed(0)
-    module.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    trainer = Trainer(
+        accelerator="gpu" if clock.device.type == "cuda" else "cpu", devices=1, precision="bf16-mixed", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.datamodule = data  # it decides how the layers run, and runs nothing
+    module.trainer = trainer
     module.model = assemble_model(command.spec, data.tokenizer, log=print).to(clock.device)
     module.to(clock.device)
     startup.set_up_layers(module)
@@ -101,7 +105,7 @@ def bare(cell: Cell, config: Path, clock: StepClock) -> Answer:
     clock.start()
     for _, batch in zip(range(clock.total), data.train_dataloader(), strict=False):
         moved: Any = data.transfer_batch_to_device(batch, clock.device, 0)
-        with torch.autocast(clock.device.type, torch.bfloat16):  # bf16-mixed
+        with trainer.precision_plugin.forward_context():
             loss = module(moved).loss / moved["denominator"]
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -187,6 +187,7 @@ def test_the_kernel_of_flash_attn_gets_softcap_and_dropout(monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_varlen_kernel_equals_the_cpu_path(window: int | None) -> None:
     q, k, v = qkv(torch.bfloat16, "cuda")
