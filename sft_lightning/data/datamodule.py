@@ -273,7 +273,8 @@ class SFTDataModule(LightningDataModule):
 
     def prompts(self) -> PromptBatch:
         """Return a prompt for each record that `predict` answers, with the record's last answer as its reference."""
-        return prompts_of(self.reader, "predict" if self.reader.sources("predict") else "val")
+        split: Split = "predict" if self.reader.sources("predict") else "val"
+        return prompts_of(self.reader, split, log=rank_zero_info)
 
     def sample_prompts(self, limit: int) -> PromptBatch:
         """Return the first prompts of the validation data, or of the training data if there is none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -56,32 +56,42 @@ class PromptLoader:
         return self.prompts[start : start + self.batch_size]
 
 
-def prompts_of(reader: SplitReader, split: Split, limit: int | None = None) -> PromptBatch:
+def prompts_of(
+    reader: SplitReader, split: Split, limit: int | None = None, *, log: Callable[[str], None] | None = None
+) -> PromptBatch:
     """Return a prompt for each record of a split, in the order of the data.
 
     Args:
         reader: Reads the splits.
         split: Which split.
         limit: Prompts at most; `None`: all.
+        log: Gets a line about the malformed records that were left out.
 
     Raises:
         UserError: If a record does not match its format.
     """
+    left_out: list[str] = []
     prompts = (
         prompt
         for name, config in reader.sources(split).items()
-        for prompt in make_prompts(reader.builder, reader.records(split, name), config)
+        for prompt in make_prompts(reader.builder, reader.records(split, name), config, left_out=left_out)
     )
-    return list(islice(prompts, limit))
+    taken = list(islice(prompts, limit))
+    if left_out and log is not None:
+        log(f"data.malformed: drop left {len(left_out)} records without a prompt, the first at {left_out[0]}")
+    return taken
 
 
-def make_prompts(builder: ExampleBuilder, records: Iterable[Record], source: SourceConfig) -> Iterator[dict[str, str]]:
+def make_prompts(
+    builder: ExampleBuilder, records: Iterable[Record], source: SourceConfig, *, left_out: list[str] | None = None
+) -> Iterator[dict[str, str]]:
     """Yield a prompt for each record: the record up to its last answer, which is the reference.
 
     Args:
         builder: Makes examples from records; says what to do with malformed ones.
         records: The records.
         source: Their source.
+        left_out: Gets the locations of malformed records that have no prompt.
 
     Raises:
         UserError: If a record does not match its format.
@@ -94,7 +104,9 @@ def make_prompts(builder: ExampleBuilder, records: Iterable[Record], source: Sou
         except Malformed:
             if builder.malformed == "error":
                 raise
-            continue  # counted and reported where examples are made
+            if left_out is not None:
+                left_out.append(record.location)
+            continue
         yield _prompt(builder, record, messages)
 
 

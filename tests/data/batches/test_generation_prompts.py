@@ -67,6 +67,20 @@ def test_prompts_of_a_split_come_source_by_source_up_to_a_limit(
     assert [prompt["source"] for prompt in prompts_of(reader, "val", 3)] == ["one", "one", "two"]
 
 
+def test_malformed_records_without_a_prompt_are_counted(
+    builder: ExampleBuilder, write_json: Callable[[str, Any], Path], tmp_path: Path
+) -> None:
+    broken = {"instruction": "Who?", "output": 3}
+    sources = {"one": SourceConfig(path=str(write_json("one.json", [broken, ALPACA, broken])))}
+    drops = replace(builder, malformed="drop")
+    reader = SplitReader({"val": sources}, SplitOptions(), drops, LengthLimits(max_length=99), tmp_path / "stores")
+    said: list[str] = []
+    assert len(prompts_of(reader, "val", log=said.append)) == 1
+    [line] = said
+    assert line.startswith("data.malformed: drop left 2 records without a prompt, the first at ")
+    assert "one.json" in line
+
+
 def test_ranks_take_batches_in_turn_and_have_as_many() -> None:
     every = [{"prompt": str(number)} for number in range(7)]
     loaders = [PromptLoader(every, 2, rank=rank, world_size=2) for rank in (0, 1)]
