@@ -78,7 +78,7 @@ class DataSpec:
     packing: PackingSetting = "best_fit"
     """`best_fit` packs whole examples into rows. `concat` writes all examples one after the other and cuts every
     `max_length` tokens. `none` gives each example its own row. `auto` is `best_fit` if a check of the loaded
-    model verifies that documents of a row do not see each other, else `none`. Documents never see each other."""
+    model verifies that documents of a row do not see each other, else `none`. Packed documents never see each other."""
 
     batch_size: int = 1
     """Rows per micro-batch and device."""

@@ -78,7 +78,7 @@ def decide_recomputation(
         if total <= usable:
             return RecomputationDecision(how, f"auto: {', '.join(tried)}; available: {usable / GIB:.2f} GiB")
     return RecomputationDecision(
-        ways[-1], f"auto: {', '.join(tried)}; available: {usable / GIB:.2f} GiB, see the command plan"
+        ways[-1], f"auto: {', '.join(tried)}; available: {usable / GIB:.2f} GiB, too little; see the command plan"
     )
 
 
@@ -120,7 +120,7 @@ def obviously_fits(model: PreTrainedModel, setup: Setup, budget: float) -> Recom
     bound = generous_bound(model.config, tokens=tokens, width=setup.max_length, num_trained=trained)
     if bound > _OBVIOUS_SHARE * budget:
         return None
-    return RecomputationDecision(0, f"auto: at most {bound / GIB:.2f} GiB beside the weights, {budget / GIB:.2f} free")
+    return RecomputationDecision(0, f"auto: at most {bound / GIB:.2f} GiB needed, {budget / GIB:.2f} GiB available")
 
 
 def budget_of(model: torch.nn.Module, device: torch.device) -> float:
