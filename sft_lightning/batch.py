@@ -44,7 +44,7 @@ class _MadeOnHost:
 
 
 class DocumentLengths(_MadeOnHost, Sequence[Sequence[DocumentLength]]):
-    """The documents of each row of a micro-batch, in the forms that attention takes; made once, on the host.
+    """The documents of each row of a micro-batch, in the forms that attention takes; made once, on the CPU.
 
     As a sequence it has the lengths of each row. Documents with a shared prompt are two documents for attention, whose
     keys both include the prompt: N counts them as two. The
