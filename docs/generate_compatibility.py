@@ -1,4 +1,4 @@
-"""Writes docs/compatibility.md from sft_lightning/compat: what is used of each library beyond its documentation.
+"""Writes docs/compatibility.md from sft_lightning/compat: the undocumented parts of each library that are used.
 
 python docs/generate_compatibility.py
 """
@@ -21,31 +21,33 @@ PAGE = ROOT / "docs" / "compatibility.md"
 _INTRODUCTION = """\
 # Compatibility
 
-What is used of other libraries beyond their documentation stands in `sft_lightning/compat`, one module a library, and
-nowhere else (`tests/compat/test_seam.py`): private names, patches, the wording of messages. Each function looks for its
-names when it is called. Where an installed version does not have them, that one feature is refused with a message that
+All use of undocumented parts of other libraries (private names, patches, the wording of messages) is in
+`sft_lightning/compat`, one module per library; `tests/compat/test_seam.py` checks that. Each function checks that its
+names exist when it is called. If the installed version lacks one, only that feature is refused, with a message that
 names the versions to install; help, `preview` and all other runs work. Each function has a test of the behaviour that
-is relied on. Expected warnings of the libraries are silenced in `sft_lightning/cli/quiet.py`.
+it relies on. Expected warnings of the libraries are silenced in `sft_lightning/cli/quiet.py`.
 
 ## Versions
 
-Lower bounds are the oldest releases that the tests pass with. Upper bounds are the next releases that nobody has tried:
-the next minor one of a library that moves such names between minor releases, else the next major one.
+Lower bounds are the oldest releases that the tests pass with. Upper bounds are the next untested releases: the next
+minor release of a library that changes such names in minor releases, else the next major one.
 
-    make test-oldest   # the lowest versions allowed, in .venv-oldest: the tests of compat, and the end-to-end tests
-    make test-newest   # the same with the newest versions allowed, in .venv-newest
+    make test-oldest   # the lowest allowed versions, in .venv-oldest: the tests of compat and the end-to-end tests
+    make test-newest   # the newest allowed versions, in .venv-newest: the same tests
 
-Both take `TORCH=2.13.0` for that torch instead; a build for CPUs alone spares gigabytes.
+`make test-oldest TORCH=2.13.0` uses that version of torch; a CPU-only build saves several gigabytes.
 """
 
 _NAMES = """
 ## Names
 
-`since` is the earliest release that was looked at and has them.
+- **since**: the earliest release that was checked and has the names.
+- **feature**: what is refused if a name is missing.
+- **replacement**: what to use when the names are gone.
 """
 
 _TABLE = """
-| function | what for | uses | since | without it, refused | afterwards |
+| function | purpose | names | since | feature | replacement |
 | --- | --- | --- | --- | --- | --- |
 """
 

@@ -1,4 +1,4 @@
-"""What is used of bitsandbytes' layers and optimizers beyond its documented interface."""
+"""Undocumented parts of bitsandbytes' layers and optimizers that we use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _LINEAR_8BIT = "bitsandbytes.nn:Linear8bitLt"
 
 @uses(
     "bitsandbytes.optim.optimizer:Optimizer8bit",
-    feature="trainer.strategy that shards, with an optimizer of bitsandbytes",
+    feature="a bitsandbytes optimizer under a sharding trainer.strategy",
     since="0.43",
-    replacement="the class's module, which begins with `bitsandbytes.optim`",
+    replacement="the name of the class's module, which begins with `bitsandbytes.optim`",
 )
 def state_bits(optimizer: torch.optim.Optimizer) -> int | None:
-    """Return the bits that an optimizer of bitsandbytes keeps its state in, 8 or 32; `None` for another library's."""
+    """Return the bits, 8 or 32, of the state of a bitsandbytes optimizer; `None` for other optimizers."""
     if not isinstance(optimizer, importlib.import_module("bitsandbytes.optim.optimizer").Optimizer8bit):
         return None
     options: Any = vars(optimizer)["args"]
@@ -36,7 +36,7 @@ def state_bits(optimizer: torch.optim.Optimizer) -> int | None:
     _LINEAR_8BIT,
     feature="model.quantization",
     since="0.49",
-    replacement="nothing, once bitsandbytes repacks a copy of the weights, and PEFT's DoRA copies the scales too",
+    replacement="not needed once bitsandbytes repacks a copy of the weights, and PEFT's DoRA copies the scales too",
 )
 def protect_weights(model: nn.Module) -> None:
     """Keep bitsandbytes and PEFT from changing quantized weights in place on a CPU.
@@ -64,7 +64,7 @@ def _return_scales(layer: Any, args: Any) -> None:
 
 @uses(
     _LINEAR_4BIT,
-    feature="trainer.precision: bf16-true, or trainer.strategy: deepspeed_stage_*, with a base in 4 bits",
+    feature="a 4-bit base with trainer.precision: bf16-true or trainer.strategy: deepspeed_stage_*",
     since="0.43",
     replacement="model.quantization.storage_dtype: uint8",
 )
@@ -85,15 +85,15 @@ def store_4bit_as_bytes(model: nn.Module) -> None:
 
 @uses(
     _LINEAR_4BIT,
-    feature="trainer.strategy that shards weights, with a base in 4 bits",
+    feature="a 4-bit base under a trainer.strategy that shards weights",
     since="0.45",
-    replacement="nothing, once the layer keeps its state itself",
+    replacement="not needed once the layer keeps its state itself",
 )
 def keep_quantization_states(model: nn.Module, device: torch.device) -> None:
-    """Let every 4-bit layer hold what its weight is decoded with, on the device that it computes on.
+    """Keep the quantization state of every 4-bit layer on the layer, on the device that it computes on.
 
-    bitsandbytes keeps it on the parameter, which sharding replaces by a plain one; where the parameter has none, the
-    layer's own is used (bitsandbytes/nn/modules.py, `fix_4bit_weight_quant_state_from_module`).
+    bitsandbytes keeps the state on the parameter, which sharding replaces by a plain one. If the parameter has none,
+    the layer's own is used (bitsandbytes/nn/modules.py, `fix_4bit_weight_quant_state_from_module`).
 
     Args:
         model: The model, before it is sharded.
@@ -110,9 +110,9 @@ def keep_quantization_states(model: nn.Module, device: torch.device) -> None:
 @uses(
     "bitsandbytes.autograd._functions:MatmulLtState.threshold",
     _LINEAR_8BIT,
-    feature="comparing packed with separate documents on a base in 8 bits",
+    feature="comparing packed with separate documents on an 8-bit base",
     since="0.43",
-    replacement="a tolerance of the size that outlier columns make",
+    replacement="a tolerance as large as the effect of outlier columns",
 )
 def without_int8_outliers(model: nn.Module) -> Iterator[None]:
     """Switch off the outlier columns of LLM.int8, so that each token is rounded independently of the others.
@@ -139,7 +139,7 @@ def without_int8_outliers(model: nn.Module) -> Iterator[None]:
     replacement="the layer's output for an identity matrix",
 )
 def dequantized_weight(layer: Any) -> torch.Tensor:
-    """Return the weight of a quantized layer as values, (out, in), in the type that they are decoded to."""
+    """Return the dequantized weight of a quantized layer, (out, in)."""
     functional = importlib.import_module("bitsandbytes.functional")
     if isinstance(layer, importlib.import_module("bitsandbytes.nn").Linear4bit):
         return cast("torch.Tensor", functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state))

@@ -1,4 +1,4 @@
-"""What is used of datasets and tokenizers beyond their documented interfaces."""
+"""Undocumented parts of datasets and tokenizers that we use."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 @uses(
     "datasets:Dataset",
     attributes=("_fingerprint",),
-    feature="data.sources: a data set of the Hub",
+    feature="data.sources with a Hub data set",
     since="4.0",
     replacement="a hash of every row, which reads the whole data set at each start",
 )
 def content_fingerprint(dataset: Dataset) -> str:
-    """Return a data set's hash of its content and of what was done to it; the key of its token store has it."""
+    """Return the fingerprint of a data set: a hash of its content and of the operations on it, for the store's key."""
     return str(dataset._fingerprint)
 
 
@@ -27,17 +27,17 @@ def content_fingerprint(dataset: Dataset) -> str:
     "tokenizers:Tokenizer",
     feature="tokenizing at full speed",
     since="0.23",
-    replacement="the default of 10,000 words, which is a fifth slower on large files",
+    replacement="the default cache of 10,000 words, which is a fifth slower on large files",
 )
 def remember_words(tokenizer: Tokenizer, number: int) -> bool:
-    """Let a tokenizer's model remember the tokens of more words; its ids do not change.
+    """Enlarge the cache of words in a tokenizer's model; the ids do not change.
 
     Args:
         tokenizer: Changed in place.
-        number: Words to remember, about 150 bytes each.
+        number: Words in the cache, about 150 bytes each.
 
     Returns:
-        Whether the model has such a memory; a model of whole words has none.
+        Whether the model has such a cache; a model of whole words has none.
     """
     resize: Any = getattr(tokenizer.model, "_resize_cache", None)
     if resize is None:

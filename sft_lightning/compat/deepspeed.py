@@ -1,9 +1,9 @@
-"""Where ZeRO keeps a parameter: this process's part of its weight, of its float32 copy and of the optimizer's states.
+"""Where ZeRO stores a parameter: this process's part of its weight, of its float32 copy and of the optimizer's states.
 
 ZeRO flattens what trains into partitions, and an optimizer of torch or of DeepSpeed steps on those (Rajbhandari et al.,
 2019, arXiv:1910.02054). ZeRO-3's optimizer knows where in them a parameter is; under ZeRO-1 and -2 the parameter itself
-does. DeepSpeed's documented accessors (`safe_get_full_fp32_param` and its kin) read a partition from NVMe anew for each
-parameter, and have none for a weight whose own part is there.
+does. DeepSpeed's documented accessors (such as `safe_get_full_fp32_param`) read a partition from NVMe again for each
+parameter, and skip a weight whose own part is in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SAVING = "saving and continuing a run under trainer.strategy: deepspeed_stage_*
     replacement="DeepSpeed's own refusal, which comes after the model is loaded",
 )
 def cpu_has_float16() -> bool:
-    """Whether DeepSpeed trains in float16 on this CPU (x86: AVX512-FP16); its engine asks the same."""
+    """Whether DeepSpeed can train in float16 on this CPU (x86: AVX512-FP16), as its engine checks."""
     accelerator = importlib.import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator()
     return bool(accelerator.is_fp16_supported())
 
@@ -43,13 +43,13 @@ def cpu_has_float16() -> bool:
 @uses(
     "deepspeed.comm.torch:build_shm_op",
     "deepspeed.ops:__compatible_ops__",
-    feature="starting trainer.strategy: deepspeed_stage_* on a CPU without compiling what only serving uses",
+    feature="fast start of trainer.strategy: deepspeed_stage_* on a CPU",
     since="0.15",
-    replacement="nothing; DeepSpeed then compiles its shared-memory operator at the first start, in over a minute",
+    replacement="not needed; DeepSpeed then compiles the operator at the first start, which takes over a minute",
     optional=True,
 )
 def skip_serving_operator() -> None:
-    """Let DeepSpeed start on a CPU without its shared-memory operator, which `inference_all_reduce` alone calls."""
+    """Start DeepSpeed on a CPU without its shared-memory operator, which only `inference_all_reduce` calls."""
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
 
 
@@ -72,7 +72,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
     replacement="noting the shapes before the model is partitioned",
 )
 def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """Return the shape of a parameter; of a partitioned one (`ds_shape`), that of the whole."""
+    """Return the full shape of a parameter, partitioned (`ds_shape`) or not."""
     return cast("torch.Size", getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -82,7 +82,7 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
     replacement="`deepspeed.utils.safe_get_local_fp32_param`",
 )
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a tensor (`ds_tensor`); the tensor where it is not partitioned."""
+    """Return this process's part of a partitioned parameter (`ds_tensor`); of any other, the tensor itself."""
     return cast("torch.Tensor", getattr(tensor, "ds_tensor", tensor))
 
 
@@ -94,7 +94,7 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
     replacement="loading inside `deepspeed.zero.GatheredParameters`, one parameter at a time",
 )
 def cut_own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """Cut out of a whole tensor what ZeRO-3 gives this process, zeros at the end included.
+    """Return the part of a full tensor that ZeRO-3 gives this process, padded with zeros at the end.
 
     Args:
         parameter: The partitioned parameter.
@@ -120,7 +120,7 @@ def cut_own_part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
     replacement="loading inside `deepspeed.zero.GatheredParameters`, one parameter at a time",
 )
 def own_part_in_memory(parameter: Any) -> Iterator[torch.Tensor]:
-    """Have this process's part of a parameter in memory, and write it back if it is from NVMe."""
+    """Keep this process's part of a parameter in memory inside the block, and write it back if it is from NVMe."""
     on_nvme = parameter.ds_tensor.final_location == "nvme"
     if on_nvme:
         parameter.nvme_swapper.swap_in([parameter], async_op=False)
@@ -145,10 +145,10 @@ def is_gathered(parameter: Any) -> bool:
     f"{_PARAMETERS}:_init_external_params",
     feature="trainer.strategy: deepspeed_stage_3",
     since="0.5",
-    replacement="a list of our own of what was given to `register_external_parameter`",
+    replacement="our own list of what was passed to `register_external_parameter`",
 )
 def external_weights(module: nn.Module) -> list[nn.Parameter]:
-    """Return the weights of other modules that DeepSpeed has been told a module uses."""
+    """Return the weights of other modules that were registered with DeepSpeed for a module."""
     registered: Any = getattr(module, "ds_external_parameters", dict)()
     return [parameter for _, parameter in registered] if registered else []
 
@@ -184,7 +184,7 @@ def flat_partitions(zero: Any) -> list[torch.Tensor]:
 def partitions_in_memory(
     zero: Any, parameters: Iterable[nn.Parameter], *, changed: bool = False
 ) -> Iterator[tuple[list[torch.Tensor], list[nn.Parameter]]]:
-    """Yield partitions that are in memory, and the parameters that lie in them; each is read from NVMe once.
+    """Yield each partition, read from NVMe once, with the parameters that are stored in it.
 
     Args:
         zero: ZeRO's optimizer.
@@ -210,10 +210,10 @@ def partitions_in_memory(
     f"{_STAGE_3}._release_swap_buffers",
     feature=_SAVING,
     since="0.17",
-    replacement="`deepspeed.utils.safe_get_full_fp32_param` and its kin",
+    replacement="`deepspeed.utils.safe_get_full_fp32_param` and the like",
 )
 def _off_nvme(zero: Any, index: int, *, changed: bool) -> Iterator[None]:
-    """Have one of ZeRO-3's partitions, and its optimizer's state, in memory."""
+    """Keep one of ZeRO-3's partitions, with its optimizer state, in memory inside the block."""
     if not zero._swappable_optimizer_subgroup(index):
         yield
         return
@@ -229,10 +229,10 @@ def _off_nvme(zero: Any, index: int, *, changed: bool) -> Iterator[None]:
     "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
     feature=_SAVING,
     since="0.14",
-    replacement="nothing, once DeepSpeed links the states of every group when they are made",
+    replacement="not needed once DeepSpeed links the states of every group when they are made",
 )
 def link_states(zero: Any) -> None:
-    """Let ZeRO-1's and -2's parameters know their states; DeepSpeed does so once, when only the first group has any."""
+    """Link ZeRO-1's and -2's parameters to their states; DeepSpeed does so once, when only the first group has any."""
     if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
@@ -281,7 +281,7 @@ def gather(zero: Any, parameter: Any, key: str | None) -> torch.Tensor:
     replacement="`deepspeed.utils.safe_set_full_fp32_param` and `safe_set_full_optimizer_state`",
 )
 def scatter(zero: Any, parameter: Any, value: torch.Tensor, key: str | None) -> None:
-    """Set a weight or a state of a parameter from the whole tensor, inside `partitions_in_memory`.
+    """Set a weight or a state of a parameter from the full tensor, inside `partitions_in_memory`.
 
     Args:
         zero: ZeRO's optimizer.

@@ -1,4 +1,4 @@
-"""What is used of torch's compiler beyond its documented interface."""
+"""Undocumented parts of torch's compiler that we use."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def compile_error() -> type[Exception]:
     "torch._functorch:config",
     feature="model.torch_compile",
     since="2.8",
-    replacement="nothing, once backward passes are compiled before they run",
+    replacement="not needed once backward passes are compiled before they run",
 )
 def compile_backward_with_forward() -> None:
     """Patch torch's configuration: a backward pass is compiled with its forward pass, not when it first runs.

@@ -61,7 +61,7 @@ class MissingPackage:
 
 @uses(feature=_FEATURE, since=_SINCE, replacement=_INSTEAD)
 def rejected_key(message: str) -> str | None:
-    """Return the key whose value a message is about, dotted; the outermost of nested parsers."""
+    """Return the dotted key whose value a message rejects; of nested parsers, the outermost."""
     found = _OWNER.search(message)
     return found["key"] if found else None
 
@@ -103,7 +103,7 @@ def stray_words(message: str) -> str | None:
 
 @uses(feature=_FEATURE, since=_SINCE, replacement=_INSTEAD)
 def short_reason(message: str) -> str:
-    """Return a message in one line, each key before what is wrong with its value.
+    """Return a message as one line: each key, then what is wrong with its value.
 
     A value that fits none of several types has a reason for each; one that is more than the name of a type wins.
     """
@@ -137,7 +137,7 @@ def is_about_a_value(error: Exception) -> bool:
     attributes=("_actions",),
     feature="the nearest valid key in errors on the command line",
     since="4.27",
-    replacement="`parser.get_defaults().keys()`, which has no fields of what is null by default",
+    replacement="`parser.get_defaults().keys()`, which lacks the keys inside options that are null by default",
     optional=True,
 )
 def known_keys(parser: ArgumentParser) -> list[str] | None:

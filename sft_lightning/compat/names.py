@@ -1,4 +1,4 @@
-"""Names that other libraries do not document, who of us uses them, and what happens where one is gone."""
+"""Undocumented names of other libraries: which functions use them, and what happens if one is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A function of this folder, and the names of a library that it stands on."""
+    """A function of this folder, and the names of a library that it needs."""
 
     function: str
     """Module and name of the function, without `sft_lightning.compat.`."""
@@ -35,13 +35,13 @@ class Entry:
     """Attributes, dotted, that the function's first argument must have; they exist on objects only."""
 
     feature: str
-    """What is refused without them: a YAML key, a command, or what the user gets from it."""
+    """What is refused without them, at the start of a message: a YAML key, a command, or what the user gets from it."""
 
     since: str
     """The earliest release of the library in which the names were found as they are used here."""
 
     replacement: str
-    """What to use once they are gone."""
+    """What to use when they are gone."""
 
     optional: bool
     """Go on without the feature, and warn once, instead of refusing it."""
@@ -51,7 +51,7 @@ class Entry:
 
     @property
     def library(self) -> str:
-        """The library's import name: that of the module which the function stands in, or of the first name."""
+        """The library's import name: that of the first name, else that of the function's module."""
         return self.names[0].partition(":")[0].partition(".")[0] if self.names else self.function.partition(".")[0]
 
     def missing(self, subject: object = None) -> list[str]:
@@ -70,7 +70,7 @@ class Entry:
         return bool(self.names or self.attributes)
 
     def message(self, missing: list[str]) -> str:
-        """Return what is said of missing names: the feature, the library, and the way out."""
+        """Return the message about missing names: the feature, the library, and what to install."""
         installed = _version(self.library)
         return (
             f"{self.feature}: not available, because {self.library} {installed} has no {missing[0].replace(':', '.')}; "
@@ -90,18 +90,18 @@ def uses(
     attributes: tuple[str, ...] = (),
     optional: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Say which undocumented names or behaviour a function stands on; each call looks for the names first.
+    """Declare the undocumented names or behaviour that a function needs; each call checks the names first.
 
     Args:
         names: `module:attribute`, the first one of the library that the entry belongs to; none for a behaviour.
         feature: As in `Entry`, as all that follow.
         since: The earliest release in which they were found.
-        replacement: What to use once they are gone.
+        replacement: What to use when they are gone.
         attributes: Attributes of the function's first argument.
         optional: Return `None` and warn once, instead of refusing the feature.
 
     Returns:
-        A decorator of a function, or of a class's `__init__`; the function raises a `UserError` where a name is gone.
+        A decorator of a function, or of a class's `__init__`; the function raises a `UserError` if a name is missing.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:

@@ -1,4 +1,4 @@
-"""What is used of PEFT's layers and wrappers beyond its documented interface."""
+"""Undocumented parts of PEFT's layers and wrappers that we use."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _WRAPPERS = "peft.utils.other"
 @uses(
     f"{_LAYER}:BaseTunerLayer.get_base_layer",
     f"{_WRAPPERS}:AuxiliaryTrainingWrapper",
-    feature="exporting an adapter, and the check of what was exported",
+    feature="exporting an adapter, and checking the export",
     since="0.15",
     replacement="`PeftModel.unload` on a copy of the model, which doubles its memory",
 )
 def module_under_adapter(module: torch.nn.Module) -> torch.nn.Module | None:
-    """Return the base's module that PEFT has put a layer or a wrapper around; `None` for any other module."""
+    """Return the base's module inside a layer or wrapper of PEFT; `None` for any other module."""
     found: Any = module
     if isinstance(module, importlib.import_module(_LAYER).BaseTunerLayer):
         return cast("torch.nn.Module", found.get_base_layer())
@@ -56,7 +56,7 @@ def module_saved_in_full(module: torch.nn.Module | None, adapter: str | None = N
     f"{_WRAPPERS}:TrainableTokensWrapper.original_module",
     feature="merge of an adapter with trainable_token_indices",
     since="0.15",
-    replacement="merging on the whole model in memory",
+    replacement="merging with the whole model in memory",
 )
 def token_adapter_of(module: torch.nn.Module) -> torch.nn.Module | None:
     """Return the layer that holds an embedding's trainable rows; `None` if the embedding has none."""
@@ -69,10 +69,10 @@ def token_adapter_of(module: torch.nn.Module) -> torch.nn.Module | None:
     "peft.tuners.lora.layer:ParamWrapper",
     feature="merge",
     since="0.17",
-    replacement="merging on the whole model in memory",
+    replacement="merging with the whole model in memory",
 )
 def adapts_parameter(module: torch.nn.Module) -> bool:
-    """Whether a LoRA layer adapts a parameter of a module (`target_parameters`), not the module."""
+    """Whether a LoRA layer adapts a parameter of a module (`target_parameters`) instead of the module."""
     return isinstance(module, importlib.import_module("peft.tuners.lora.layer").ParamWrapper)
 
 
@@ -81,10 +81,10 @@ def adapts_parameter(module: torch.nn.Module) -> bool:
     f"{_LAYER}:BaseTunerLayer.merged_adapters",
     feature="merge",
     since="0.8",
-    replacement="merging on the whole model in memory",
+    replacement="merging with the whole model in memory",
 )
 def merge_into_weight(layer: Any, adapter: str, attribute: str, weight: torch.Tensor) -> torch.Tensor:
-    """Put a weight into a layer of PEFT, merge, and take it out; the layer's other parameters are zero meanwhile.
+    """Merge an adapter into one weight with a layer of PEFT; the layer's other parameters are zero meanwhile.
 
     Args:
         layer: The layer; afterwards it is as it was.
@@ -114,10 +114,10 @@ def merge_into_weight(layer: Any, adapter: str, attribute: str, weight: torch.Te
 @uses(
     feature="merge",
     since="0.14",
-    replacement="merging on the whole model in memory",
+    replacement="merging with the whole model in memory",
 )
 def changes_bias(layer: Any, adapter: str) -> bool:
-    """Whether merging a layer changes the base's bias: with `lora_bias`, and by other methods than LoRA.
+    """Whether merging a layer changes the base's bias: with `lora_bias`, or with a method other than LoRA.
 
     Args:
         layer: A layer of PEFT.
@@ -133,7 +133,7 @@ def changes_bias(layer: Any, adapter: str) -> bool:
     replacement="the names that `get_peft_model_state_dict` returns",
 )
 def adapter_name_parts(model: PeftModel) -> tuple[str, ...]:
-    """Return what the names of an adapter's own parameters contain, as `lora_`; none of the base's contains one."""
+    """Return the parts, such as `lora_`, that the names of adapter parameters contain and those of the base do not."""
     prefixes = importlib.import_module("peft.mapping").PEFT_TYPE_TO_PREFIX_MAPPING
     prefix = prefixes.get(model.active_peft_config.peft_type, "")
     return tuple(part for part in (prefix, "modules_to_save.", "trainable_tokens_") if part)
@@ -145,17 +145,17 @@ def adapter_name_parts(model: PeftModel) -> tuple[str, ...]:
     replacement="`module_under_adapter` on every module",
 )
 def is_replaced_by_adapter(name: str) -> bool:
-    """Whether a parameter of a PEFT model, by its name, is a base weight that an adapter stands for."""
+    """Whether a parameter of a PEFT model, by its name, is a base weight that has an adapter or a trained copy."""
     return name.endswith(".base_layer.weight") or ".original_module." in name
 
 
 @uses(
     feature="model.adapter.use_dora under trainer.strategy: deepspeed_stage_3",
     since="0.10",
-    replacement="the documented `get_base_layer`, and a forward pass that notes what is read",
+    replacement="the documented `get_base_layer`, and a forward pass that records which weights are read",
 )
 def weights_read_by_dora(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Parameter]]:
-    """Yield DoRA's modules within a LoRA layer, and the weights of others whose norms they take.
+    """Yield the DoRA modules of a LoRA layer, each with the weights of other modules whose norms it computes.
 
     Those are the base's and the two low-rank ones (peft/tuners/lora/dora.py; Liu et al., 2024,
     arXiv:2402.09353).

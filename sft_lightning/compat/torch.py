@@ -1,4 +1,4 @@
-"""What is used of torch beyond its documented interface."""
+"""Undocumented parts of torch that we use."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def loss_scale(scaler: torch.amp.GradScaler) -> tuple[torch.Tensor | None, float
 @uses(
     feature="trainer.precision: 16-mixed",
     since="2.0",
-    replacement="`optimizer.defaults['fused']`, which decides where the attribute is gone",
+    replacement="`optimizer.defaults['fused']`, which decides if the attribute is missing",
 )
 def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a loss scaler leaves it to the optimizer's step to unscale the gradients, as it does to fused ones.
+    """Whether the optimizer's step unscales the gradients instead of the loss scaler, as with fused optimizers.
 
     The scaler asks the same attribute, which only such optimizers have. Without it, `fused` decides.
     """
@@ -53,7 +53,7 @@ def unscales_in_step(optimizer: torch.optim.Optimizer) -> bool:
     replacement="`torch.device('meta')`, whose operations allocate nothing",
 )
 def fake_tensor_mode() -> Any:
-    """Return a context in which tensors have shapes, types and devices, and no memory; real ones may be mixed in."""
+    """Return a context in which tensors have shapes, types and devices, but no memory; real tensors may be mixed in."""
     return importlib.import_module("torch._subclasses.fake_tensor").FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -65,7 +65,7 @@ def fake_tensor_mode() -> Any:
     replacement="the documented `torch.overrides.TorchFunctionMode`, which does not see the backward pass",
 )
 def watching_operations(see: Callable[[torch.Tensor], Any]) -> AbstractContextManager[Any]:
-    """Return a context that shows every tensor that an operation returns, those of the backward pass too.
+    """Return a context that reports every tensor that an operation returns, also in the backward pass.
 
     Args:
         see: Called with each tensor.
@@ -99,14 +99,14 @@ def storage_key(storage: torch.UntypedStorage) -> int:
 @uses(
     "torch.nn:Module.children",
     attributes=("_modules", "_parameters"),
-    feature="exporting an adapter, and the check of what was exported",
+    feature="exporting an adapter, and checking the export",
     since="2.0",
     replacement="`copy.deepcopy` of the model, which doubles its memory",
 )
 def copy_sharing_tensors(
     module: torch.nn.Module, copy_child: Callable[[torch.nn.Module], torch.nn.Module]
 ) -> torch.nn.Module:
-    """Return a shallow copy of a module: the same tensors and hooks, in dictionaries of its own.
+    """Return a shallow copy of a module: the same tensors and hooks, in separate dictionaries.
 
     Args:
         module: Left as it is.
@@ -123,9 +123,9 @@ def copy_sharing_tensors(
 
 @contextmanager
 @uses(
-    feature="the loss of a sharded model in its head's place, and `plan` with bits: 8",
+    feature="the chunked loss of a sharded model, and `plan` with model.quantization.bits: 8",
     since="2.0",
-    replacement="a module of our own in the other's place, which hooks and sharding would have to be told of",
+    replacement="a module that replaces the other one; hooks and sharding would have to be set up for it",
 )
 def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """Patch the `forward` of one module; its hooks, and those that gather its weights, run as always.
@@ -151,7 +151,7 @@ def forward_replaced_by(module: torch.nn.Module, function: Callable[..., Any]) -
     "torch.nn.functional:dropout",
     feature="plan",
     since="2.0",
-    replacement="fake tensors of a GPU, which the CPU build of torch refuses to compute with",
+    replacement="fake tensors on a GPU, which the CPU build of torch refuses",
 )
 def dropout_replaced_by(function: Callable[..., Any]) -> Iterator[None]:
     """Patch `torch.nn.functional.dropout`, which every dropout layer calls. The patch ends with the context.
@@ -171,10 +171,10 @@ def dropout_replaced_by(function: Callable[..., Any]) -> Iterator[None]:
 @uses(
     feature="fused LoRA layers",
     since="2.0",
-    replacement="modules of our own in the place of PEFT's, which PEFT would have to be told of",
+    replacement="modules that replace PEFT's; PEFT would have to be told of them",
 )
 def change_class(module: torch.nn.Module, subclass: type[torch.nn.Module]) -> None:
-    """Patch one module: it gets the methods of a subclass of its class, and keeps everything that it holds.
+    """Patch one module: change its class to a subclass; its parameters, buffers and hooks stay.
 
     Args:
         module: Changed in place; its name, parameters and hooks stay.
@@ -190,7 +190,7 @@ def change_class(module: torch.nn.Module, subclass: type[torch.nn.Module]) -> No
     replacement="the layers' own forward pass",
 )
 def runs_more_than_forward(module: torch.nn.Module) -> bool:
-    """Whether calling a module runs hooks too, or another `forward` than its class's."""
+    """Whether calling a module runs hooks, or a `forward` other than that of its class."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
 
 
@@ -201,7 +201,7 @@ def runs_more_than_forward(module: torch.nn.Module) -> bool:
     replacement="`torch.addmm`, which reads and writes the output once more",
 )
 def hidden_change(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which changes of a tensor in place do not count as changes.
+    """Return a context in which autograd does not notice in-place changes of a tensor.
 
     Selective recomputation keeps the output of a matrix product, and refuses one that changed afterwards.
 
@@ -218,7 +218,7 @@ def hidden_change(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     attributes=("_schema",),
     feature="model.gradient_checkpointing: selective",
     since="2.4",
-    replacement="a list of the positions of `dropout_p` in the operations of each release",
+    replacement="a table of the position of `dropout_p` in the operations of each release",
 )
 def argument_of(operation: torch._ops.OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return the value of an argument in a call of an operation; `None` if the operation does not have it.
@@ -242,7 +242,7 @@ def argument_of(operation: torch._ops.OpOverload, name: str, args: Sequence[Any]
     replacement="model.attn_implementation: flash_attention_2",
 )
 def variable_length_attention() -> Callable[..., torch.Tensor]:
-    """Return the attention of documents of different lengths that stand one after the other, in one kernel.
+    """Return a function that computes attention within each document of a packed row, in one kernel.
 
     Returns:
         A function of queries (tokens, heads, head_dim), keys and values (tokens, key/value heads, head_dim), the starts

@@ -1,4 +1,4 @@
-"""What is used of transformers beyond its documented interface."""
+"""Undocumented parts of transformers that we use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BITSANDBYTES = "transformers.integrations.bitsandbytes"
     "transformers.utils.chat_template_utils:_compile_jinja_template",
     feature="data.template: chat_template and .jinja files",
     since="4.46",
-    replacement="`tokenizer.apply_chat_template`, which compiles at every call and fixes no date",
+    replacement="`tokenizer.apply_chat_template`, which compiles at every call and cannot fix the date",
 )
 def compile_chat_template(source: str) -> Any:
     """Compile a chat template in the environment that serving uses: its sandbox, filters and `generation` blocks.
@@ -52,10 +52,10 @@ def attention_of(config: PretrainedConfig) -> str | None:
     "transformers:PretrainedConfig._attn_implementation",
     feature="data.packing with a model that does its own attention",
     since="4.36",
-    replacement="`model.set_attn_implementation`, once it takes names for models that only ask for a mask",
+    replacement="`model.set_attn_implementation`, once it accepts names that only select a mask",
 )
 def set_attention(config: PretrainedConfig, name: str) -> None:
-    """Name the attention, and with it the mask, that a model asks the registries for.
+    """Set the registered attention, and with it the mask function, that a model looks up.
 
     Args:
         config: The model's configuration, changed in place.
@@ -68,7 +68,7 @@ def set_attention(config: PretrainedConfig, name: str) -> None:
     "transformers:PreTrainedModel._supports_attention_backend",
     feature="model.attn_implementation: auto",
     since="4.50",
-    replacement="loading the model with a registered attention, and looking whether it is called",
+    replacement="loading the model with a registered attention, and checking whether it is called",
 )
 def calls_registered_attention(model: PreTrainedModel | type[PreTrainedModel]) -> bool:
     """Whether a model, or its class, calls the attention functions that are registered with transformers."""
@@ -77,12 +77,12 @@ def calls_registered_attention(model: PreTrainedModel | type[PreTrainedModel]) -
 
 @uses(
     f"{_CONVERSION}:get_checkpoint_conversion_mapping",
-    feature="trainer.strategy: loading in several processes",
+    feature="loading a model in several processes under a sharding trainer.strategy",
     since="5.0",
     replacement="loading one process at a time always, which is slower and safe",
 )
 def stores_other_tensors(model_type: str) -> bool:
-    """Whether transformers converts the tensors of a family's files while it loads them (experts one by one, say)."""
+    """Whether transformers converts the tensors of a family's files while it loads them, such as single experts."""
     return importlib.import_module(_CONVERSION).get_checkpoint_conversion_mapping(model_type) is not None
 
 
@@ -94,7 +94,7 @@ def stores_other_tensors(model_type: str) -> bool:
     replacement="merging on the whole model in memory",
 )
 def tensor_renamings(model: PreTrainedModel) -> list[Callable[[str], str]]:
-    """Return functions from the names in a family's files to the model's, where only names differ (GPT-NeoX)."""
+    """Return functions from tensor names in a family's files to those in the model, if only names differ (GPT-NeoX)."""
     renaming = importlib.import_module("transformers.core_model_loading").WeightRenaming
     rules = importlib.import_module(_CONVERSION).get_model_conversion_mapping(model)
 
@@ -112,7 +112,7 @@ def tensor_renamings(model: PreTrainedModel) -> list[Callable[[str], str]]:
     replacement="an option of `from_pretrained` for the device to quantize on, which it does not have yet",
 )
 def quantizing_on(device: torch.device) -> Iterator[None]:
-    """Patch transformers so that 4-bit weights are quantized on a device, wherever they are to stay.
+    """Patch transformers to quantize 4-bit weights on one device, whichever device stores them.
 
     A CPU takes minutes for what a GPU does in seconds. The patch ends with the context.
     """
@@ -139,7 +139,7 @@ def quantizing_on(device: torch.device) -> Iterator[None]:
     replacement="`from_pretrained` of a folder with the random weights",
 )
 def quantizer_of(config: BitsAndBytesConfig) -> Any:
-    """Return what `from_pretrained` quantizes a model with: it replaces the layers, then their weights.
+    """Return the quantizer that `from_pretrained` uses: it replaces the layers, then their weights.
 
     Args:
         config: How to quantize.
@@ -155,7 +155,7 @@ def quantizer_of(config: BitsAndBytesConfig) -> Any:
     replacement="`initialize_weights` before quantizing, which needs memory for the full model",
 )
 def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:
-    """Draw a module's weights as a model draws those of its own modules.
+    """Initialize a module's weights at random, as the model initializes its own modules.
 
     Args:
         model: The model.
@@ -172,7 +172,7 @@ def initialize_module(model: PreTrainedModel, module: torch.nn.Module) -> None:
     f"{_FALCON}:FalconLinear",
     feature="model.quantization of a Falcon model",
     since="4.33",
-    replacement="nothing, once Falcon is made of `torch.nn.Linear`",
+    replacement="not needed once Falcon uses `torch.nn.Linear`",
 )
 def plain_falcon_layers() -> Iterator[None]:
     """Patch transformers so that Falcon is built of `torch.nn.Linear`, the only type that gets quantized.
@@ -227,12 +227,12 @@ def untie_head(model: PreTrainedModel) -> None:
 @uses(
     feature="model.gradient_checkpointing",
     since="5.17",
-    replacement="`activation_checkpointing_enable` alone; the older name goes with transformers 6",
+    replacement="`activation_checkpointing_enable` alone; transformers 6 removes the older name",
 )
 def recompute_activations(
     model: PreTrainedModel, every: int, contexts: Callable[[], tuple[Any, Any]] | None = None
 ) -> None:
-    """Recompute decoder layers in the backward pass, not reentrant, under the name that the installed version has.
+    """Turn on gradient checkpointing of decoder layers, non-reentrant, by the installed version's method.
 
     Args:
         model: The transformers model.
@@ -251,7 +251,7 @@ def recompute_activations(
 @uses(
     feature="plan",
     since="5.17",
-    replacement="`activation_checkpointing_disable` alone; the older name goes with transformers 6",
+    replacement="`activation_checkpointing_disable` alone; transformers 6 removes the older name",
 )
 def keep_activations(model: PreTrainedModel) -> None:
     """Undo `recompute_activations`."""

@@ -1,1 +1,1 @@
-"""What is used of Lightning beyond its documented interface."""
+"""Undocumented parts of Lightning that we use."""

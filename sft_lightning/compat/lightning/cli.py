@@ -10,7 +10,7 @@ from sft_lightning.compat.names import uses
 
 
 class CommandLine(LightningCLI):
-    """What our command line changes in Lightning's, beyond the methods that are documented to be overridden.
+    """LightningCLI that builds the parser of one subcommand only, and takes no configuration from checkpoints.
 
     Args:
         command: The trainer's method to run, or another name, which runs nothing.
@@ -19,7 +19,7 @@ class CommandLine(LightningCLI):
     """
 
     @uses(
-        feature="starting fit, validate, test and predict quickly",
+        feature="fast start of fit, validate, test and predict",
         since="2.0",
         replacement="the parsers of all four commands, which take three times as long to build",
     )
@@ -32,12 +32,12 @@ class CommandLine(LightningCLI):
         super().__init__(args=args, run=self.runs_trainer, **options)
 
     @uses(
-        feature="keeping what the user wrote over the hyper-parameters of a checkpoint",
+        feature="fit --ckpt_path with the configuration that the user wrote",
         since="2.6",
-        replacement="nothing: our checkpoints have no hyper-parameters, so only a file is read in vain",
+        replacement="not needed: our checkpoints have no hyper-parameters; Lightning would read the file for nothing",
     )
     def _parse_ckpt_path(self) -> None:
-        """Take nothing from a checkpoint."""
+        """Take no configuration from a checkpoint."""
 
     def setting(self, config: Any, key: str) -> Any:
         """Return what a configuration has under a key, whether a subcommand is in between or not.

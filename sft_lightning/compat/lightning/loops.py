@@ -49,7 +49,7 @@ def stop_asking_for_signals(trainer: Trainer) -> None:
     replacement="logging `step` with every metric, which Lightning takes for the x axis",
 )
 def set_logged_step(trainer: Trainer) -> None:
-    """Set the loggers' x axis to the optimizer steps done; Lightning guesses it from counters that may have moved."""
+    """Set the step that loggers show to the number of optimizer steps; Lightning derives it from other counters."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
@@ -105,7 +105,7 @@ def align_progress(fit_loop: dict[str, Any], micro_batches: int) -> None:
     replacement="checkpoints at the end of epochs only",
 )
 def reopen_epoch(fit_loop: dict[str, Any], epoch: int) -> None:
-    """Count an epoch as unfinished, in a checkpoint's `loops["fit_loop"]`.
+    """Mark an epoch as unfinished, in a checkpoint's `loops["fit_loop"]`.
 
     A run that reaches `max_steps` within an epoch ends the epoch, as far as Lightning is concerned; continued with more
     steps, it would skip the epoch's other rows. So it would if the epoch has become longer, as a stream's does.
@@ -130,7 +130,7 @@ def reopen_epoch(fit_loop: dict[str, Any], epoch: int) -> None:
     replacement="a setter of `LightningModule.device`",
 )
 def set_device(module: LightningModule, device: torch.device) -> None:
-    """Tell a module where it computes, wherever its parameters wait.
+    """Set the device that a module computes on, although its parameters are stored on another.
 
     Args:
         module: No parameter is moved.
@@ -143,7 +143,7 @@ def set_device(module: LightningModule, device: torch.device) -> None:
     "lightning.pytorch.core.optimizer:LightningOptimizer.optimizer",
     feature="saving the optimizer's state",
     since="2.0",
-    replacement="nothing: the property is documented, its class is not exported",
+    replacement="not needed once Lightning exports the class; its property `optimizer` is documented",
 )
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer itself, without the wrapper that Lightning hands out."""

@@ -22,10 +22,10 @@ class MeshStrategy(ModelParallelStrategy):
         attributes=("_data_parallel_size", "_tensor_parallel_size"),
         feature="trainer.strategy: fsdp2",
         since="2.3",
-        replacement="the constructor's `data_parallel_size`, which wants the number of processes before it is known",
+        replacement="the constructor's `data_parallel_size`, required before the number of processes is known",
     )
     def use_one_mesh_axis(self, num_processes: int) -> None:
-        """Let the environment have a mesh of one axis; Lightning's default is tensor parallelism within a node."""
+        """Use a device mesh with one axis; Lightning's default is tensor parallelism within a node."""
         self._data_parallel_size, self._tensor_parallel_size = num_processes, 1
 
     @uses(
@@ -33,10 +33,10 @@ class MeshStrategy(ModelParallelStrategy):
         attributes=("_process_group_backend",),
         feature="trainer.strategy: fsdp2_offload",
         since="2.3",
-        replacement="the constructor's `process_group_backend`, which wants the device before it is known",
+        replacement="the constructor's `process_group_backend`, required before the device is known",
     )
     def use_backend(self, backend: str) -> None:
-        """Let process groups have a backend, such as `cpu:gloo,cuda:nccl`."""
+        """Set the backend of process groups, such as `cpu:gloo,cuda:nccl`."""
         self._process_group_backend = backend
 
 
