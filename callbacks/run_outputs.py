@@ -58,19 +58,3 @@ def log_text(trainer: Trainer, tag: str, markdown: str) -> None:
             logger.experiment.add_text(tag, markdown, trainer.global_step)
         elif isinstance(logger, WandbLogger):
             logger.log_text(tag, columns=["text"], data=[[markdown]], step=trainer.global_step)
-
-
-def fenced(text: str, language: str = "") -> str:
-    """Return text as a fenced Markdown block; the fence is longer than any fence inside the text.
-
-    Args:
-        text: The text to show verbatim.
-        language: Language of its highlighting.
-    """
-    longest = max((len(run) for run in _runs_of_backticks(text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _runs_of_backticks(text: str) -> list[str]:
-    return "".join(each if each == "`" else " " for each in text).split()

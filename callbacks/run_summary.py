@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.text import Text
 
-from callbacks.run_outputs import fenced, log_text, run_folder
+from callbacks.run_outputs import log_text, run_folder
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.terminal import make_console
+from sft_lightning.terminal import fenced, make_console
 from sft_lightning.training.startup import datamodule_of
 from sft_lightning.views.highlight import ShownToken, show_tokens
 from sft_lightning.views.marked_text import FRAME, around_the_first_answer, marked_text

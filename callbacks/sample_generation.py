@@ -10,13 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 from rich.markup import escape
 
-from callbacks.run_outputs import fenced, log_text, run_folder
+from callbacks.run_outputs import log_text, run_folder
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.generate import generate
 from sft_lightning.strategies.services import services_of
-from sft_lightning.terminal import make_console
+from sft_lightning.terminal import fenced, make_console
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of
 from sft_lightning.types import Message

@@ -1,4 +1,4 @@
-"""A micro-batch, and what is known of it on the host before any of it is on a device.
+"""A micro-batch, and what is known of it on the CPU before any of it is on a device.
 
 Whatever attention, the loss or the head would otherwise compute from token ids, lengths or labels on the device, and
 wait for, is made here once, from arrays in CPU memory.

@@ -1,7 +1,8 @@
-"""Printing to a terminal or a file: how wide, and how text that a model wrote is made safe."""
+"""Printing to a terminal or a file: how wide, and how text that a model wrote is made safe or shown verbatim."""
 
 from __future__ import annotations
 
+import re
 import sys
 
 from rich.console import Console
@@ -28,3 +29,14 @@ def printable(text: str) -> str:
     Line feeds and tabs stay.
     """
     return text.translate(_VISIBLE)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Return text as a Markdown code block; its fence is longer than any run of backticks in the text.
+
+    Args:
+        text: The text to show verbatim.
+        language: Language of its highlighting.
+    """
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from sft_lightning.terminal import WIDTH_OF_FILES, make_console, printable
+from sft_lightning.terminal import WIDTH_OF_FILES, fenced, make_console, printable
 
 
 def test_control_characters_become_visible_and_text_stays() -> None:
@@ -21,3 +21,8 @@ def test_a_terminal_has_its_own_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")
     assert make_console().width == 60
+
+
+@pytest.mark.parametrize(("text", "fence"), [("plain", "```"), ("a `word`", "```"), ("```python\n```", "````")])
+def test_a_text_with_fences_of_its_own_gets_a_longer_fence(text: str, fence: str) -> None:
+    assert fenced(text, "yaml") == f"{fence}yaml\n{text}\n{fence}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from sft_lightning.comparison.results import Comparison, ModelResult, Response, Summary, summarize
 from sft_lightning.models.generation.config import DecodingMode, GenerationConfig
-from sft_lightning.terminal import printable
+from sft_lightning.terminal import fenced, printable
 
 COLUMNS = ("model", "mode", "answers", "tokens", "ended", "repetition", "changed")
 REFERENCE_COLUMNS = ("reference perplexity", "exact match", "ROUGE-L")
@@ -53,9 +52,9 @@ def markdown_text(comparison: Comparison) -> str:
     lines += [f"- {mode}: {parameters(config)}" for mode, config in comparison.configs.items()]
     lines += [f"- {result.model.label}: {prompting(result)}" for result in comparison.models]
     for number, prompt in enumerate(comparison.prompts, start=1):
-        lines += ["", f"## Prompt {number}", "", *fenced(prompt.shown)]
+        lines += ["", f"## Prompt {number}", "", fenced(printable(prompt.shown), "text")]
         if prompt.reference is not None:
-            lines += ["", "Reference:", "", *fenced(prompt.reference)]
+            lines += ["", "Reference:", "", fenced(printable(prompt.reference), "text")]
         for mode, result, response in _responses(comparison, number - 1):
             lines += [
                 "",
@@ -63,7 +62,7 @@ def markdown_text(comparison: Comparison) -> str:
                 "",
                 metrics_line(response),
                 "",
-                *fenced(response.text),
+                fenced(printable(response.text), "text"),
             ]
     return "\n".join(lines) + "\n"
 
@@ -153,13 +152,6 @@ def table_row(summary: Summary, with_references: bool) -> list[str]:
 def perplexity_text(value: float) -> str:
     """Return a perplexity with two decimals, or in scientific notation from 1e5 on."""
     return f"{value:,.2f}" if value < 1e5 else f"{value:.1e}"
-
-
-def fenced(text: str) -> list[str]:
-    """Return the lines of a Markdown code block; its fence is longer than any run of backticks in the text."""
-    text = printable(text)
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [fence + "text", text, fence]
 
 
 def _responses(comparison: Comparison, prompt: int) -> Iterator[tuple[DecodingMode, ModelResult, Response]]:

@@ -4,11 +4,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from callbacks.run_outputs import fenced, run_folder
+from callbacks.run_outputs import run_folder
 
 
 def trainer_with(logger: Any, root: Path) -> Trainer:
@@ -23,8 +22,3 @@ def test_outputs_go_to_the_loggers_folder(tmp_path: Path) -> None:
 def test_without_a_logger_outputs_go_to_the_trainers_root(tmp_path: Path) -> None:
     assert run_folder(trainer_with(None, tmp_path)) == tmp_path
     assert run_folder(trainer_with(SimpleNamespace(), tmp_path)) == tmp_path
-
-
-@pytest.mark.parametrize(("text", "fence"), [("plain", "```"), ("a `word`", "```"), ("```python\n```", "````")])
-def test_a_text_with_fences_of_its_own_gets_a_longer_fence(text: str, fence: str) -> None:
-    assert fenced(text, "yaml") == f"{fence}yaml\n{text}\n{fence}"

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sft_lightning.comparison.results import Comparison
-from sft_lightning.comparison.text_reports import fenced, json_lines, markdown_text, perplexity_text, print_comparison
+from sft_lightning.comparison.text_reports import json_lines, markdown_text, perplexity_text, print_comparison
 
 
 def test_the_terminal_shows_every_answer_without_its_control_characters(comparison: Comparison) -> None:
@@ -26,7 +26,6 @@ def test_a_markdown_fence_is_longer_than_any_in_the_answer(comparison: Compariso
     assert "`````text\n<script>alert(1)</script> & ␛[31m ```` | [bold]\n`````" in text
     assert "| the finetuned | greedy | 2 |" in text
     assert "- greedy: max_new_tokens 9" in text
-    assert fenced("plain")[0] == "```text"
 
 
 def test_json_lines_have_one_object_per_answer(comparison: Comparison) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sft_lightning.data.plan.blending import BlendConfig, BlendUnit
-from sft_lightning.data.plan.split_examples import LengthLimits, apply_limits, report_records
+from sft_lightning.data.plan.split_examples import WAYS_TO_KEEP_EXAMPLES, LengthLimits, apply_limits, report_records
 from sft_lightning.data.sources.report import MAX_LOCATIONS, SourceReport
 from sft_lightning.data.sources.source import SourceConfig, read_records
 from sft_lightning.data.tokens.examples import ExampleBuilder
@@ -98,7 +98,8 @@ class SourceStream:
                     yield Cursor(cursor.passes, index, taken), example
             if not found and cursor.record == 0:
                 raise UserError(
-                    f"data.sources.{self.name}: no example is left to train on; dropped: {dict(self.report.dropped)}"
+                    f"data.sources.{self.name}: no example is left to train on; dropped: {dict(self.report.dropped)}; "
+                    f"{WAYS_TO_KEEP_EXAMPLES}"
                 )
             cursor = Cursor(cursor.passes + 1)
             self.report.passes = cursor.passes

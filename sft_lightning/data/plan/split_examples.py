@@ -25,6 +25,10 @@ from sft_lightning.types import Longs, TokenizedExample
 Overlong = Literal["error", "drop", "truncate"]
 
 
+WAYS_TO_KEEP_EXAMPLES = "correct the records, or change data.max_length, data.overlong or data.min_length"
+"""What to do if every example was dropped, for messages."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LengthLimits:
     """Which lengths of examples are kept, and what is done with the others."""

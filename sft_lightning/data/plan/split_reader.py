@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from sft_lightning.data.plan.split_examples import LengthLimits, SplitExamples, select_examples
+from sft_lightning.data.plan.split_examples import WAYS_TO_KEEP_EXAMPLES, LengthLimits, SplitExamples, select_examples
 from sft_lightning.data.plan.splits import Compat, Mask, check_part, hold_out, stage_records
 from sft_lightning.data.sources.source import SourceConfig, read_record, read_records
 from sft_lightning.data.tokens.examples import ExampleBuilder
@@ -112,11 +112,14 @@ class SplitReader:
         parts = self.read[split]
         dropped = {part.name: dict(part.report.dropped) for part in parts}
         if split == "train" and not any(part.report.examples for part in parts):
-            raise UserError(f"data.sources: no example is left to train on; dropped: {dropped}")
+            raise UserError(
+                f"data.sources: no example is left to train on; dropped: {dropped}; {WAYS_TO_KEEP_EXAMPLES}"
+            )
         for part in parts:
             if split != "train" and not part.report.examples:
                 raise UserError(
-                    f"data: no example of the {split} source {part.name!r} is left; dropped: {dropped[part.name]}"
+                    f"data: no example of the {split} source {part.name!r} is left; dropped: {dropped[part.name]}; "
+                    f"{WAYS_TO_KEEP_EXAMPLES}"
                 )
 
     def _select(self, split: Split, name: str) -> SplitExamples:

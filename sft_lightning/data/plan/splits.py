@@ -33,7 +33,10 @@ def hold_out(members: Mask, fraction: float, *, seed: tuple[int, int]) -> tuple[
     indices = np.flatnonzero(members)
     num_held_out = max(1, round(fraction * len(indices)))
     if num_held_out >= len(indices):
-        raise UserError(f"data.val_fraction: {fraction} of {len(indices)} records leaves no record to train on")
+        raise UserError(
+            f"data.val_fraction: {fraction} of {len(indices)} records leaves no record to train on; "
+            "lower it, or set data.val_sources instead"
+        )
     drawn = indices[np.random.default_rng(seed).permutation(len(indices))[:num_held_out]]
     held_out = np.zeros_like(members)
     held_out[drawn] = True

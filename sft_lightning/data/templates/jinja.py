@@ -109,7 +109,10 @@ class JinjaTemplate:
 
     def _all_of(self, messages: Sequence[Message], whole: str) -> list[Segment]:
         if any(message.train is not None or message.weight != 1.0 for message in messages):
-            raise UserError(f"template {self.name} with loss_on: all does not support `train` and `weight` of messages")
+            raise UserError(
+                f"data.loss_on: all does not support `train` and `weight` of messages with the template {self.name}; "
+                "remove them from the records, or set data.loss_on: assistant"
+            )
         for i, message in enumerate(messages):
             self._check_shown(i, message, whole, thoughts=False)
         return [Segment(whole, True)]

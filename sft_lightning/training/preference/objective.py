@@ -104,7 +104,7 @@ class PreferenceObjective(Objective):
         self, module: CausalLMModule, batch: PairBatch, split: Split, source: int = 0
     ) -> tuple[AnswerLogProbs, PairScores]:
         # The reference first, while nothing of the model's own graph takes memory.
-        reference = self.reference.of(module, batch, split, source)
+        reference = self.reference.log_probs(module, batch, split, source)
         answers = answer_log_probs(module, batch)
         return answers, score_pairs(self.config, answers.log_probs, reference, batch["num_answer_tokens"])
 

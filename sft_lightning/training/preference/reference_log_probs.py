@@ -103,7 +103,7 @@ class ReferenceLogProbs:
         return table
 
     @torch.no_grad()
-    def of(self, module: CausalLMModule, batch: PairBatch, split: Split, source: int = 0) -> torch.Tensor | None:
+    def log_probs(self, module: CausalLMModule, batch: PairBatch, split: Split, source: int = 0) -> torch.Tensor | None:
         """Return the reference's log-probabilities of a micro-batch's answers, (P, 2); `None` for losses without.
 
         Args:

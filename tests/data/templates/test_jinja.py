@@ -133,7 +133,7 @@ def test_a_supervised_segment_has_the_weight_of_its_message() -> None:
 
 def test_train_and_weight_of_a_message_are_refused_with_loss_on_all() -> None:
     turns = [Message("user", "q"), Message("assistant", "a", train=False)]
-    with pytest.raises(UserError, match="with loss_on: all does not support `train` and `weight`"):
+    with pytest.raises(UserError, match="loss_on: all does not support `train` and `weight`"):
         jinja_template("chatml", chatml, CHATML_TOKENS).render(turns, "all")
 
 

@@ -26,7 +26,7 @@ def test_the_reference_stays_the_same_while_the_model_learns(kind: str, train: T
     after = train(kind, lr=1e-2, trainer={"max_epochs": 2})
     assert after.losses[-1] < 0.6 < before.losses[-1]
     batch = next(iter(before.data.train_dataloader()))
-    found = [run.reference.of(run.module, batch, "train") for run in (before, after)]
+    found = [run.reference.log_probs(run.module, batch, "train") for run in (before, after)]
     assert torch.equal(*found)
     now = answer_log_probs(after.module, batch).log_probs
     assert float((now - found[0]).abs().max()) > 0.1
@@ -59,7 +59,7 @@ def test_a_continued_adapter_is_compared_with_its_start(train: Train, tmp_path: 
 def test_a_loss_without_reference_asks_for_none(train: Train) -> None:
     run = train(preference=PreferenceConfig(loss="orpo"), trainer={"max_steps": 1})
     batch = next(iter(run.data.train_dataloader()))
-    assert run.reference.of(run.module, batch, "train") is None
+    assert run.reference.log_probs(run.module, batch, "train") is None
 
 
 def test_a_preference_run_refuses_data_that_are_not_pairs(train: Train) -> None:
