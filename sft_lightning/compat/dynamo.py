@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sft_lightning.compat.names import uses
+
+if TYPE_CHECKING:
+    import torch
 
 
 @uses(
@@ -41,6 +44,22 @@ def watch_compilations(note: Callable[[float], None]) -> None:
 
     handler.register_start_callback(start)
     handler.register_end_callback(lambda _: note(time.perf_counter() - started[0]))
+
+
+@uses(
+    "torch._dynamo:maybe_mark_dynamic",
+    feature="model.torch_compile",
+    since="2.1",
+    replacement="nothing: the second micro-batch then compiles the layers again",
+)
+def vary_size(tensor: torch.Tensor, dim: int) -> None:
+    """Tell the compiler that each call has another size here, so that it compiles for all sizes at once.
+
+    Args:
+        tensor: An argument of what is compiled.
+        dim: The dimension.
+    """
+    importlib.import_module("torch._dynamo").maybe_mark_dynamic(tensor, dim)
 
 
 @uses(

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sft_lightning.batch import DocumentLengths
 from sft_lightning.compat.dynamo import (
     compile_backward_with_forward,
     compile_error,
     num_compiled_graphs,
+    vary_size,
     watch_compilations,
 )
 from sft_lightning.compat.torch import change_class
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.packed import PACKED, packed_attention
 from sft_lightning.models.checkpointing import recomputable_layers
 
 
@@ -80,7 +80,7 @@ def compile_layers(
 
     Only passes that train are compiled: an evaluation has other shapes, and generation one for each token. A layer that
     is recomputed is compiled inside the recomputed region, because a graph break there (such as that of a quantized
-    layer) would leave all of it uncompiled. See https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
+    layer) would leave all of it uncompiled. Packed attention is one operator, or one kernel, and no graph break. See https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
 
     Args:
         model: The transformers model, without the PEFT model around it; adapters inside its layers are compiled too.
@@ -102,7 +102,6 @@ def compile_layers(
     compile_backward_with_forward()
     compilation = CompilationLog(len(layers), log)
     model.base_model.register_forward_pre_hook(functools.partial(_begin_pass, compilation), with_kwargs=True)
-    AttentionInterface.register(PACKED, torch.compiler.disable(packed_attention))
     compiled = {kind: _compiled_class(kind, compilation, backend) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         change_class(layer, compiled[type(layer)])
@@ -135,11 +134,15 @@ def _trains(module: torch.nn.Module) -> bool:
 
 
 def _begin_pass(
-    compilation: CompilationLog, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
+    compilation: CompilationLog, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     if _trains(module):
         compilation.begin_pass()
-    lengths = kwargs.get("document_lengths")
-    if lengths is None or isinstance(lengths, DocumentLengths):
+    documents = kwargs.get("document_lengths")
+    if documents is None:
         return args, kwargs
-    return args, {**kwargs, "document_lengths": DocumentLengths(lengths)}
+    if not isinstance(documents, DocumentLengths):
+        documents = DocumentLengths(documents).to(module.device)
+    for starts in (documents.starts, documents.host_starts):
+        vary_size(starts, 1)
+    return args, {**kwargs, "document_lengths": documents}
