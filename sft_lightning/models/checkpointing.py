@@ -93,7 +93,7 @@ def is_kept(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
     library, _, function = name.partition(".")
     if library == "bitsandbytes":
         return "mm" in function or "matmul" in function
-    attends = "attention" in function or "attn" in function
+    attends = any(word in function for word in ("attention", "attend", "attn")) and "backward" not in function
     return attends and not argument_of(operation, "dropout_p", args, kwargs)
 
 

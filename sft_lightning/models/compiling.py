@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sft_lightning.batch import DocumentLengths
@@ -19,7 +20,7 @@ from sft_lightning.compat.dynamo import (
 )
 from sft_lightning.compat.torch import change_class
 from sft_lightning.errors import UserError
-from sft_lightning.models.checkpointing import recomputable_layers
+from sft_lightning.models.checkpointing import Recomputation, recomputable_layers, selective_contexts
 
 
 class CompilationLog:
@@ -61,7 +62,7 @@ class CompilationLog:
     def _report_first(self) -> None:
         graphs = num_compiled_graphs() - self._before
         if graphs and not self.failed:
-            self._log(f"torch_compile: {self._num_layers} decoder layers share {graphs} graphs ({self._seconds:.1f} s)")
+            self._log(f"torch_compile: graphs of {self._num_layers} decoder layers: {graphs} ({self._seconds:.1f} s)")
         elif not self.failed:
             self._log("torch_compile: nothing was compiled; TORCH_LOGS=graph_breaks says why, or set false")
 
@@ -74,17 +75,24 @@ class CompilationLog:
 
 
 def compile_layers(
-    model: PreTrainedModel, log: Callable[[str], None], *, backend: str | Callable[..., Any] = "inductor"
+    model: PreTrainedModel,
+    log: Callable[[str], None],
+    *,
+    recomputation: Recomputation = 0,
+    backend: str | Callable[..., Any] = "inductor",
 ) -> int:
     """Compile each decoder layer in place; names, weights and state dict do not change.
 
     Only passes that train are compiled: an evaluation has other shapes, and generation one for each token. A layer that
-    is recomputed is compiled inside the recomputed region, because a graph break there (such as that of a quantized
-    layer) would leave all of it uncompiled. Packed attention is one operator, or one kernel, and no graph break. See https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
+    is recomputed as a whole is compiled inside the recomputed region, because a graph break there (such as that of an
+    8-bit layer) would leave all of it uncompiled. Selective recomputation is part of the graph, because it sees no
+    operations inside compiled code. Packed attention is one operator, or one kernel, and no graph break. See
+    https://docs.pytorch.org/tutorials/recipes/regional_compilation.html.
 
     Args:
         model: The transformers model, without the PEFT model around it; adapters inside its layers are compiled too.
         log: Called with a line for what was compiled, and when that fails.
+        recomputation: What is recomputed; already enabled.
         backend: Of `torch.compile`.
 
     Returns:
@@ -102,29 +110,51 @@ def compile_layers(
     compile_backward_with_forward()
     compilation = CompilationLog(len(layers), log)
     model.base_model.register_forward_pre_hook(functools.partial(_begin_pass, compilation), with_kwargs=True)
-    compiled = {kind: _compiled_class(kind, compilation, backend) for kind in {type(layer) for layer in layers}}
+    run = _selective if recomputation == "selective" else _plain
+    compiled = {kind: _compiled_class(kind, compilation, run, backend) for kind in {type(layer) for layer in layers}}
     for layer in layers:
+        layer.gradient_checkpointing &= run is _plain
         change_class(layer, compiled[type(layer)])
     return len(layers)
 
 
-def _compiled_class(kind: type[torch.nn.Module], compilation: CompilationLog, backend: Any) -> type[torch.nn.Module]:
+def _plain(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
+
+
+def _selective(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def recomputed(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        function = functools.partial(forward, self, **kwargs)
+        return checkpoint(function, *args, use_reentrant=False, context_fn=selective_contexts)
+
+    return recomputed
+
+
+def _compiled_class(
+    kind: type[torch.nn.Module],
+    compilation: CompilationLog,
+    run: Callable[[Callable[..., Any]], Callable[..., Any]],
+    backend: Any,
+) -> type[torch.nn.Module]:
     """Return a subclass of a layer's class whose forward pass is compiled while it trains.
 
     transformers recomputes around the `forward` of the outermost class, so the compiled function is what it repeats.
     """
     plain = kind.forward
-    compiled = torch.compile(plain, backend=backend)
+    training = run(plain)
+    compiled = torch.compile(training, backend=backend)
 
     @functools.wraps(plain)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if compilation.failed or not _trains(self):
+        if not _trains(self):
             return plain(self, *args, **kwargs)
+        if compilation.failed:
+            return training(self, *args, **kwargs)
         try:
             return compiled(self, *args, **kwargs)
         except compile_error() as error:
             compilation.fail(error)
-            return plain(self, *args, **kwargs)
+            return training(self, *args, **kwargs)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 

@@ -136,5 +136,5 @@ def set_up_layers(module: CausalLMModule) -> None:
     if decision.how:
         enable_gradient_checkpointing(module.base_model, decision.how)
     if module.spec.torch_compile:
-        num_layers = compile_layers(module.base_model, rank_zero_info)
+        num_layers = compile_layers(module.base_model, rank_zero_info, recomputation=decision.how)
         rank_zero_info(f"torch_compile: {num_layers} decoder layers are compiled in the first micro-batch")

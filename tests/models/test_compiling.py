@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from sft_lightning.compat.dynamo import num_compiled_graphs
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.wrapping import add_adapter
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.models.checkpointing import enable_gradient_checkpointing, recomputable_layers
+from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.loading import load_model
+from sft_lightning.models.checkpointing import Recomputation, enable_gradient_checkpointing, recomputable_layers
 from sft_lightning.models.compiling import compile_layers
 
 DOCUMENTS = [[5, 7], [3, 3, 6], [12], [2, 8, 2], [20], [1, 2, 3, 4, 5], [4, 9], [6, 6, 6], [30], [31], [9, 9, 2]]
@@ -29,7 +34,7 @@ def llama() -> PreTrainedModel:
     return model.train()
 
 
-SAME_WIDTH = [[5, 7], [3, 3, 6], [12]]
+SAME_WIDTH = [[5, 7], [3, 3, 6], [12], [2, 2, 2, 6]]
 
 
 def losses_and_gradients(model: Any, documents: list[list[int]] = DOCUMENTS) -> tuple[list[float], list[torch.Tensor]]:
@@ -71,19 +76,42 @@ def test_compiled_layers_have_the_same_losses_and_gradients(mode: str, recompute
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [0, 1, 2])
-def test_all_layers_share_the_same_graphs_recomputed_or_not(recompute: int) -> None:
+@pytest.mark.parametrize("how", [0, 1, pytest.param(2, marks=pytest.mark.slow), "selective"])
+def test_all_layers_and_rows_of_one_width_share_a_graph_recomputed_or_not(how: Recomputation) -> None:
     expected, _ = losses_and_gradients(llama(), SAME_WIDTH)
     model, lines = llama(), []
-    if recompute:
-        enable_gradient_checkpointing(model, recompute)
-    compile_layers(model, lines.append, backend="eager")
+    if how:
+        enable_gradient_checkpointing(model, how)
+    compile_layers(model, lines.append, recomputation=how, backend="eager")
     before = num_compiled_graphs()
     losses, _ = losses_and_gradients(model, SAME_WIDTH)
-    assert num_compiled_graphs() - before == (2 if recompute == 2 else 1)  # of recomputed layers, and of the others
+    graphs = 2 if how == 2 else 1  # one each of the layers that are recomputed, and of those that are not
+    assert num_compiled_graphs() - before == graphs
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert [line.partition(" graphs")[0][:-2] for line in lines] == ["torch_compile: 3 decoder layers share"]
+    assert [line.partition(" (")[0] for line in lines] == [f"torch_compile: graphs of 3 decoder layers: {graphs}"]
     assert losses == expected
+
+
+def test_selective_recomputation_keeps_less_in_compiled_layers_too_and_changes_no_gradient() -> None:
+    def kept_and_gradients(how: Recomputation) -> tuple[int, list[torch.Tensor]]:
+        model = llama()
+        if how:
+            enable_gradient_checkpointing(model, how)
+        compile_layers(model, print, recomputation=how, backend="aot_eager_decomp_partition")
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            _, gradients = losses_and_gradients(model, [[40]])
+        return sum(kept.values()), gradients
+
+    (everything, expected), (selective, gradients) = kept_and_gradients(0), kept_and_gradients("selective")
+    assert selective < everything
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_recompilation_after_the_first_micro_batch_is_reported() -> None:
@@ -150,3 +178,20 @@ def test_a_model_without_layers_to_compile_is_refused() -> None:
     assert not recomputable_layers(model)
     with pytest.raises(UserError, match=r"model.torch_compile: not available for this llama model"):
         compile_layers(model, print)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [0, 1, "selective"])
+def test_qlora_layers_are_one_graph_each_recomputed_or_not(how: Recomputation, model_dir: Path) -> None:
+    base = load_model(
+        str(model_dir), from_config=None, dtype="float32", attn_implementation="auto", vocab_size=0,
+        quantization=QuantizationConfig(),
+    )  # fmt: skip
+    model: Any = add_adapter(base, AdapterConfig(r=4, dropout=0.0)).train()
+    if how:
+        enable_gradient_checkpointing(base, how)
+    compile_layers(base, print, recomputation=how, backend="eager")
+    before = num_compiled_graphs()
+    losses_and_gradients(model, SAME_WIDTH)
+    # The first layer's input has no gradient unless layers are recomputed: another graph.
+    assert num_compiled_graphs() - before == (1 if how else 2)
