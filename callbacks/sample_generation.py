@@ -11,6 +11,7 @@ from peft import PeftModel
 from rich.markup import escape
 
 from callbacks.run_outputs import log_text, run_folder
+from callbacks.throughput import not_counted
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.errors import UserError
 from sft_lightning.models.generation.config import GenerationConfig
@@ -81,6 +82,12 @@ class SampleGeneration(Callback):
         examples = self._examples(trainer)
         if not examples:
             return
+        with not_counted(trainer, module):
+            rows = self._rows(trainer, module, examples)
+        if trainer.is_global_zero:
+            self._write(trainer, rows)
+
+    def _rows(self, trainer: Trainer, module: CausalLMModule, examples: PromptBatch) -> list[dict[str, Any]]:
         answers = self._answers(trainer, module, examples)
         rows: list[dict[str, Any]] = [
             {"step": trainer.global_step, **example, "answer": answer}
@@ -90,8 +97,7 @@ class SampleGeneration(Callback):
             with module.language_model.disable_adapter():
                 for row, answer in zip(rows, self._answers(trainer, module, examples), strict=True):
                     row["base_answer"] = answer
-        if trainer.is_global_zero:
-            self._write(trainer, rows)
+        return rows
 
     def _examples(self, trainer: Trainer) -> PromptBatch:
         datamodule = datamodule_of(trainer)

@@ -46,7 +46,7 @@ def run_cell(cell: Cell, *, toy: bool) -> dict[str, Any]:
     from benchmarks.gpu import ceilings, inputs, ours, peers
     from benchmarks.gpu.clock import StepClock
     from sft_lightning.errors import UserError
-    from sft_lightning.estimation.speed import peak_tflops
+    from sft_lightning.estimation.devices import peak_tflops
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     cell = inputs.toy(cell) if toy else cell

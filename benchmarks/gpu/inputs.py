@@ -130,7 +130,11 @@ def configuration(cell: Cell, folder: Path, num_steps: int) -> dict[str, Any]:
             "default_root_dir": str(folder / "run"),
             "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}},
             "callbacks": [
-                {"class_path": f"benchmarks.gpu.ours.{name}"} for name in ("Clock", "NoAdapterExport", "NoModelExport")
+                *(
+                    {"class_path": f"benchmarks.gpu.ours.{each}"}
+                    for each in ("Clock", "NoAdapterExport", "NoModelExport")
+                ),
+                {"class_path": "callbacks.SampleGeneration", "init_args": {"prompts": []}},
             ],
         },
     }

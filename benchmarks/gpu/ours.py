@@ -15,9 +15,9 @@ from lightning.pytorch import Callback, Trainer
 import callbacks
 from benchmarks.gpu.cells import Cell
 from benchmarks.gpu.clock import Answer, StepClock
-from callbacks.throughput import flops_per_token
 from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.commands import prepare
+from sft_lightning.estimation.speed import mean_document_length, training_operations
 from sft_lightning.models.assembly import assemble_model
 from sft_lightning.training import startup
 from sft_lightning.training.optim import build_optimizer, parameter_groups
@@ -27,11 +27,14 @@ class Clock(Callback):
     """Times the steps of `fit`; called after the trainer's own callbacks."""
 
     clock: StepClock
-    flops: float
+    operations_per_token: float
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
-            type(self).flops = flops_per_token(trainer, pl_module)
+            documents = trainer.datamodule.plan(0).documents
+            length = mean_document_length(documents[:, 2] - documents[:, 1])
+            operations = training_operations(pl_module.language_model)
+            type(self).operations_per_token = operations.of(num_tokens=1, num_supervised=1, document_length=length)
             self.clock.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -66,7 +69,7 @@ def _patched(cell: Cell) -> Iterator[None]:
 
 
 def fit(cell: Cell, config: Path, clock: StepClock) -> Answer:
-    """Train with `python -m sft_lightning fit`, all default callbacks but the exports.
+    """Train with `python -m sft_lightning fit`, all default callbacks but exports and samples.
 
     Args:
         cell: The cell.
@@ -76,7 +79,7 @@ def fit(cell: Cell, config: Path, clock: StepClock) -> Answer:
     Clock.clock = clock
     with _patched(cell), contextlib.redirect_stdout(io.StringIO()):
         SFTCommandLine("fit", ["--config", str(config)])
-    return {**clock.answer(), "flops_per_token": Clock.flops}
+    return {**clock.answer(), "flops_per_token": Clock.operations_per_token}
 
 
 def bare(cell: Cell, config: Path, clock: StepClock) -> Answer:

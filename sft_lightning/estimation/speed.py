@@ -7,23 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PretrainedConfig
+from peft.utils import ModulesToSaveWrapper
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-PEAK_TFLOPS = {
-    "A10": 125.0, "A10G": 70.0, "A30": 165.0, "A40": 149.7, "A100": 312.0, "A800": 312.0, "RTX A6000": 154.8,
-    "B200": 2250.0, "H100": 989.4, "H100 PCIe": 756.0, "H200": 989.4, "H800": 989.4,
-    "L4": 121.0, "L40": 181.0, "L40S": 362.0, "RTX 3090": 71.0, "RTX 4090": 165.2, "T4": 65.0, "V100": 125.0,
-}  # fmt: skip
-"""Dense peaks of GPUs in 10¹² operations per second, in bfloat16 (T4, V100: float16), from NVIDIA's data sheets."""
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """Return the peak of a GPU by its CUDA device name, in 10¹² operations per second; `None` if it is unknown."""
-    words = f" {device_name.replace('-', ' ').replace('/', ' ')} "
-    found = [name for name in PEAK_TFLOPS if f" {name} " in words]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
+from sft_lightning.models.inspection import base_model
 
 
 def num_matrix_entries(model: torch.nn.Module) -> int:
@@ -39,6 +29,78 @@ def num_matrix_entries(model: torch.nn.Module) -> int:
     return sum(m.in_features * m.out_features for m in linears) + sum(
         m.weight.numel() for m in modules if isinstance(m, Conv1D)
     )
+
+
+@dataclass(frozen=True)
+class TrainingOperations:
+    """Floating-point operations of a loaded model's forward and backward pass, as MFU counts them.
+
+    A multiplication and an addition are two operations. Recomputed activations do not count.
+    """
+
+    per_token: float
+    """Matrix products of each token: 2 per weight in the forward pass, 2 for the gradient of its input, and 2 more for
+    its own gradient if it trains."""
+
+    per_supervised_token: float
+    """The same for the head, which sees only hidden states that predict a supervised token."""
+
+    per_pair: float
+    """Causal attention of one token to one of its document, over all layers: 6 per unit of width, as half the pairs of a
+    document are masked."""
+
+    def of(self, *, num_tokens: float, num_supervised: float, document_length: float) -> float:
+        """Return the operations of some tokens.
+
+        Args:
+            num_tokens: Tokens, without padding.
+            num_supervised: Supervised tokens among them.
+            document_length: Mean length of the document that a token is in, in tokens (`mean_document_length`).
+        """
+        of_tokens = self.per_token + self.per_pair * document_length
+        return of_tokens * num_tokens + self.per_supervised_token * num_supervised
+
+
+def training_operations(model: PreTrainedModel | PeftModel) -> TrainingOperations:
+    """Count the operations of a model as it stands: adapters, frozen and trained weights, quantized or not.
+
+    Args:
+        model: A decoder without experts; of experts a token uses only some.
+    """
+    base = base_model(model)
+    unused = {
+        id(each) for m in model.modules() if isinstance(m, ModulesToSaveWrapper) for each in m.original_module.modules()
+    }
+    head = base.get_output_embeddings()
+    of_head = {id(each) for each in head.modules()} if isinstance(head, torch.nn.Module) else set[int]()
+    per_token = per_supervised = 0.0
+    for module in model.modules():
+        if id(module) in unused:
+            continue
+        if id(module) in of_head:
+            per_supervised += _operations_of(module)
+        else:
+            per_token += _operations_of(module)
+    return TrainingOperations(per_token, per_supervised, 6 * _attention_width(base.config))
+
+
+def _operations_of(module: torch.nn.Module) -> float:
+    """Return the operations per token of one module's own matrix product; 0 if it has none."""
+    if isinstance(module, torch.nn.Linear):
+        entries = module.in_features * module.out_features  # a quantized weight stores fewer numbers
+    elif isinstance(module, Conv1D):
+        entries = module.weight.numel()
+    else:
+        return 0.0
+    return float(entries * (6 if module.weight.requires_grad else 4))
+
+
+def _attention_width(config: PretrainedConfig) -> int:
+    """Return the width of attention, all heads together, summed over layers; a state-space model has none."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None) or 0
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
+    return int(width * text.num_hidden_layers)
 
 
 @dataclass(frozen=True)
@@ -82,10 +144,7 @@ def arithmetic(
         full: Whether the base trains.
         document_length: s: mean length of the document that a token is in, in tokens.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 0  # a state-space model has none
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
-    attention = 2 * document_length * width * text.num_hidden_layers
+    attention = 2 * document_length * _attention_width(config)
     base = 6 * num_matmul if full else 4 * num_matmul
     return Arithmetic(base + 6 * num_adapter + 3 * attention, 2 * num_matmul + attention)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sft_lightning.__main__ import main
-from sft_lightning.estimation.speed import peak_tflops
+from sft_lightning.estimation.devices import peak_tflops
 
 pytestmark = pytest.mark.gpu
 
