@@ -46,8 +46,8 @@ class TrainingOperations:
     """The same for the head, which sees only hidden states that predict a supervised token."""
 
     per_pair: float
-    """Causal attention of one token to one of its document, over all layers: 6 per unit of width, as half the pairs of a
-    document are masked."""
+    """Causal attention of one token to one of its document, over all layers: 6 per unit of width, as half of the pairs
+    are masked."""
 
     def of(self, *, num_tokens: float, num_supervised: float, document_length: float) -> float:
         """Return the operations of some tokens.
