@@ -1,4 +1,4 @@
-# `make` lists what there is. Everything runs in .venv, which `make setup` makes.
+# `make` lists the targets. Everything runs in .venv, which `make setup` makes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-demo: setup  ## Pretrain a tiny model, fine-tune it with QLoRA, merge, and ask it (3 minutes, no GPU)
+demo: setup  ## Pretrain a tiny model, fine-tune it with QLoRA, merge it, and ask it questions (3 minutes, no GPU)
 	$(BIN)/python demo/run.py
 
 test: setup  ## Run the tests (CPU, no downloads)
@@ -28,10 +28,10 @@ test: setup  ## Run the tests (CPU, no downloads)
 test-all: setup  ## Run the tests, slow ones too
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal -m "not gpu and not browser"
 
-test-oldest:  ## Install the lowest versions allowed in .venv-oldest, test them end to end (TORCH=2.13.0: that torch)
+test-oldest:  ## Install the lowest allowed versions in .venv-oldest, test them end to end (TORCH=2.13.0: with that torch)
 	sh .ci/versions oldest
 
-test-newest:  ## The same for the newest versions allowed, in .venv-newest
+test-newest:  ## The same with the newest allowed versions, in .venv-newest
 	sh .ci/versions newest
 
 test-gpu:  ## Run the tests that need an NVIDIA GPU (5 minutes; without .venv with what benchmarks/gpu/wheels collected)
@@ -53,13 +53,13 @@ bench: setup  ## Run the benchmarks; results go to benchmarks/results/
 bench-gpu:  ## Measure training steps on this machine's GPU, cell by cell (10 minutes; CELLS='lora qlora': only these)
 	$(GPU_PYTHON) -m benchmarks.gpu $(if $(CELLS),--cells $(CELLS))
 
-bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (makes their environments; an hour)
+bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (creates their environments; an hour)
 	$(BIN)/python benchmarks/data.py
 
-equality: setup  ## Compare gradients over splits and resumed runs with whole ones; writes docs/equality.md (5 minutes)
+equality: setup  ## Compare gradients of all splits, and resumed runs with uninterrupted ones; writes docs/equality.md (5 minutes)
 	$(BIN)/python benchmarks/equality.py
 
-bench-scaling: setup  ## Two processes against one: speed, bytes sent, memory of each strategy, of loading too (15 minutes)
+bench-scaling: setup  ## Two processes against one, by strategy: speed, bytes sent, memory while training and loading (15 minutes)
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/loading.py
 

@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             0
             if rank
             else _user_error(
-                f"{name}: runs in one process, but a launcher started {world_size}; run it without the launcher: "
-                f"python -m sft_lightning {name} ..."
+                f"{name}: runs in one process, but a launcher started {world_size} processes; run it "
+                f"without the launcher: python -m sft_lightning {name} ..."
             )
         )
     return _run(commands[name], args[1:])

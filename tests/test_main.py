@@ -71,7 +71,7 @@ def test_a_launcher_is_refused_by_commands_that_run_in_one_process(
     assert main(["merge", "--no-such-option"]) == status
     said = capsys.readouterr().err
     if status:
-        assert "merge: runs in one process, but a launcher started 2" in said
+        assert "merge: runs in one process, but a launcher started 2 processes" in said
         assert "run it without the launcher: python -m sft_lightning merge" in said
     else:
         assert not said

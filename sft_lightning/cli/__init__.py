@@ -1,1 +1,1 @@
-"""The command line: LightningCLI, its defaults, its errors, and one file a command."""
+"""The command line: LightningCLI, its defaults, its errors, and one file per command."""

@@ -22,7 +22,7 @@ from sft_lightning.models.generation.serving import ServedModel, base_named_by_a
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the prompts are put to the models."""
+    """How the models are asked."""
 
     num_return_sequences: int = 1
     """Answers per prompt; greedy and contrastive give one."""

@@ -1,4 +1,4 @@
-"""Token ids to ask models with, the logits that they answer, and how far two answers differ."""
+"""Token ids for probing models, the logits that they return, and how far two outputs differ."""
 
 from __future__ import annotations
 

@@ -293,6 +293,6 @@ class CausalLMModule(LightningModule):
         self.objective.load_state_dict(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load what trains; the base is loaded from where it came from."""
+        """Load the weights that train; the frozen base was loaded from its own files."""
         check_trainable_state(self, state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -53,7 +53,7 @@ class SourceMeans:
 
 
 class Objective(ABC):
-    """The part of training that depends on what is learned. The module calls it and hands itself over.
+    """The part of training that depends on what is learned. The module calls it and passes itself.
 
     An objective keeps only what it alone needs, such as the log-probabilities of a reference model.
     """

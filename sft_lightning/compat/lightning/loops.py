@@ -30,7 +30,7 @@ def is_accumulating(trainer: Trainer) -> bool:
     attributes=("fit_loop.epoch_loop",),
     feature="fit in several processes without waiting for a GPU at each micro-batch",
     since="2.6",
-    replacement="nothing, once Lightning asks less often (Lightning#21487); until then, it waits at each micro-batch",
+    replacement="not needed once Lightning asks less often (Lightning#21487); until then, it waits at each micro-batch",
     optional=True,
 )
 def stop_asking_for_signals(trainer: Trainer) -> None:

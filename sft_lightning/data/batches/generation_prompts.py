@@ -36,7 +36,7 @@ class PromptLoader:
         self._rank = rank
         self._world_size = world_size
         self.num_answered = 0
-        """This rank's first batches that were answered before; they come empty."""
+        """Number of this rank's first batches that an earlier run has answered; they are empty."""
 
     def __len__(self) -> int:
         """Batches, the same number for every rank; the last one may be empty."""

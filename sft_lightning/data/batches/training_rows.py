@@ -67,7 +67,7 @@ class TrainingRows(Protocol):
         """Return the micro-batches of the complete optimizer steps before a position in its epoch."""
 
     def is_within_epoch(self, position: Mapping[str, int]) -> bool:
-        """Whether its epoch has rows after a position."""
+        """Whether the epoch of a position has rows after it."""
 
     def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:
         """Return file and line of the records in the rows of an optimizer step, on all ranks.
@@ -141,7 +141,7 @@ class PlannedRows:
         return self.planner.plan(position["epoch"]).micro_batches_done(position["rows"], self.topology)
 
     def is_within_epoch(self, position: Mapping[str, int]) -> bool:
-        """Whether its epoch has rows after a position."""
+        """Whether the epoch of a position has rows after it."""
         return position["rows"] < self.planner.plan(position["epoch"]).num_rows
 
     def describe(self, optimizer_step: int, limit: int = 8) -> list[str]:

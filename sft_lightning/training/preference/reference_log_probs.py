@@ -1,4 +1,4 @@
-"""The reference model's log-probabilities: asked at every step, or computed once and kept.
+"""The reference model's log-probabilities: computed at every step, or once before training.
 
 Computed ones are kept in checkpoints, and on disk beside the token stores for the next run of the same model on the
 same data.
