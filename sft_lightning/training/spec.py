@@ -33,8 +33,9 @@ class TrainingSpec(ModelSpec):
     """Recompute activations in the backward pass: `true`, `false`, `selective` (all but the outputs of matrix products
     and attention), a number n (every n-th decoder layer), or `auto`: the fastest of these that fits into memory."""
 
-    torch_compile: bool = False
-    """Compile the decoder layers for training, each by itself."""
+    torch_compile: bool | Literal["auto"] = "auto"
+    """Compile the decoder layers for training, each by itself: `true`, `false`, or `auto`: on a GPU of compute
+    capability 8.0 or above, if the run is long enough to save more time than compiling takes."""
 
     max_nonfinite_losses: int | None = 5
     """Stop after this many optimizer steps in a row with a NaN or infinite loss; `null` for no limit."""

@@ -15,9 +15,11 @@ from sft_lightning.models.attention.isolation import describe_leak, measure_isol
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.attention.paths import noting_paths
 from sft_lightning.models.base.rope import check_packing
-from sft_lightning.models.checkpointing import enable_gradient_checkpointing
+from sft_lightning.models.checkpointing import Recomputation, enable_gradient_checkpointing
+from sft_lightning.models.compile_decision import CompileDecision, decide_compiling, obstacle_to_compiling
 from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.inspection import computing_device
+from sft_lightning.strategies.registry import sharding_of
 from sft_lightning.training.forward import inputs_of_rows
 from sft_lightning.training.memory.decision import RecomputationDecision, given_recomputation
 from sft_lightning.training.memory.run_decision import decide_for_run
@@ -135,6 +137,27 @@ def set_up_layers(module: CausalLMModule) -> None:
     rank_zero_info(f"gradient checkpointing: {decision}")
     if decision.how:
         enable_gradient_checkpointing(module.base_model, decision.how)
-    if module.spec.torch_compile:
-        num_layers = compile_layers(module.base_model, rank_zero_info, recomputation=decision.how)
-        rank_zero_info(f"torch_compile: {num_layers} decoder layers are compiled in the first micro-batch")
+    compiling = _decide_compiling(module, decision.how)
+    if compiling.enabled or module.device.type == "cuda":
+        rank_zero_info(f"torch_compile: {compiling}")
+    if compiling.enabled:
+        compile_layers(module.base_model, rank_zero_info, recomputation=decision.how)
+
+
+def _decide_compiling(module: CausalLMModule, recomputation: Recomputation) -> CompileDecision:
+    spec, data = module.spec, module.data
+    setting, config = spec.torch_compile, module.base_model.config
+    if setting != "auto":
+        return decide_compiling(setting, config, num_tokens=0, num_graphs=0, obstacle=None)
+    rows = data.num_optimizer_steps * module.trainer.accumulate_grad_batches * data.spec.batch_size
+    return decide_compiling(
+        setting,
+        config,
+        num_tokens=rows * data.spec.max_length,
+        num_graphs=1 if spec.adapter is None or recomputation else 2,  # the first layer's input has no gradient
+        obstacle=obstacle_to_compiling(
+            module.device,
+            strategy=sharding_of(module.trainer.strategy).kind,
+            bits=None if spec.quantization is None else spec.quantization.bits,
+        ),
+    )

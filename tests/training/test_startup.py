@@ -211,6 +211,20 @@ def test_a_continued_run_keeps_the_decision(fit_args: list[str], tmp_path: Path,
     assert checkpoint["SFTDataModule"]["packing"] == "none"
 
 
+def test_layers_are_compiled_as_decided_for_the_tokens_of_the_whole_run(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(startup, "obstacle_to_compiling", lambda *args, **options: None)
+    monkeypatch.setattr(startup, "compile_layers", lambda model, log, recomputation: compiled.append(recomputation))
+    monkeypatch.setattr("sft_lightning.models.compile_decision.SECONDS_PER_GRAPH", 0.0)
+    trainer, module, data = make_run(trainer_max_steps=1, gradient_checkpointing="selective")
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, data)
+    assert compiled == ["selective"]
+    assert "torch_compile: on (auto: predicted to save 0 s of this run" in caplog.text
+
+
 @pytest.mark.slow
 def test_compiled_layers_train_to_the_same_weights(make_run: MakeRun) -> None:
     trained = []
