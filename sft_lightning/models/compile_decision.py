@@ -17,8 +17,8 @@ BYTES_PER_SECOND = 3.0e12
 
 VALUES_PER_WIDTH = 100
 """16-bit values that compiled layers neither read nor write, per token, layer, and unit of hidden and feed-forward
-width: norms, rotations, activation functions and residuals become few kernels. Counted on fake tensors for a Llama 7B with
-LoRA, where compiling brings 4.45 MB per token and layer to 1.50."""
+width: norms, rotations, activation functions and residuals become few kernels. Counted on fake tensors for a Llama 7B
+with LoRA, where compiling brings 4.45 MB per token and layer to 1.50."""
 
 LEAST_GAIN = 2.0
 """How often the seconds saved must cover the seconds of compiling."""
