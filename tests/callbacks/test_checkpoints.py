@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -50,3 +52,18 @@ def test_the_clock_is_read_when_an_optimizer_step_has_ended(
     )
     assert sorted(set(saved)) == steps
     assert sorted(path.name for path in (run / "checkpoints").glob("*.ckpt")) == ["last.ckpt", "step=8.ckpt"]
+
+
+@pytest.mark.parametrize(("world_size", "asked"), [(1, [1, 2, 3, 4, 5, 6]), (2, [3, 6])])
+def test_several_processes_agree_on_the_clock_only_where_the_run_logs(
+    world_size: int, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        ModelCheckpoint, "on_train_batch_end", lambda self, trainer, *rest: seen.append(trainer.global_step)
+    )
+    timed, ends = TimedCheckpoint(), SimpleNamespace(_should_accumulate=lambda: False)
+    for step in range(1, 7):
+        run: Any = SimpleNamespace(world_size=world_size, log_every_n_steps=3, global_step=step, fit_loop=ends)
+        timed.on_train_batch_end(run, run, None, None, 0)
+    assert seen == asked

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
@@ -107,6 +108,44 @@ def make_run(
         return trainer, module, data
 
     return build
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for which a GPU would be waited for, or which make tensors from numbers of the host."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "lift_fresh", "_unique2", "unique_dim", "masked_select", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Return a list that gets, for each micro-batch from its forward pass to its end, what would wait for a GPU."""
+    found: list[list[str]] = []
+    counter = Waits()
+    step, end = CausalLMModule.training_step, CausalLMModule.on_train_batch_end
+
+    def begin(self: CausalLMModule, *args: Any) -> torch.Tensor:
+        counter.__enter__()
+        return step(self, *args)
+
+    def stop(self: CausalLMModule, *args: Any) -> None:
+        end(self, *args)
+        counter.__exit__(None, None, None)
+        found.append(counter.seen)
+        counter.seen = []
+
+    monkeypatch.setattr(CausalLMModule, "training_step", begin)
+    monkeypatch.setattr(CausalLMModule, "on_train_batch_end", stop)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_lightning.__main__ import main
 from sft_lightning.data.datamodule import SFTDataModule
@@ -147,45 +146,53 @@ def test_a_model_from_a_config_takes_the_tokenizers_vocabulary(train: Train, mod
     assert module.base_model.config.vocab_size == len(module.trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
 
 
-class CountReads(TorchDispatchMode):
-    """Counts the tensors that are read as numbers, for which a GPU would be waited for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_waits_for_no_device(fit_args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_micro_batch_waits_for_no_device(
+    fit_args: list[str], waits: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     logged: dict[str, Any] = {}
-    reads: list[int] = []
-    step, log, end = CausalLMModule.training_step, CausalLMModule.log, CausalLMModule.on_train_batch_end
-    counter = CountReads()
-
-    def begin(self: CausalLMModule, *args: Any) -> torch.Tensor:
-        counter.__enter__()
-        return step(self, *args)
-
-    def stop(self: CausalLMModule, *args: Any) -> None:
-        end(self, *args)
-        counter.__exit__(None, None, None)
-        reads.append(counter.count)
+    log = CausalLMModule.log
 
     def note(self: CausalLMModule, name: str, value: Any, **options: Any) -> None:
         logged[name] = value
         log(self, name, value, **options)
 
-    for name, function in {"training_step": begin, "on_train_batch_end": stop, "log": note}.items():
-        monkeypatch.setattr(CausalLMModule, name, function)
+    monkeypatch.setattr(CausalLMModule, "log", note)
     args = [arg for arg in fit_args if "log_every" not in arg]
     assert main(["fit", *args, "--trainer.log_every_n_steps=1000", "--trainer.accumulate_grad_batches=2"]) == 0
     assert {"train/loss", "train/grad_norm", "train/lr", "throughput/tokens_per_second"} <= logged.keys()
     assert all(isinstance(value, torch.Tensor) for value in logged.values())
-    assert len(reads) > 4
-    assert reads[-1] == reads[1]  # the first step proves the head, and is logged
+    assert len(waits) > 4
+    assert not any(waits[2::2])  # the first step proves the head, and is logged
+    # Numbers of the host are logged as tensors in CPU memory at the end of a step.
+    assert {name for each in waits[3::2] for name in each} == {"lift_fresh"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"neftune_alpha": 5.0, "trainer_precision": "bf16-mixed"},
+        {"adapter": AdapterConfig(r=4), "gradient_checkpointing": True},
+        {"head": None},
+    ],
+    ids=["noise", "recomputed", "own logits"],
+)
+def test_no_way_to_compute_the_loss_waits_for_a_device(
+    options: dict[str, Any], make_run: MakeRun, waits: list[list[str]]
+) -> None:
+    given = {key: value for key, value in options.items() if key != "head"}
+    trainer, module, data = make_run(
+        packing="best_fit",
+        trainer_max_steps=2,
+        trainer_accumulate_grad_batches=3,
+        trainer_log_every_n_steps=1000,
+        **given,
+    )
+    if "head" in options:
+        module.__dict__["head"] = None
+    trainer.fit(module, data)
+    assert len(waits) == 6
+    assert waits[3:5] == [[], []]
+    assert set(waits[5]) == {"lift_fresh"}  # the learning rate, logged
 
 
 def test_a_run_whose_losses_are_not_finite_stops_and_names_the_records(make_run: MakeRun) -> None:

@@ -108,3 +108,9 @@ def test_a_shortened_pair_is_trained_and_reported(train: Train) -> None:
     assert report.examples == report.truncated == 20
     assert report.longest > 100
     assert abs(run.losses[0] - math.log(2)) <= 1e-6
+
+
+def test_a_micro_batch_of_pairs_waits_for_no_device(train: Train, waits: list[list[str]]) -> None:
+    train("full", trainer={"accumulate_grad_batches": 3, "max_steps": 2})
+    assert len(waits) == 6
+    assert waits[3:5] == [[], []]  # the first step proves the head, and the end of a step is logged
