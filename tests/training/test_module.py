@@ -198,7 +198,7 @@ def test_no_way_to_compute_the_loss_waits_for_a_device(
 def test_a_run_whose_losses_are_not_finite_stops_and_names_the_records(make_run: MakeRun) -> None:
     trainer, module, data = make_run(max_nonfinite_losses=3, packing="none", trainer_log_every_n_steps=4)
     break_weights(module)
-    with pytest.raises(UserError, match=r"in 3 optimizer steps in a row; the last, step 3, trained on .*"):
+    with pytest.raises(UserError, match=r"in 3 optimizer steps in a row; the last one, step 3, trained on .*"):
         trainer.fit(module, data)
     assert trainer.global_step == 4  # checked at the logging interval
     (place,) = data.rows.describe(3)
@@ -210,7 +210,7 @@ def test_a_run_whose_losses_are_not_finite_stops_and_names_the_records(make_run:
 def test_losses_after_the_last_logging_interval_are_checked_too(make_run: MakeRun) -> None:
     trainer, module, data = make_run(packing="none", trainer_log_every_n_steps=100)
     break_weights(module)
-    with pytest.raises(UserError, match="the last, step 5, trained on"):
+    with pytest.raises(UserError, match="the last one, step 5, trained on"):
         trainer.fit(module, data)
 
 
