@@ -78,7 +78,7 @@ class Throughput(Callback):
             "throughput/supervised_fraction": self._supervised / max(1, self._tokens),
         }
         if self._peak is not None:
-            operations = self._operations.of(
+            operations = self._operations.count(
                 num_tokens=self._tokens, num_supervised=self._supervised, document_length=self._document_length
             )
             values["throughput/mfu"] = operations / seconds / self._peak

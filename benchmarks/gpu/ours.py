@@ -34,7 +34,7 @@ class Clock(Callback):
             documents = trainer.datamodule.plan(0).documents
             length = mean_document_length(documents[:, 2] - documents[:, 1])
             operations = training_operations(pl_module.language_model)
-            type(self).operations_per_token = operations.of(num_tokens=1, num_supervised=1, document_length=length)
+            type(self).operations_per_token = operations.count(num_tokens=1, num_supervised=1, document_length=length)
             self.clock.start()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -49,8 +49,8 @@ class TrainingOperations:
     """Causal attention of one token to one of its document, over all layers: 6 per unit of width, as half of the pairs
     are masked."""
 
-    def of(self, *, num_tokens: float, num_supervised: float, document_length: float) -> float:
-        """Return the operations of some tokens.
+    def count(self, *, num_tokens: float, num_supervised: float, document_length: float) -> float:
+        """Return the number of operations for some tokens.
 
         Args:
             num_tokens: Tokens, without padding.

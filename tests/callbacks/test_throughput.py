@@ -130,7 +130,7 @@ def test_mfu_is_operations_over_wall_time_and_peak(fit: Callable[..., Path], mon
         for name in ("tokens_per_second", "supervised_fraction", "mfu")
     )
     for speed, fraction, share in zip(speeds, supervised, shares, strict=True):
-        operations = callback._operations.of(
+        operations = callback._operations.count(
             num_tokens=speed, num_supervised=speed * fraction, document_length=callback._document_length
         )
         assert share == pytest.approx(operations / 1e6, rel=1e-5)

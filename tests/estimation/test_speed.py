@@ -99,10 +99,10 @@ SHAPE = {
 
 def test_the_operations_of_an_interval_have_the_head_at_supervised_tokens_only() -> None:
     found = TrainingOperations(per_token=10.0, per_supervised_token=100.0, per_pair=2.0)
-    assert found.of(num_tokens=1000, num_supervised=10, document_length=50.0) == 1000 * (10 + 2 * 50) + 10 * 100
+    assert found.count(num_tokens=1000, num_supervised=10, document_length=50.0) == 1000 * (10 + 2 * 50) + 10 * 100
 
 
 def test_both_counts_agree_where_every_token_is_supervised() -> None:
     model, config = operations()
     planned = arithmetic(config, num_matmul=LAYERS + HEAD, num_adapter=0, full=True, document_length=30.0)
-    assert training_operations(model).of(num_tokens=1, num_supervised=1, document_length=30.0) == planned.model
+    assert training_operations(model).count(num_tokens=1, num_supervised=1, document_length=30.0) == planned.model
