@@ -12,8 +12,11 @@ from sft_lightning.merging.meta_checkpoint import write_meta_checkpoint
 from sft_lightning.merging.plan import MergePlan, read_manifest
 from sft_lightning.merging.report import MergeReport, model_card
 from sft_lightning.models.base.weight_files import tensor_names, weight_files
-from sft_lightning.models.export.write import MANIFEST
+from sft_lightning.models.export.target import MANIFEST
 from sft_lightning.tokenizer import has_tokenizer
+
+MERGED_INTO = "merged_into"
+"""Key of `run_manifest.json` that only a merge writes."""
 
 
 def load_merged_tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
@@ -53,7 +56,7 @@ def write_manifest_and_card(plan: MergePlan, folder: Path, report: MergeReport) 
     """
     manifest = {
         "base": plan.name,
-        "merged_into": report.base,
+        MERGED_INTO: report.base,
         "adapters": [str(adapter) for adapter in plan.adapters],
         "dtype": report.dtype,
         "num_tensors": len(tensor_names(folder)),

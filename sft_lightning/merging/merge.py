@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sft_lightning.errors import UserError
 from sft_lightning.merging.companions import (
+    MERGED_INTO,
     convert_to_meta_layout,
     load_merged_tokenizer,
     write_companions,
@@ -27,7 +28,7 @@ from sft_lightning.merging.report import LogitDifference, MergeBase, MergeReport
 from sft_lightning.merging.stream import MergedWeights, merge_weights
 from sft_lightning.models.adapters.folder import AdapterError
 from sft_lightning.models.base.config import QuantizationConfig
-from sft_lightning.models.export.write import replaced_folder
+from sft_lightning.models.export.target import check_target, replaced_folder
 from sft_lightning.models.inspection import max_positions
 from sft_lightning.models.probing import logits_of, mean_divergence, next_token_log_probs, random_ids
 
@@ -66,8 +67,11 @@ class MergeOptions:
     """Load the result again and compare it with the base under its adapters. This takes memory for the whole model in
     float32; merging itself does not."""
 
+    overwrite: bool = False
+    """Replace the folder of an earlier merge. Any other folder that is not empty is refused."""
+
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Run code that comes with the model, or that the `config.yaml` of the adapter's run names."""
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
@@ -117,12 +121,13 @@ def merge_adapters(
 
     Args:
         adapters: PEFT adapter folders.
-        output_dir: Folder to write; replaced as a whole, or not at all.
+        output_dir: Folder to write, as a whole or not at all.
         options: How to merge.
         rows: Token ids of the user's data, to measure divergence on; default: a few built-in texts.
 
     Raises:
-        UserError: If a folder is not an adapter, or does not fit its base or the options.
+        UserError: If a folder is not an adapter, or does not fit its base or the options, or if writing `output_dir`
+            would delete anything but an earlier merge.
         RuntimeError: If the merged model, loaded again, has other logits than the adapted one.
     """
     try:
@@ -141,6 +146,13 @@ def _merge(
         dtype=None if options.dtype == "auto" else options.dtype,
         max_shard_size=parse_size(options.max_shard_size),
         trust_remote_code=options.trust_remote_code,
+    )
+    check_target(
+        output_dir,
+        option="merge --output_dir",
+        written_by=MERGED_INTO,
+        inputs=[*plan.adapters, plan.folder],
+        overwrite=options.overwrite,
     )
     if options.format == "pth":
         check_meta_format(plan.config, plan.vocab_sizes[-1], options.model_parallel_size)

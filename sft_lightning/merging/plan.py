@@ -17,7 +17,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.folder import read_config, read_weights
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.weight_files import weight_files
-from sft_lightning.models.export.write import MANIFEST
+from sft_lightning.models.export.target import MANIFEST
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head", "embed_out")
 _MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py", "*.jinja"]

@@ -6,9 +6,8 @@ A folder is written under a temporary name, loaded again, compared with the live
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from sft_lightning.models.adapters.folder import AdapterError
 from sft_lightning.models.base.weight_files import read_tensors, tensor_names, weight_files
 from sft_lightning.models.export.check import export_difference
+from sft_lightning.models.export.target import MANIFEST, replaced_folder
 from sft_lightning.models.inspection import base_model, is_sharded, max_positions
 from sft_lightning.models.probing import random_ids
 
-MANIFEST = "run_manifest.json"
 _ADAPTER = "adapter_model.safetensors"
 
 
@@ -41,27 +40,6 @@ class AdapterReport:
     logit_difference: float | None
     """Largest absolute difference between the logits of the live model and of its base under the exported adapter;
     `None` if the model is sharded."""
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty temporary folder that replaces `folder` when the block ends.
-
-    After an error in the block, `folder` is unchanged, and the temporary folder is deleted.
-    """
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def export_adapter(

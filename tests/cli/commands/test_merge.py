@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoConfig
 
 from sft_lightning.__main__ import main
@@ -65,6 +66,44 @@ def test_without_the_data_of_the_run_built_in_texts_are_used_and_the_reason_is_p
     out = capsys.readouterr().out
     assert "comparing on a few built-in texts" in out
     assert "on a few built-in texts:" in out
+
+
+CODE = "def records(fields):\n    open('ran', 'w').close()\n    return fields\n"
+
+
+def test_code_that_the_runs_config_names_does_not_run_unless_trusted(
+    fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = fit("--model.quantization.bits=4")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("strange.py").write_text(CODE)
+    file = adapter.parent / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["model"]["trust_remote_code"] = True
+    config["model"]["optimizer"] = {"class_path": "strange.Optimizer"}
+    config["data"]["sources"]["toy"]["format"] = "strange.records"
+    file.write_text(yaml.safe_dump(config))
+    assert main(["merge", "--adapter", str(adapter), "--output_dir", "merged"]) == 0
+    assert "its format 'strange.records' is Python code, which runs only with --trust_remote_code true" in (
+        capsys.readouterr().out
+    )
+    assert not Path("ran").exists()
+    assert main(["merge", "--adapter", str(adapter), "--output_dir", "again", "--trust_remote_code", "true"]) == 0
+    assert Path("ran").exists()
+
+
+def test_only_an_earlier_merge_is_overwritten(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = fit()
+    command = ["merge", "--adapter", str(adapter), "--verify", "false", "--output_dir"]
+    assert main([*command, str(adapter.parent), "--overwrite", "true"]) == 2
+    assert "which the command reads" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "merged")]) == 0
+    assert main([*command, str(tmp_path / "merged")]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "merged"), "--overwrite", "true"]) == 0
 
 
 def test_every_special_case_of_the_report_has_its_line(
