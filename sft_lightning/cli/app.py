@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser
 
 from sft_lightning.cli.arguments import GivenArguments
 from sft_lightning.cli.parsing import CommandParser, clear_message
+from sft_lightning.cli.saved_config import SavedConfig
 from sft_lightning.compat.jsonargparse import is_about_a_value, known_keys
 from sft_lightning.compat.lightning.cli import CommandLine
 from sft_lightning.data.pairs.spec import PairDataSpec
@@ -81,8 +82,7 @@ class SFTCommandLine(CommandLine):
             auto_configure_optimizers=False,
             parser_class=ConfigParser,
             load_from_checkpoint_support=False,
-            save_config_callback=SaveConfigCallback if command == "fit" else None,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SavedConfig if command == "fit" else None,
         )
 
     # --- the keys --------------------------------------------------------------------------------------------------

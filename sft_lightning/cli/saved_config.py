@@ -1,0 +1,57 @@
+"""The `config.yaml` of a run, which continues it: written whole, and never over another one."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+
+class SavedConfig(SaveConfigCallback):
+    """Write the run's configuration to `config.yaml` in the logger's folder when training starts.
+
+    Lightning's callback writes the file in place at every start: a kill at that moment would leave it empty.
+
+    Args:
+        args: The parser and the configuration, from LightningCLI.
+        options: Passed on to Lightning's callback.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "save_to_log_dir": False})
+        self._folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder on all ranks, because Lightning broadcasts it, and write on rank 0."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; Lightning calls this on rank 0 only."""
+        content: str = self.parser.dump(self.config, skip_unset=False)
+        write_config(self._folder / self.config_filename, content)
+
+
+def write_config(file: Path, content: str) -> None:
+    """Write a configuration as a whole or not at all; keep an earlier one that differs beside it, numbered.
+
+    Args:
+        file: The file, such as `config.yaml`; an earlier one becomes `config.1.yaml`, the one after it `config.2.yaml`.
+        content: YAML.
+    """
+    if file.is_file():
+        if file.read_text(encoding="utf-8") == content:
+            return
+        numbered = (file.with_name(f"{file.stem}.{number}{file.suffix}") for number in count(1))
+        os.link(file, next(path for path in numbered if not path.exists()))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.new")
+    with temporary.open("w", encoding="utf-8") as opened:
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    temporary.replace(file)
