@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from sft_lightning.compat.names import uses
@@ -208,6 +208,8 @@ def hidden_change(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     Args:
         tensor: Of any shape; nobody may read it between the operation that made it and the change.
     """
+    if tensor.is_inference():  # autograd does not follow it at all
+        return nullcontext()
     return cast(
         "AbstractContextManager[Any]",
         importlib.import_module("torch.autograd")._unsafe_preserve_version_counter(tensor),

@@ -204,3 +204,12 @@ def test_a_compiled_layer_has_no_graph_break_and_the_same_gradients() -> None:
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
     got = {name.removeprefix("_orig_mod."): tensor for name, tensor in run(compiled).items()}
     assert distance(got, run(model)) <= 1e-6
+
+
+def test_inference_mode_gives_the_same_output() -> None:
+    model = adapted(Block())
+    fuse_lora(model)
+    x = torch.randn(*ROWS, SIZE)
+    expected = model(x).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
