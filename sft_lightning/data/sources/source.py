@@ -68,11 +68,13 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
-            raise UserError(f"data.sources: weight must be above 0 (got {self.weight}); remove the source instead")
+            raise UserError(
+                f"data.sources.<name>.weight: must be above 0 (got {self.weight}); raise it, or remove the source"
+            )
         if self.max_epochs <= 0:
-            raise UserError(f"data.sources: max_epochs must be above 0 (got {self.max_epochs})")
+            raise UserError(f"data.sources.<name>.max_epochs: must be above 0 (got {self.max_epochs})")
         if self.max_examples is not None and self.max_examples < 1:
-            raise UserError(f"data.sources: max_examples must be at least 1 (got {self.max_examples})")
+            raise UserError(f"data.sources.<name>.max_examples: must be at least 1 (got {self.max_examples})")
 
 
 def read_records(name: str, config: SourceConfig) -> Iterator[Record]:

@@ -62,8 +62,8 @@ def bind_template(setting: str, tokenizer: PreTrainedTokenizerFast) -> Template:
     stop_token_id(template, tokenizer)
     if adds_bos(tokenizer) and not template.generation_prompt(_QUESTION).startswith(str(tokenizer.bos_token)):
         logger.warning(
-            "data.template: %s does not write %s, which this tokenizer puts before other texts; training and serving "
-            "go without it",
+            "data.template: %s leaves out %s, which this tokenizer adds before other texts; training and serving both "
+            "do without it",
             setting,
             tokenizer.bos_token,
         )

@@ -53,16 +53,16 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams", "num_beam_groups"):
             if getattr(self, name) < 1:
-                raise UserError(f"generation: {name} must be at least 1 (got {getattr(self, name)})")
+                raise UserError(f"generation.{name}: must be at least 1 (got {getattr(self, name)})")
         for name in ("temperature", "top_k", "diversity_penalty"):
             if getattr(self, name) < 0:
-                raise UserError(f"generation: {name} must be at least 0 (got {getattr(self, name)})")
+                raise UserError(f"generation.{name}: must be at least 0 (got {getattr(self, name)})")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"generation: top_p must be above 0 and at most 1 (got {self.top_p})")
+            raise UserError(f"generation.top_p: must be above 0 and at most 1 (got {self.top_p})")
         if not 0 <= self.penalty_alpha <= 1:
-            raise UserError(f"generation: penalty_alpha must be in 0..1 (got {self.penalty_alpha})")
+            raise UserError(f"generation.penalty_alpha: must be in [0, 1] (got {self.penalty_alpha})")
         if self.repetition_penalty <= 0:
-            raise UserError(f"generation: repetition_penalty must be above 0 (got {self.repetition_penalty})")
+            raise UserError(f"generation.repetition_penalty: must be above 0 (got {self.repetition_penalty})")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -70,7 +70,7 @@ class GenerationConfig:
         if mode in ("contrastive", "diverse_beam") and (self.temperature > 0 or self.repetition_penalty != 1):
             raise UserError(
                 f"generation: {mode} search cannot be combined with temperature or repetition_penalty (got "
-                f"{self.temperature} and {self.repetition_penalty})"
+                f"{self.temperature} and {self.repetition_penalty}); set them to 0 and 1"
             )
         if mode == "contrastive" and (self.top_k < 2 or self.num_beams > 1 or self.num_beam_groups > 1):
             raise UserError(
@@ -79,7 +79,7 @@ class GenerationConfig:
             )
         if self.num_beams % self.num_beam_groups:
             raise UserError(
-                f"generation: num_beam_groups ({self.num_beam_groups}) must divide num_beams ({self.num_beams})"
+                f"generation.num_beam_groups: must divide num_beams (got {self.num_beam_groups} and {self.num_beams})"
             )
 
     @property

@@ -11,7 +11,7 @@ from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.serving import Answer, ServedModel
 from sft_lightning.terminal import printable
 
-HELP = "/reset clears the conversation, /system TEXT sets the system message and clears it, /quit exits"
+HELP = "/reset clears the conversation, /system TEXT sets the system message and clears the conversation, /quit exits"
 
 
 class Conversation:

@@ -100,7 +100,7 @@ def generate_ids(
     most = config.max_answers()
     if most is not None and num_return_sequences > most:
         raise UserError(
-            f"generation: num_return_sequences: must be at most {most} with {config.mode} decoding (got "
+            f"generation.num_return_sequences: must be at most {most} with {config.mode} decoding (got "
             f"{num_return_sequences})"
         )
     with _generation_mode(model), lockstep(base_model(model)):

@@ -100,7 +100,7 @@ def test_a_terminal_has_a_conversation_with_commands(terminal: Callable[[str], s
     [
         ([], "--model: required; name a model"),
         (["--model=./gone"], "--model: the folder './gone' does not exist"),
-        (["--model=x", "--top_p=2"], "top_p must be above 0 and at most 1"),
+        (["--model=x", "--top_p=2"], "top_p: must be above 0 and at most 1"),
         (["--modle=x"], "Did you mean 'model'"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_folder_without_data_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], key: str) -> None:
-    with pytest.raises(UserError, match=f"data.sources: {key} must be"):
+    with pytest.raises(UserError, match=rf"data\.sources\.<name>\.{key}: must be"):
         SourceConfig(path="x", **options)
 
 

@@ -179,7 +179,7 @@ def test_a_template_without_the_bos_that_the_tokenizer_writes_is_warned_about(
         bind_template("alpaca", own)
         assert not caplog.records
         bind_template("chatml", own)
-    assert "chatml does not write <s>" in caplog.text
+    assert "chatml leaves out <s>" in caplog.text
 
 
 def test_a_tokenizers_template_for_tools_renders_conversations_with_tools(

@@ -9,20 +9,20 @@ from sft_lightning.models.generation.config import GenerationConfig
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"max_new_tokens": 0}, r"max_new_tokens must be at least 1 \(got 0\)"),
-        ({"num_beams": 0}, "num_beams must be at least 1"),
-        ({"temperature": -1.0}, "temperature must be at least 0"),
-        ({"top_k": -1}, "top_k must be at least 0"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
-        ({"penalty_alpha": 1.5}, "penalty_alpha must be in 0..1"),
+        ({"max_new_tokens": 0}, r"max_new_tokens: must be at least 1 \(got 0\)"),
+        ({"num_beams": 0}, "num_beams: must be at least 1"),
+        ({"temperature": -1.0}, "temperature: must be at least 0"),
+        ({"top_k": -1}, "top_k: must be at least 0"),
+        ({"top_p": 0.0}, "top_p: must be above 0 and at most 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: must be above 0"),
+        ({"penalty_alpha": 1.5}, r"penalty_alpha: must be in \[0, 1\]"),
         ({"penalty_alpha": 0.5}, r"requires a top_k of at least 2 \(got 0\)"),
         ({"penalty_alpha": 0.5, "top_k": 4, "num_beams": 2}, r"no beams \(got 2 in 1 groups\)"),
         (
             {"penalty_alpha": 0.5, "top_k": 4, "temperature": 1.0},
             "contrastive search cannot be combined",
         ),
-        ({"num_beams": 4, "num_beam_groups": 3}, r"num_beam_groups \(3\) must divide num_beams \(4\)"),
+        ({"num_beams": 4, "num_beam_groups": 3}, r"num_beam_groups: must divide num_beams \(got 3 and 4\)"),
         ({"num_beams": 4, "num_beam_groups": 2, "repetition_penalty": 1.1}, "diverse_beam search cannot be combined"),
     ],
 )
