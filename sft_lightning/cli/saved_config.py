@@ -31,7 +31,13 @@ class SavedConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file; Lightning calls this on rank 0 only."""
+        """Write the file; Lightning calls this on rank 0 only.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The module.
+            stage: The stage that begins, such as `fit`.
+        """
         content: str = self.parser.dump(self.config, skip_unset=False)
         write_config(self._folder / self.config_filename, content)
 
