@@ -21,7 +21,7 @@ width: norms, rotations, activation functions and residuals become few kernels. 
 with LoRA, where compiling brings 4.45 MB per token and layer to 1.50."""
 
 LEAST_GAIN = 2.0
-"""How often the seconds saved must cover the seconds of compiling."""
+"""How many times the seconds of compiling must be saved."""
 
 
 @dataclass(frozen=True)
