@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, StrategyRegistry
 
 from sft_lightning.strategies.fsdp2.strategy import FSDP2
-from sft_lightning.strategies.names import check_name
+from sft_lightning.strategies.names import DDP, check_name
 from sft_lightning.strategies.refusals import RunFacts, check_run
 from sft_lightning.strategies.sharded_strategy import ShardedStrategy
 from sft_lightning.strategies.sharding import REPLICATED, SHORT_NAMES, ShardingSpec, fsdp2_sharding, zero_sharding
@@ -20,7 +20,14 @@ _LIGHTNINGS = {
 
 
 def register_strategies() -> None:
-    """Let `trainer.strategy` accept our short names; Lightning's other names stay."""
+    """Let `trainer.strategy` accept our short names; Lightning's other names stay.
+
+    Under `ddp`, which `auto` takes for several devices, gradients are views of the buckets that are reduced, instead of
+    copies beside them.
+    """
+    StrategyRegistry.register(
+        DDP, DDPStrategy, "DDP", override=True, gradient_as_bucket_view=True, start_method="popen"
+    )
     for name, sharding in SHORT_NAMES.items():
         if sharding.kind == "fsdp2":
             StrategyRegistry.register(name, FSDP2, "FSDP2", override=True, offload=sharding.offloads_weights)

@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 import pytest
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
@@ -34,6 +34,13 @@ def test_a_registered_strategy_shards_what_its_short_name_says(name: str) -> Non
     strategy: Any = StrategyRegistry.get(name)
     assert strategy.sharding == SHORT_NAMES[name] == sharding_of(strategy) == sharding_of(name)
     assert services_of(strategy).shards_weights is SHORT_NAMES[name].shards_weights
+
+
+def test_ddp_keeps_gradients_in_the_buckets_that_are_reduced() -> None:
+    register_strategies()
+    strategy: Any = StrategyRegistry.get("ddp")
+    assert type(strategy) is DDPStrategy
+    assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True}
 
 
 def test_lightnings_own_strategies_have_what_they_shard() -> None:

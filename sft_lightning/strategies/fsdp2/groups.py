@@ -6,16 +6,24 @@ embedding is a group, too. The rest (final norm, head, tied embedding) stays gat
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any, cast
+
 import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sft_lightning.compat.bitsandbytes import keep_quantization_states
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.names import DDP, FSDP2
+
+_KEPT_SHARE = 0.05
+"""Largest share of a device's memory that gathered weights may take from the forward to the backward pass. `auto`
+decisions about memory do not see it, and have a larger margin."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -49,8 +57,17 @@ def shard_groups(model: PreTrainedModel) -> list[nn.Module]:
     return [*groups, model]
 
 
-def shard_model(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, *, offload: bool = False) -> None:
+def shard_model(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    offload: bool = False,
+    gather_dtype: torch.dtype | None = None,
+) -> None:
     """Shard a transformers model in place, adapters inside it included; a sharded model stays as it is.
+
+    While a layer computes, the next one is gathered, in the forward pass and in the backward pass.
 
     Args:
         model: The base model; its parameters become DTensors, sharded by their first axis.
@@ -58,6 +75,8 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, 
             first axis and sharded over the second.
         device: Where this process computes.
         offload: Keep shards, gradients and the optimizer's state in CPU memory.
+        gather_dtype: Type that weights are gathered and gradients are reduced in; default: their own. Shards, and the
+            optimizer that steps on them, keep theirs.
 
     Raises:
         UserError: If weights of two types train in one group.
@@ -65,12 +84,58 @@ def shard_model(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, 
     if isinstance(model, FSDPModule):
         return
     keep_quantization_states(model, device)
-    groups = shard_groups(model)
+    layers, groups = decoder_layers(model), shard_groups(model)
     for module in groups:
         check_one_trainable_type(module)
+    reshard = reshards_after_forward(_gathered_bytes(layers, gather_dtype), _device_bytes(device))
+    options: dict[str, Any] = {} if reshard else {"reshard_after_forward": False}
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if offload else OffloadPolicy()
     for module in groups:
-        fully_shard(module, mesh=mesh, offload_policy=policy)
+        precision = mixed_precision(module, gather_dtype)
+        fully_shard(module, mesh=mesh, offload_policy=policy, mp_policy=precision, **options)
+    for before, after in pairwise(layers):
+        cast("FSDPModule", before).set_modules_to_forward_prefetch([cast("FSDPModule", after)])
+        cast("FSDPModule", after).set_modules_to_backward_prefetch([cast("FSDPModule", before)])
+
+
+def mixed_precision(module: nn.Module, gather_dtype: torch.dtype | None) -> MixedPrecisionPolicy:
+    """Return the types that a group is gathered and reduced in.
+
+    Autocast decides what each operation computes in, so inputs are not cast. A group with quantized weights keeps its
+    types: its numbers are packed into tensors of another type, which a cast would destroy.
+
+    Args:
+        module: The group.
+        gather_dtype: As for `shard_model`.
+    """
+    if gather_dtype is None or any(isinstance(each, Linear4bit | Linear8bitLt) for each in module.modules()):
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=gather_dtype, cast_forward_inputs=False)
+
+
+def reshards_after_forward(gathered_bytes: float, device_bytes: float) -> bool:
+    """Whether a layer's gathered weights are freed after the forward pass, and gathered again for the backward pass.
+
+    Small models keep them: that saves a third of what the processes send.
+
+    Args:
+        gathered_bytes: Bytes of all layers' weights, gathered.
+        device_bytes: Memory of the device in bytes.
+    """
+    return gathered_bytes > _KEPT_SHARE * device_bytes
+
+
+def _gathered_bytes(layers: list[nn.Module], gather_dtype: torch.dtype | None) -> int:
+    total = 0
+    for layer in layers:
+        cast_to = mixed_precision(layer, gather_dtype).param_dtype
+        total += sum(each.numel() * (cast_to or each.dtype).itemsize for each in layer.parameters())
+    return total
+
+
+def _device_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU; 0 for a CPU, whose processes share theirs."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def check_one_trainable_type(module: nn.Module) -> None:

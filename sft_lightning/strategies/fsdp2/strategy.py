@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
@@ -32,7 +33,8 @@ class FSDP2(ShardedStrategy, MeshStrategy):
     """Shard weights, gradients and optimizer state over all processes, layer by layer (`--trainer.strategy fsdp2`).
 
     Zhao et al., 2023, arXiv:2304.11277, in torch's per-parameter form (`fully_shard`). The losses are those of a single
-    process. Trains full models, adapters over a base of another type, and adapters over 4-bit bases.
+    process. Trains full models, adapters over a base of another type, and adapters over 4-bit bases. Under `bf16-mixed`
+    weights are gathered, and gradients reduced, in bfloat16; shards and optimizer state stay in float32.
 
     Args:
         offload: Keep shards and optimizer state in CPU memory (`fsdp2_offload`).
@@ -85,7 +87,13 @@ class FSDP2(ShardedStrategy, MeshStrategy):
             yield
             model = self._language_model
             self.precision_plugin.convert_module(model)  # types are changed before sharding
-            shard_model(base_model(model), self._sharding_mesh, self.root_device, offload=self.offload)
+            shard_model(
+                base_model(model),
+                self._sharding_mesh,
+                self.root_device,
+                offload=self.offload,
+                gather_dtype=torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None,
+            )
 
     def model_to_device(self) -> None:
         """Move what sharding has left on the CPU; with `offload`, only buffers."""

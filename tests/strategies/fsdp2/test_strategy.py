@@ -76,6 +76,20 @@ def test_adapters_over_another_type_learn_what_one_process_learns(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["full", "lora", "qlora"])
+def test_in_bf16_mixed_a_sharded_run_learns_what_one_process_learns(
+    runs: Any, logged: Logged, tmp_path: Path, mode: str
+) -> None:
+    mixed = "--trainer.precision=bf16-mixed"
+    runs(tmp_path / "one", mode, mixed)
+    runs(tmp_path / "two", mode, mixed, processes=2, strategy="fsdp2")
+    losses, expected = (logged(tmp_path / name, "train/loss") for name in ("two", "one"))
+    assert losses == pytest.approx(expected, rel=1e-2)
+    state = torch.load(tmp_path / "two/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "processes"), [("lora", 2), ("lora", 1), ("full", 2), ("full", 1)])
 def test_a_sharded_run_continues_on_two_processes_and_on_one(
     runs: Any, logged: Logged, tmp_path: Path, mode: str, processes: int
