@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -141,6 +142,7 @@ def set_up_layers(module: CausalLMModule) -> None:
     if compiling.enabled or module.device.type == "cuda":
         rank_zero_info(f"torch_compile: {compiling}")
     if compiling.enabled:
+        module.layout = replace(module.data.layout, same_shape=True)
         compile_layers(module.base_model, rank_zero_info, recomputation=decision.how)
 
 

@@ -222,6 +222,8 @@ def test_layers_are_compiled_as_decided_for_the_tokens_of_the_whole_run(
     with caplog.at_level(logging.INFO):
         trainer.fit(module, data)
     assert compiled == ["selective"]
+    assert data.layout.same_shape
+    assert {batch["input_ids"].shape for batch in data.train_dataloader()} == {(1, 200)}
     assert "torch_compile: on (auto: predicted to save 0 s of this run" in caplog.text
 
 

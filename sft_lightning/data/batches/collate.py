@@ -10,7 +10,13 @@ from sft_lightning.batch import Batch, DocumentLengths, SupervisedPositions
 from sft_lightning.types import IGNORE_INDEX, DocumentLength, TokenizedExample
 
 
-def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, denominator: float) -> Batch:
+def collate(
+    rows: Sequence[Sequence[TokenizedExample]],
+    *,
+    pad_token_id: int,
+    denominator: float,
+    shape: tuple[int, int] | None = None,
+) -> Batch:
     """Return rows of documents as one padded micro-batch.
 
     Padding is known by its position, never by its id, so a pad token that equals the end token does no harm. A rank may
@@ -20,16 +26,17 @@ def collate(rows: Sequence[Sequence[TokenizedExample]], *, pad_token_id: int, de
         rows: Documents of each row, in order.
         pad_token_id: Id that fills the end of shorter rows.
         denominator: Supervised weight of the whole optimizer step.
+        shape: Rows and tokens to pad to, (B, S); `None`: as many rows as there are, padded to the longest.
     """
     used = [sum(len(document.input_ids) for document in row) for row in rows]
-    width = max(used, default=1)
-    shape = (max(len(rows), 1), width)
+    shape = shape or (max(len(rows), 1), max(used, default=1))
+    width = shape[1]
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
     loss_weights = torch.zeros(shape, dtype=torch.float32)
     position_ids = torch.zeros(shape, dtype=torch.int64)
     document_lengths: list[list[DocumentLength]] = []
-    for r, row in enumerate(rows or [[]]):
+    for r, row in enumerate([*rows, *[[]] * (shape[0] - len(rows))]):
         start = 0
         for document in row:
             end = start + len(document.input_ids)

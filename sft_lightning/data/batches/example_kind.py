@@ -86,4 +86,5 @@ class Conversations:
             denominator: Supervised weight of the whole optimizer step.
         """
         documents = [[document.tokens for document in row] for row in rows]
-        return collate(documents, pad_token_id=pad_token_id, denominator=denominator)
+        shape = layout.shape(self.spec.batch_size, self.spec.max_length)
+        return collate(documents, pad_token_id=pad_token_id, denominator=denominator, shape=shape)

@@ -35,6 +35,7 @@ def collate_pairs(
     pad_token_id: int,
     denominator: float,
     share: bool = False,
+    shape: tuple[int, int] | None = None,
 ) -> PairBatch:
     """Return rows of pairs as one padded micro-batch.
 
@@ -45,12 +46,13 @@ def collate_pairs(
         pad_token_id: Id that fills the end of shorter rows.
         denominator: Weight of all pairs of the optimizer step.
         share: Whether the common beginning of a pair is in the row once, which only packed attention supports.
+        shape: Rows and tokens to pad to, (B, S); `None`: as many rows as there are, padded to the longest.
     """
     pairs = [pair for row in rows for pair in row]
     documents = [[document for _, pair in row for document in _documents(pair, share)] for row in rows]
     if not together:
         documents = [[document] for row in documents for document in row]
-    batch = collate(documents, pad_token_id=pad_token_id, denominator=denominator)
+    batch = collate(documents, pad_token_id=pad_token_id, denominator=denominator, shape=shape)
     answers = [int((document.loss_weights[1:] > 0).sum()) for _, pair in pairs for document in pair.halves()]
     return PairBatch(
         **batch,

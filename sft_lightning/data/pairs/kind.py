@@ -73,6 +73,7 @@ class Pairs:
             pad_token_id=pad_token_id,
             denominator=denominator,
             share=layout.share_prompts,
+            shape=layout.shape(self.spec.batch_size, self.spec.max_length),
         )
 
 

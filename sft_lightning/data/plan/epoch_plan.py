@@ -35,6 +35,21 @@ class Layout:
     share_prompts: bool = False
     """Whether a row has the prompt of a preference pair once for both answers; decided on the model's device."""
 
+    same_shape: bool = False
+    """Whether every micro-batch of packed rows is padded to `data.batch_size` rows of `data.max_length` tokens, so that
+    compiled layers see one shape."""
+
+    def shape(self, batch_size: int, max_length: int) -> tuple[int, int] | None:
+        """Return the rows and tokens that micro-batches are padded to; `None` if each has its own shape.
+
+        Rows of single examples keep their own lengths: most of them would be padding.
+
+        Args:
+            batch_size: `data.batch_size`.
+            max_length: `data.max_length`.
+        """
+        return (batch_size, max_length) if self.same_shape and self.packing != "none" else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:

@@ -38,3 +38,15 @@ def test_a_rank_without_rows_still_has_a_batch_without_weight() -> None:
     assert batch["input_ids"].tolist() == [[0]]
     assert batch["document_lengths"] == [[1]]
     assert batch["loss_weights"].sum() == 0
+
+
+def test_a_batch_is_padded_to_a_shape_with_rows_of_padding() -> None:
+    batch = collate([[FIRST, SECOND]], pad_token_id=0, denominator=3.0, shape=(2, 6))
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0], [0] * 6]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
+    assert batch["document_lengths"] == [[3, 2, 1], [6]]
+    assert (batch["num_tokens"], batch["num_supervised"]) == (5, 2)
+    assert batch["supervised"].flat.tolist() == [1, 3]
+    empty = collate([], pad_token_id=0, denominator=1.0, shape=(2, 6))
+    assert empty["document_lengths"] == [[6], [6]]
+    assert empty["loss_weights"].sum() == 0

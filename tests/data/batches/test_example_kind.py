@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,14 @@ def test_conversations_are_laid_out_document_by_document(layout: Layout) -> None
     assert batch["input_ids"].tolist() == [[1, 2, 3], [5, 6, 9]]
     assert batch["document_lengths"] == [[2, 1], [2, 1]]
     assert batch["denominator"] == 2.0
+
+
+@pytest.mark.parametrize(("packing", "shape"), [("best_fit", (3, 8)), ("none", (1, 2))])
+def test_packed_rows_have_one_shape_where_layers_are_compiled(packing: Any, shape: tuple[int, int]) -> None:
+    layout = Layout(packing=packing, same_shape=True)
+    spec = DataSpec(batch_size=3, max_length=8)
+    batch = Conversations(spec).collate([[document(0, 1, 2)]], layout=layout, pad_token_id=9, denominator=2.0)
+    assert batch["input_ids"].shape == shape
 
 
 def test_the_builder_and_the_reader_follow_the_keys(
