@@ -21,6 +21,42 @@ from sft_lightning.batch import Batch
 CHUNK_LOGITS = 1 << 25
 """Number of logits in a chunk: 128 MiB in float32."""
 
+GROUP_BYTES = 1 << 29
+"""Bytes of the logits' gradients that a GPU collects before it adds a product of them to the gradient of the head."""
+
+_TILE = 128
+"""Rows that a GPU's matrix product computes at once: a chunk of 261 rows takes the time of 384."""
+
+
+class Chunks(NamedTuple):
+    """How the head's positions are divided."""
+
+    rows: int
+    """Positions whose logits exist at once."""
+
+    group: int
+    """Positions between two additions to the gradient of the head's weight; a multiple of `rows`."""
+
+
+def divide_positions(vocab_size: int, device: str, bytes_per_value: int = 4) -> Chunks:
+    """Return how the head's positions are divided into chunks.
+
+    With 128k tokens in the vocabulary, 4096 values per position, and bfloat16, each addition to the gradient of the
+    head's weight reads and writes 6.3 GB: for each of 256 positions that is 25 MB, for each of 2048 it is 3 MB. The
+    CPU adds after every chunk.
+
+    Args:
+        vocab_size: V.
+        device: Type of the device: `cpu`, `cuda`.
+        bytes_per_value: Bytes of a value of the head's weight.
+    """
+    rows = max(1, CHUNK_LOGITS // vocab_size)
+    if device == "cpu":
+        return Chunks(rows, rows)
+    if rows > _TILE:
+        rows -= rows % _TILE
+    return Chunks(rows, rows * max(1, GROUP_BYTES // (rows * vocab_size * bytes_per_value)))
+
 
 class LossSums(NamedTuple):
     """Sums over a micro-batch's supervised tokens, float32 scalars."""
@@ -88,7 +124,7 @@ def projected_cross_entropy(
     def sums(part: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(cross_entropy_sums(project(part), Targets(ids, ids, weights)))
 
-    rows = max(1, CHUNK_LOGITS // vocab_size)
+    rows = divide_positions(vocab_size, hidden.device.type).rows
     parts = zip(hidden.split(rows), targets.ids.split(rows), targets.weights.split(rows), strict=True)
     chunks = [checkpoint(sums, *part, use_reentrant=False) for part in parts]
     return LossSums(*(torch.stack(column).sum() for column in zip(*chunks, strict=True)))
@@ -102,6 +138,7 @@ def linear_cross_entropy(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
+    as_on: str | None = None,
 ) -> LossSums:
     """Sum the weighted cross entropy of hidden states under a linear head; its logits are neither kept nor recomputed.
 
@@ -112,6 +149,7 @@ def linear_cross_entropy(
         targets: The supervised tokens.
         scale: Factor on the head's output.
         softcap: Bound of the logits, applied with a tanh; `None` for no bound.
+        as_on: Type of the device whose chunks are used; `None` for the one that computes.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -119,7 +157,8 @@ def linear_cross_entropy(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     hidden = hidden.to(weight.dtype)  # the head may train in float32 above a base in half precision
-    loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, targets, scale, softcap, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    head = _Head(scale, softcap, divide_positions(len(weight), as_on or device, weight.element_size()))
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, targets, head, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return LossSums(loss, targets.weights.sum(), correct)
 
 
@@ -151,9 +190,17 @@ def projected_log_probs(
     def chunk(part: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return log_probs_of(project(part), ids)
 
-    rows = max(1, CHUNK_LOGITS // vocab_size)
+    rows = divide_positions(vocab_size, hidden.device.type).rows
     parts = zip(hidden.split(rows), ids.split(rows), strict=True)
     return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+
+
+class _Head(NamedTuple):
+    """What happens to the head's output, and how it is divided; see `linear_cross_entropy`."""
+
+    scale: float
+    softcap: float | None
+    chunks: Chunks
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -166,8 +213,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: Targets,
-        scale: float,
-        softcap: float | None,
+        head: _Head,
         with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
@@ -177,34 +223,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros_like(loss)
-        rows = max(1, CHUNK_LOGITS // len(weight))
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            chunk = Targets(*(column[part] for column in targets))
-            logits = F.linear(hidden[part], weight, bias).float()
-            if scale != 1.0:
-                logits *= scale
-            squashed = None
-            if softcap is not None:
-                squashed = torch.tanh(logits / softcap)
-                logits = squashed * softcap
-            log_p = F.log_softmax(logits, dim=-1)
-            index = chunk.ids[:, None]
-            loss -= (log_p.gather(1, index).squeeze(1) * chunk.weights).sum()
-            if not any(wanted):
-                correct += _correct(log_p, chunk)
+        rows, group = head.chunks
+        step = group if wanted[1] else rows
+        shape = (min(step, len(hidden)), len(weight))
+        collected = hidden.new_empty(shape, dtype=weight.dtype) if shape[0] > rows else None
+        for start in range(0, len(hidden), step):
+            block = slice(start, min(start + step, len(hidden)))
+            slope = collected if collected is None else collected[: block.stop - start]
+            for first in range(start, block.stop, rows):
+                part = slice(first, min(first + rows, block.stop))
+                chunk = Targets(*(column[part] for column in targets))
+                log_p, squashed = _log_probs(F.linear(hidden[part], weight, bias).float(), head)
+                loss -= (log_p.gather(1, chunk.ids[:, None]).squeeze(1) * chunk.weights).sum()
+                if not any(wanted):
+                    correct += _correct(log_p, chunk)
+                elif slope is None or collected is None:
+                    slope = _slope(log_p, squashed, chunk, head).to(weight.dtype)
+                else:
+                    slope[first - start : part.stop - start] = _slope(log_p, squashed, chunk, head)
+            if slope is None:
                 continue
-            slope = log_p.exp_()
-            slope.scatter_add_(1, index, -torch.ones_like(index, dtype=slope.dtype)).mul_(chunk.weights[:, None])
-            if squashed is not None:
-                slope *= 1 - squashed**2
-            slope = (slope * scale if scale != 1.0 else slope).to(weight.dtype)
             if of_hidden is not None:
-                of_hidden[part] = slope @ weight
+                of_hidden[block] = slope @ weight
             if of_weight is not None and weight.dtype == torch.float32:
-                of_weight.addmm_(slope.T, hidden[part])
+                of_weight.addmm_(slope.T, hidden[block])
             elif of_weight is not None:
-                of_weight += slope.T @ hidden[part]
+                of_weight += slope.T @ hidden[block]
             if of_bias is not None:
                 of_bias += slope.sum(0, dtype=torch.float32)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
@@ -218,13 +262,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
         of_hidden, of_weight, of_bias = ctx.saved_tensors
         return (
             None if of_hidden is None else of_hidden * of_loss.to(of_hidden.dtype),
-            None if of_weight is None else (of_weight * of_loss).to(ctx.dtypes[0]),
+            # In place: a copy would be the largest tensor of the step.
+            None if of_weight is None else of_weight.mul_(of_loss).to(ctx.dtypes[0]),
             None if of_bias is None else (of_bias * of_loss).to(ctx.dtypes[1]),
             None,
             None,
             None,
-            None,
         )
+
+
+def _log_probs(logits: torch.Tensor, head: _Head) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return log-probabilities, float32 (n, V), and the tanh of the bounded logits; changes `logits`."""
+    if head.scale != 1.0:
+        logits *= head.scale
+    if head.softcap is None:
+        return F.log_softmax(logits, dim=-1), None
+    squashed = torch.tanh(logits / head.softcap)
+    return F.log_softmax(squashed * head.softcap, dim=-1), squashed
+
+
+def _slope(log_p: torch.Tensor, squashed: torch.Tensor | None, targets: Targets, head: _Head) -> torch.Tensor:
+    """Return the gradient of the loss with respect to the head's output, float32 (n, V); changes `log_p`."""
+    slope = log_p.exp_()
+    index = targets.ids[:, None]
+    slope.scatter_add_(1, index, -torch.ones_like(index, dtype=slope.dtype)).mul_(targets.weights[:, None])
+    if squashed is not None:
+        slope *= 1 - squashed**2
+    return slope * head.scale if head.scale != 1.0 else slope
 
 
 @torch.no_grad()

@@ -68,7 +68,9 @@ def simulate_step(
             parameter.grad = torch.zeros_like(parameter) if has_gradients else None
         try:
             autocast = autocast_of(precision)
-            return training_step(skeleton.model, skeleton.base, batch_size, max_length, autocast, of_pairs=of_pairs)
+            return training_step(
+                skeleton.model, skeleton.base, batch_size, max_length, autocast, of_pairs=of_pairs, device=device
+            )
         finally:
             for parameter in skeleton.trainable:
                 parameter.grad = None
@@ -82,6 +84,7 @@ def training_step(
     autocast: AbstractContextManager[Any],
     *,
     of_pairs: bool = False,
+    device: Device = "cpu",
 ) -> SimulatedStep:
     """Run the forward and backward pass of `CausalLMModule`, and count bytes; tensors may be fake or real.
 
@@ -92,6 +95,7 @@ def training_step(
         max_length: Tokens per row.
         autocast: Context of the forward pass.
         of_pairs: Whether the loss is that of `task: dpo`.
+        device: The device whose chunks of positions the head uses.
     """
     known = [*model.parameters(), *model.buffers()]
     known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -113,7 +117,7 @@ def training_step(
             if of_pairs:
                 loss = projected_log_probs(hidden, head, targets.ids, len(head.weight)).sum()
             else:
-                loss = linear_cross_entropy(hidden, head.weight, head.bias, targets).loss
+                loss = linear_cross_entropy(hidden, head.weight, head.bias, targets, as_on=device).loss
             del hidden
         kept = tracker.live
         loss.backward()
