@@ -148,6 +148,11 @@ def test_a_hidden_change_does_not_count_as_one() -> None:
         x.add_(1)
     assert x._version == 0
     assert x.tolist() == [2, 2]
+    with torch.inference_mode():
+        y = torch.ones(1)
+        with compat.hidden_change(y):
+            y.add_(1)
+    assert y.item() == 2
 
 
 def test_an_argument_is_found_by_position_by_name_or_as_the_default() -> None:
