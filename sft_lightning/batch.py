@@ -72,6 +72,10 @@ class DocumentLengths(_MadeOnHost, Sequence[Sequence[DocumentLength]]):
         self.longest = (max(queries, default=0), max(keys, default=0))
         """Tokens of the longest document, among queries and among keys."""
 
+        self.extent = torch.empty(()).expand(self.longest)
+        """A tensor without memory whose sizes are `longest`: torch.compile compiles once for all sizes of a tensor, but
+        again for other numbers."""
+
         self.key_index: torch.Tensor | None = None
         """Positions of all documents' keys in the flattened (B · S) rows, int64; `None` without shared prompts."""
 

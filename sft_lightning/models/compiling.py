@@ -173,6 +173,11 @@ def _begin_pass(
         return args, kwargs
     if not isinstance(documents, DocumentLengths):
         documents = DocumentLengths(documents).to(module.device)
-    for starts in (documents.starts, documents.host_starts):
-        vary_size(starts, 1)
+    for tensor, dim in (
+        (documents.starts, 1),
+        (documents.host_starts, 1),
+        (documents.extent, 0),
+        (documents.extent, 1),
+    ):
+        vary_size(tensor, dim)
     return args, {**kwargs, "document_lengths": documents}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -45,8 +45,21 @@ class VariableLengthKernel(Protocol):
         """
 
 
-@functools.cache
-def torch_kernel() -> VariableLengthKernel:
+KERNELS: dict[str, VariableLengthKernel] = {}
+"""The kernels that were prepared, by name: where compiled code finds them."""
+
+
+def prepare_kernel(name: Literal["torch", "flash_attn"]) -> None:
+    """Put a kernel into `KERNELS`.
+
+    Args:
+        name: torch's kernel, or that of the flash-attn package.
+    """
+    if name not in KERNELS:
+        KERNELS[name] = _torch_kernel() if name == "torch" else _flash_attn_kernel()
+
+
+def _torch_kernel() -> VariableLengthKernel:
     """Return torch's kernel; it has neither softcap nor dropout."""
     attend_to = variable_length_attention()
 
@@ -55,15 +68,14 @@ def torch_kernel() -> VariableLengthKernel:
     ) -> torch.Tensor:
         window = (options["window"] - 1, 0)
         return attend_to(
-            query, key, value, documents.starts[0], documents.starts[1], *documents.longest,
+            query, key, value, documents.starts[0], documents.starts[1], *documents.extent.shape,
             scale=options["scale"], window_size=window,
         )  # fmt: skip
 
     return attend
 
 
-@functools.cache
-def flash_attn_kernel() -> VariableLengthKernel:
+def _flash_attn_kernel() -> VariableLengthKernel:
     """Return the kernel of the flash-attn package, which query heads may share key/value heads in."""
     attend_to = importlib.import_module("flash_attn").flash_attn_varlen_func
 
@@ -72,7 +84,7 @@ def flash_attn_kernel() -> VariableLengthKernel:
     ) -> torch.Tensor:
         window = (options["window"] - 1, 0) if options["window"] else (-1, -1)
         out: torch.Tensor = attend_to(
-            query, key, value, documents.starts[0], documents.starts[1], *documents.longest,
+            query, key, value, documents.starts[0], documents.starts[1], *documents.extent.shape,
             dropout_p=options["dropout"], softmax_scale=options["scale"], causal=True, window_size=window,
             softcap=options["softcap"],
         )  # fmt: skip

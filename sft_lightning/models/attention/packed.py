@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from sft_lightning.batch import DocumentLengths
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.kernels import VariableLengthKernel, flash_attn_kernel, torch_kernel
+from sft_lightning.models.attention.kernels import KERNELS
 from sft_lightning.models.attention.paths import AttentionPath, path_of_call
 from sft_lightning.models.attention.per_document import attend_each, attend_per_document
 from sft_lightning.types import DocumentLength
@@ -112,15 +112,8 @@ def _by_kernel(
     """Attend within all documents by one kernel; (B · S, heads, value_dim) out."""
     value_dim = value.shape[-1]
     q, k, v = (F.pad(x, (0, path.width - x.shape[-1])) if x.shape[-1] < path.width else x for x in (query, key, value))
-    kernel = _kernel(path.kernel)
-    out: torch.Tensor = kernel(q, k, v, documents, scale=scale, window=window, softcap=softcap, dropout=dropout)
+    out = KERNELS[path.kernel](q, k, v, documents, scale=scale, window=window, softcap=softcap, dropout=dropout)
     return out if path.width == value_dim else out[..., :value_dim].contiguous()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _kernel(name: str) -> VariableLengthKernel:
-    found: VariableLengthKernel = torch_kernel() if name == "torch" else flash_attn_kernel()
-    return found
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from sft_lightning.compat.torch import shares_key_value_heads
-from sft_lightning.models.attention.kernels import has_flash_attn
+from sft_lightning.models.attention.kernels import has_flash_attn, prepare_kernel
 
 Kernel = Literal["torch", "flash_attn", "per_document"]
 """torch's variable-length kernel, that of the flash-attn package, or one call for each document."""
@@ -142,6 +142,8 @@ def path_of_call(
         dropout: Whether attention weights are dropped.
     """
     path = _decided(device, dtype, head_dim, value_dim, grouped, softcap, dropout)
+    if path.kernel != "per_document":
+        prepare_kernel(path.kernel)
     for found in _collectors:
         if path not in found:
             found.append(path)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.batch import DocumentLengths
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention import paths
-from sft_lightning.models.attention.kernels import flash_attn_kernel, torch_kernel
+from sft_lightning.models.attention import kernels, packed, paths
 from sft_lightning.models.attention.packed import PACKED, packed_attention
 from sft_lightning.models.attention.paths import AttentionFacts, AttentionPath, choose_path
 from sft_lightning.models.attention.per_document import attend_each
@@ -83,7 +81,7 @@ Kernel = list[dict[str, Any]]
 
 
 @pytest.fixture
-def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """Take the branch of an H100 on this CPU; returns the arguments of each call of torch's variable-length kernel."""
     calls: Kernel = []
 
@@ -112,9 +110,9 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(paths, "_decided", on_an_h100)
-    torch_kernel.cache_clear()
-    yield calls
-    torch_kernel.cache_clear()
+    monkeypatch.setattr(kernels, "KERNELS", {})
+    monkeypatch.setattr(packed, "KERNELS", kernels.KERNELS)
+    return calls
 
 
 def test_float32_weights_under_autocast_reach_the_kernel_in_bfloat16(on_cuda: Kernel, model_dir: Path) -> None:
@@ -176,10 +174,10 @@ def test_the_kernel_of_flash_attn_gets_softcap_and_dropout(monkeypatch: pytest.M
     path = AttentionPath("flash_attn", "", 8)
     monkeypatch.setattr(paths, "_decided", lambda *_: path)
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
-    flash_attn_kernel.cache_clear()
+    monkeypatch.delitem(kernels.KERNELS, "flash_attn", raising=False)
     options = {"document_lengths": LENGTHS, "softcap": 5.0, "dropout": 0.1, "sliding_window": 3, "scaling": 0.5}
     packed_attention(torch.nn.Module(), *qkv(), None, **options)  # type: ignore[arg-type]
-    flash_attn_kernel.cache_clear()
+    del kernels.KERNELS["flash_attn"]
     assert seen == {
         "heads": (4, 2), "longest": (16, 16), "softcap": 5.0, "dropout_p": 0.1, "window_size": (2, 0),
         "softmax_scale": 0.5, "causal": True,
