@@ -23,6 +23,9 @@ _DISTRIBUTED = ("fit", "validate", "test", "predict", "prepare")
 """Commands that a launcher may start in several processes. All other commands run in one process and refuse a launcher,
 because each process would do the whole work."""
 
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Environment variables with the settings of torch's allocator, the present name first."""
+
 USAGE = "usage: python -m sft_lightning COMMAND [options]"
 HELP = """
 options:
@@ -117,6 +120,7 @@ def _run(command: Command, args: list[str]) -> int:
     args = [arg for arg in args if arg != "--debug"]
     # At every import bitsandbytes warns that it could not download a kernel, which it does not need.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    _let_allocations_grow()
     try:
         getattr(importlib.import_module(f"sft_lightning.cli.commands.{command.module}"), command.function)(args)
     except UserError as error:
@@ -124,6 +128,15 @@ def _run(command: Command, args: list[str]) -> int:
             traceback.print_exc()
         return _user_error(str(error))
     return 0
+
+
+def _let_allocations_grow() -> None:
+    """Let torch's allocator extend its segments instead of fragmenting memory; what the user set stays.
+
+    torch reads this when it first allocates on a GPU. Rows of different widths otherwise leave gaps that nothing fits.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def _help(commands: Mapping[str, Command]) -> str:

@@ -138,6 +138,7 @@ def fit_args(model_dir: Path, alpaca_file: Path, tmp_path: Path, few_samples: li
         f"--model.model_name_or_path={model_dir}",
         "--model.dtype=float32",
         "--model.adapter.r=4",
+        "--model.adapter.dropout=0.05",  # so that random states matter
         f"--data.sources={{toy: {{path: {alpaca_file}, format: alpaca}}}}",
         "--data.template=alpaca",
         "--data.max_length=256",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -95,3 +96,18 @@ def test_several_processes_may_prepare(monkeypatch: pytest.MonkeyPatch, capsys: 
         monkeypatch.setenv(name, value)
     assert main(["prepare", "--data.max_lenght=3"]) == 2
     assert "max_length" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_gpu_memory_are_expandable_unless_the_user_set_something(
+    name: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    assert main(["migrate", "--table"]) == 0
+    found = {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")}
+    assert found == (
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if name is None else {name: "max_split_size_mb:64"}
+    )

@@ -103,7 +103,7 @@ def measured(cells: list[Cell], *, toy: bool, seconds: float) -> Iterator[tuple[
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.gpu", *(["--toy"] if toy else []), "--worker", *names],
             cwd=ROOT, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={"PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         timer = _end_after(process, end - time.monotonic())
         for line in process.stdout or ():

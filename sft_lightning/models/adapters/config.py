@@ -45,8 +45,8 @@ class AdapterConfig:
     alpha: float = 32
     """The update is scaled by alpha / r (with rsLoRA, by alpha / sqrt(r))."""
 
-    dropout: float = 0.05
-    """Dropout probability of the adapter's input."""
+    dropout: float = 0.0
+    """Dropout probability of the adapter's input; above 0, a step takes more time and memory."""
 
     target_modules: list[str] | str = "all-linear"
     """Modules to adapt: a list of name endings; a regular expression for whole names; or a preset: `all-linear` (all
