@@ -6,10 +6,10 @@ wait for, is made here once, from arrays in CPU memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import Any, ClassVar, Self, TypedDict, TypeVar, cast, overload
+from typing import Any, ClassVar, Self, TypedDict, TypeVar, cast
 
 import torch
 
@@ -29,7 +29,8 @@ class _MadeOnHost:
             device: Where to copy the tensors.
             options: Ignored.
         """
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        waits = torch.device(device).type in ("cpu", "mps")  # which may read a copy before it is there
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=not waits))
 
     def pin_memory(self) -> Self:
         """Return the same in page-locked memory, from which a GPU copies while the CPU goes on."""
@@ -43,11 +44,11 @@ class _MadeOnHost:
         return made
 
 
-class DocumentLengths(_MadeOnHost, Sequence[Sequence[DocumentLength]]):
+class DocumentLengths(_MadeOnHost):
     """The documents of each row of a micro-batch, in the forms that attention takes; made once, on the CPU.
 
-    As a sequence it has the lengths of each row. Documents with a shared prompt are two documents for attention, whose
-    keys both include the prompt: N counts them as two. The
+    Iterating gives the lengths of each row. It is not a `Sequence`, because Lightning would take that apart. Documents
+    with a shared prompt are two documents for attention, whose keys both include the prompt: N counts them as two. The
     lengths and `host_starts` stay in CPU memory, so that nothing ever has to be read from the device.
 
     Args:
@@ -92,12 +93,11 @@ class DocumentLengths(_MadeOnHost, Sequence[Sequence[DocumentLength]]):
             "max_length_k": self.longest[1],
         }
 
-    @overload
-    def __getitem__(self, index: int) -> Sequence[DocumentLength]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sequence[DocumentLength]]: ...
-    def __getitem__(self, index: int | slice) -> Any:
-        return self.rows[index]
+    def __getitem__(self, row: int) -> Sequence[DocumentLength]:
+        return self.rows[row]
+
+    def __iter__(self) -> Iterator[Sequence[DocumentLength]]:
+        return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.plugins.precision import HalfPrecision
 
 from sft_lightning.batch import DocumentLengths, SupervisedPositions, batch_to, split_shared_prompts
 from sft_lightning.types import IGNORE_INDEX, SharedPrompt
@@ -59,3 +60,11 @@ def test_a_batch_is_copied_with_everything_that_has_tensors() -> None:
     assert moved["input_ids"].device.type == moved["document_lengths"].starts.device.type == "meta"  # type: ignore[attr-defined]
     assert moved["denominator"] == 2.0
     assert batch["input_ids"].device.type == "cpu"  # type: ignore[union-attr]
+
+
+def test_what_lightning_converts_to_the_precision_leaves_the_documents_as_they_are() -> None:
+    documents = DocumentLengths([[3, 2], [1, 4]])
+    batch = {"loss_weights": torch.ones(2, 5), "document_lengths": documents}
+    converted = HalfPrecision("bf16-true").convert_input(batch)
+    assert converted["loss_weights"].dtype == torch.bfloat16
+    assert converted["document_lengths"] is documents

@@ -35,7 +35,7 @@ def packed_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    document_lengths: Sequence[Sequence[DocumentLength]] | None = None,
+    document_lengths: DocumentLengths | Sequence[Sequence[DocumentLength]] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.compat.transformers import balancing_loss_of
 from sft_lightning.models.inspection import base_model, has_virtual_tokens
 from sft_lightning.types import IGNORE_INDEX, DocumentLength, num_tokens
@@ -60,7 +61,9 @@ def find_router_loss(model: PreTrainedModel | PeftModel) -> RouterLoss | None:
     return RouterLoss(cast("Any", balance), cast("int", num_experts), cast("int", top_k), config.router_aux_loss_coef)
 
 
-def tokens_of_documents(labels: torch.Tensor, document_lengths: Sequence[Sequence[DocumentLength]]) -> torch.Tensor:
+def tokens_of_documents(
+    labels: torch.Tensor, document_lengths: DocumentLengths | Sequence[Sequence[DocumentLength]]
+) -> torch.Tensor:
     """Return the mask of tokens that are not padding, (B, S); if all are padding, all are true.
 
     Args:
