@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models.checkpointing import recomputable_layers
+from sft_lightning.models.compiling import compile_layers
 from sft_lightning.training import forward, startup
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of, layout_before_loading
@@ -225,6 +227,23 @@ def test_layers_are_compiled_as_decided_for_the_tokens_of_the_whole_run(
     assert data.layout.same_shape
     assert {batch["input_ids"].shape for batch in data.train_dataloader()} == {(1, 200)}
     assert "torch_compile: on (auto: predicted to save 0 s of this run" in caplog.text
+
+
+@pytest.mark.parametrize("how", [False, "selective"])
+def test_a_packed_run_compiles_in_its_first_micro_batch_and_never_again(
+    how: Any, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(startup, "compile_layers", functools.partial(compile_layers, backend="eager"))
+    trainer, module, data = make_run(
+        packing="best_fit", torch_compile=True, gradient_checkpointing=how, trainer_max_epochs=2
+    )
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, data)
+    lines = [line for line in caplog.messages if line.startswith("torch_compile:")]
+    assert lines[0] == "torch_compile: on (as set)"
+    assert [line.partition(" (")[0] for line in lines[1:]] == ["torch_compile: graphs of 2 decoder layers: 1"]
+    assert trainer.global_step > 3
 
 
 @pytest.mark.slow
