@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 from sft_lightning.compat.names import uses
@@ -87,3 +88,69 @@ def compile_backward_with_forward() -> None:
     """
     config: Any = importlib.import_module("torch._functorch.config")
     config.force_non_lazy_backward_lowering = True
+
+
+@uses(
+    "torch._ops:OpOverload",
+    attributes=("_schema",),
+    feature="model.gradient_checkpointing: selective",
+    since="2.4",
+    replacement="a table of the position of `dropout_p` in the operations of each release",
+)
+def argument_of(operation: torch._ops.OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the value of an argument in a call of an operation; `None` if the operation does not have it.
+
+    Args:
+        operation: What was called.
+        name: The argument's name.
+        args: Positional arguments of the call.
+        kwargs: Named arguments of the call.
+    """
+    for position, argument in enumerate(operation._schema.arguments):
+        if argument.name == name:
+            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
+    return None
+
+
+@uses(
+    "torch._ops:OpOverload",
+    attributes=("_schema",),
+    feature="model.gradient_checkpointing: selective",
+    since="2.4",
+    replacement="the names of operations, of which those that change a tensor end in `_`",
+)
+def changed_tensors(operation: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments that a call of an operation changes in place.
+
+    Args:
+        operation: What is called.
+        args: Positional arguments of the call.
+        kwargs: Named arguments of the call.
+    """
+    written = [
+        (position, argument.name)
+        for position, argument in enumerate(operation._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [args[position] if position < len(args) else kwargs.get(name) for position, name in written]
+
+
+@uses(
+    "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__",
+    feature="model.gradient_checkpointing: selective",
+    since="2.0",
+    replacement="`watching_operations`, which does not tell which operation made a tensor",
+)
+def calling_operations(call: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> AbstractContextManager[Any]:
+    """Return a context in which a function is called in place of every operation.
+
+    Args:
+        call: Takes the operation, its positional and its named arguments; returns what the operation returns.
+    """
+    base: Any = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
+
+    class Calling(base):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return call(func, args, kwargs or {})
+
+    return cast("AbstractContextManager[Any]", Calling())

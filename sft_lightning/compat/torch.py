@@ -6,7 +6,7 @@ import copy
 import importlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -214,27 +214,6 @@ def hidden_change(tensor: torch.Tensor) -> AbstractContextManager[Any]:
         "AbstractContextManager[Any]",
         importlib.import_module("torch.autograd")._unsafe_preserve_version_counter(tensor),
     )
-
-
-@uses(
-    attributes=("_schema",),
-    feature="model.gradient_checkpointing: selective",
-    since="2.4",
-    replacement="a table of the position of `dropout_p` in the operations of each release",
-)
-def argument_of(operation: torch._ops.OpOverload, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the value of an argument in a call of an operation; `None` if the operation does not have it.
-
-    Args:
-        operation: What was called.
-        name: The argument's name.
-        args: Positional arguments of the call.
-        kwargs: Named arguments of the call.
-    """
-    for position, argument in enumerate(operation._schema.arguments):
-        if argument.name == name:
-            return args[position] if position < len(args) else kwargs.get(name, argument.default_value)
-    return None
 
 
 @uses(

@@ -8,6 +8,8 @@ recompute every n-th layer; recompute all layers (Chen et al., 2016, arXiv:1604.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sft_lightning.compat.torch import argument_of
+from sft_lightning.compat.dynamo import argument_of, calling_operations, changed_tensors
+from sft_lightning.compat.torch import storage_key
 from sft_lightning.compat.transformers import recompute_activations
 from sft_lightning.errors import UserError
 
@@ -65,7 +68,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel, how: Recomputation = 1
         )
     if not model.supports_gradient_checkpointing:
         raise UserError(f"model.gradient_checkpointing: {model.config.model_type} models do not support it; set false")
-    recompute_activations(model, every, selective_contexts if how == "selective" else None)
+    recompute_activations(model, every, checked_selective_contexts if how == "selective" else None)
     return -(-len(layers) // every)
 
 
@@ -100,6 +103,48 @@ def is_kept(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 def selective_contexts() -> tuple[Any, Any]:
     """Return the contexts of a layer's forward pass and of its recomputation, for `torch.utils.checkpoint`."""
     return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-any-return]
+
+
+def checked_selective_contexts() -> tuple[Any, Any]:
+    """Return `selective_contexts`, of which the first refuses a layer whose gradients would be wrong.
+
+    If a kept output changes in place, as in Falcon, recomputation begins with what it has become. torch notices this
+    only where the output is not a view. In compiled layers nothing changes in place.
+    """
+    forward, recompute = selective_contexts()
+    kept: set[int] = set()
+
+    def call(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = operation(*args, **kwargs)
+        if is_kept(operation, args, kwargs):
+            kept.update(_storages(out if isinstance(out, tuple) else (out,)))
+        elif kept.intersection(_storages(changed_tensors(operation, args, kwargs))):
+            raise UserError(
+                "model.gradient_checkpointing: selective is not available for this model, in which an operation "
+                f"({operation}) changes the output of a matrix product in place; set true"
+            )
+        return out
+
+    return _Both(forward, calling_operations(call)), recompute
+
+
+class _Both:
+    """Two contexts as one."""
+
+    def __init__(self, *contexts: AbstractContextManager[Any]) -> None:
+        self._contexts = contexts
+
+    def __enter__(self) -> None:
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+
+
+def _storages(tensors: Iterable[Any]) -> set[int]:
+    return {storage_key(tensor.untyped_storage()) for tensor in tensors if isinstance(tensor, torch.Tensor)}
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -109,13 +109,20 @@ def compile_layers(
         )
     compile_backward_with_forward()
     compilation = CompilationLog(len(layers), log)
-    model.base_model.register_forward_pre_hook(functools.partial(_begin_pass, compilation), with_kwargs=True)
+    decoder = next(module for module in model.modules() if layers[0] in _layers_of(module))
+    decoder.register_forward_pre_hook(functools.partial(_begin_pass, compilation), with_kwargs=True)
     run = _selective if recomputation == "selective" else _plain
     compiled = {kind: _compiled_class(kind, compilation, run, backend) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.gradient_checkpointing &= run is _plain
         change_class(layer, compiled[type(layer)])
     return len(layers)
+
+
+def _layers_of(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return what stands in the lists of modules that a module has; the decoder is the one that has the layers."""
+    lists = [child for child in module.children() if isinstance(child, torch.nn.ModuleList)]
+    return [layer for each in lists for layer in each]
 
 
 def _plain(forward: Callable[..., Any]) -> Callable[..., Any]:

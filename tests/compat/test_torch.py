@@ -155,15 +155,6 @@ def test_a_hidden_change_does_not_count_as_one() -> None:
     assert y.item() == 2
 
 
-def test_an_argument_is_found_by_position_by_name_or_as_the_default() -> None:
-    attend = torch.ops.aten._scaled_dot_product_flash_attention.default
-    tensors = (None,) * 3
-    assert compat.argument_of(attend, "dropout_p", (*tensors, 0.1), {}) == 0.1
-    assert compat.argument_of(attend, "scale", tensors, {"scale": 2.0}) == 2.0
-    assert compat.argument_of(attend, "dropout_p", tensors, {}) == 0.0
-    assert compat.argument_of(torch.ops.aten.mm.default, "dropout_p", tensors, {}) is None
-
-
 def test_every_dropout_layer_calls_the_replaced_function() -> None:
     with compat.dropout_replaced_by(lambda input, p, training, inplace: input + p):
         assert nn.Dropout(0.25)(torch.zeros(1)).item() == 0.25

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.wrapping import add_adapter
+from sft_lightning.models.attention.document_mask import use_document_mask
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.loading import load_model
 from sft_lightning.models.checkpointing import (
@@ -21,6 +24,10 @@ from sft_lightning.models.checkpointing import (
     recomputable_layers,
 )
 from sft_lightning.training.memory.tracker import StorageTracker
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+FAMILIES: dict[str, Any] = importlib.import_module("family_models").FAMILIES
+sys.path.pop(0)
 
 
 def test_free_memory_is_a_positive_number() -> None:
@@ -127,3 +134,45 @@ def test_a_low_rank_update_of_an_output_is_added_again() -> None:
 )
 def test_what_is_cheap_is_computed_again(operation: Any) -> None:
     assert not is_kept(operation, (torch.zeros(2), torch.zeros(2)), {})
+
+
+def test_a_model_that_changes_a_kept_output_in_place_is_refused() -> None:
+    model = llama(1)
+    recomputable_layers(model)[0].mlp.gate_proj.register_forward_hook(lambda module, args, out: out.mul_(2))
+    enable_gradient_checkpointing(model, "selective")
+    with pytest.raises(UserError, match=r"selective is not available for this model, .*\(aten.mul_.*set true"):
+        model(torch.ones(1, 4, dtype=torch.int64), use_cache=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [None, AdapterConfig(r=4, dropout=0.1)], ids=["full", "lora"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_selective_recomputation_changes_no_gradient_of_any_family_or_is_refused(
+    family: str, adapter: AdapterConfig | None
+) -> None:
+    def gradients(how: Recomputation) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        base = load_model(
+            None, from_config=FAMILIES[family], dtype="float32", attn_implementation="auto", vocab_size=300,
+            quantization=None,
+        )  # fmt: skip
+        model = base if adapter is None else add_adapter(base, adapter)
+        use_document_mask(model)
+        if how:
+            enable_gradient_checkpointing(base, how)
+        ids = torch.randint(100, (1, 24), generator=torch.Generator().manual_seed(1))
+        positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+        torch.manual_seed(1)
+        out = model.train()(input_ids=ids, position_ids=positions, document_lengths=[[10, 14]], use_cache=False)
+        out.logits.square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients(0)
+    if family == "Falcon":  # divides the scores of attention in place
+        with pytest.raises(UserError, match="selective is not available for this model"):
+            gradients("selective")
+        return
+    found = gradients("selective")
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel
 
 from sft_lightning.compat.dynamo import num_compiled_graphs
 from sft_lightning.errors import UserError
@@ -124,6 +124,14 @@ def test_a_recompilation_after_the_first_micro_batch_is_reported() -> None:
     assert re.fullmatch(
         r"torch_compile: \d recompilations in micro-batch 3, [\d.]+ s; TORCH_LOGS=recompiles .*", lines[1]
     )
+
+
+def test_a_decoder_that_its_model_calls_by_another_way_is_compiled_and_reported() -> None:
+    config = OPTConfig(vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
+    model, lines = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED).train(), []
+    compile_layers(model, lines.append, backend="eager")
+    losses_and_gradients(model, SAME_WIDTH[:2])
+    assert [line.partition(" (")[0] for line in lines] == ["torch_compile: graphs of 2 decoder layers: 1"]
 
 
 def test_evaluation_is_not_compiled() -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sft_lightning.errors import UserError
 from sft_lightning.models.checkpointing import (
     Recomputation,
     describe_recomputation,
@@ -71,7 +72,7 @@ def decide_recomputation(
         words = describe_recomputation(how)
         try:
             total = estimate(replace(setup, recomputation=how)).total
-        except RuntimeError as error:  # an operation that reads values, or changes an output that is kept
+        except (RuntimeError, UserError) as error:  # an operation that reads values, or changes an output that is kept
             tried.append(f"{words}: not simulated, {str(error).strip().splitlines()[0]}")
             continue
         tried.append(f"{words}: {total / GIB:.2f} GiB")
