@@ -6,6 +6,7 @@ import contextlib
 import csv
 import gzip
 import json
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -68,9 +69,10 @@ def _lines(path: Path, lines: Iterable[str]) -> Rows:
 
 
 def _read_csv(path: Path) -> Rows:
+    csv.field_size_limit(sys.maxsize)  # the default refuses cells above 128 KiB, such as a long document
     with _open(path) as file:
         reader = csv.DictReader(file)
-        for row in reader:
+        for row in _csv_rows(path, reader):
             if None in row or None in row.values():
                 extra = len(row.get(None) or ())  # the key of cells beyond the header
                 found = len([cell for key, cell in row.items() if key is not None and cell is not None]) + extra
@@ -79,6 +81,13 @@ def _read_csv(path: Path) -> Rows:
                     f"header, found {found}; put quotes around cells that contain commas or line breaks"
                 )
             yield f"{path}, line {reader.line_num}", row
+
+
+def _csv_rows(path: Path, reader: csv.DictReader[str]) -> Iterator[dict[Any, Any]]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num + 1}: broken CSV: {error}") from error
 
 
 def _read_text(path: Path) -> Rows:
@@ -172,10 +181,16 @@ READERS: Mapping[str, Callable[[Path], Rows]] = {
 """The function that reads each file type, by the ending of the name."""
 
 
+def file_type(path: Path) -> str | None:
+    """Return the ending that says how a file is read, a key of `READERS`; `None` if the file type is unknown."""
+    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    return suffix if suffix in READERS else None
+
+
 def reader_of(path: Path) -> Callable[[Path], Rows] | None:
     """Return the function that reads a file of this name; `None` if the file type is unknown."""
-    suffix = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    return READERS.get(suffix)
+    kind = file_type(path)
+    return None if kind is None else READERS[kind]
 
 
 def _is_json_lines(text: str) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft_lightning.data.sources.files import READERS, Rows, read_file, reader_of
+from sft_lightning.data.sources.folder import folder_files
 from sft_lightning.errors import UserError, one_of, shortened
 from sft_lightning.types import Record
 
@@ -27,8 +28,8 @@ class SourceConfig:
 
     path: str
     """A `.json`, `.jsonl`, `.jsonl.gz`, `.csv`, `.parquet`, `.arrow` or `.txt` file, a folder of them (searched
-    recursively, in sorted order), a folder that `datasets` saved with `save_to_disk`, or the id of a data set on the
-    Hugging Face Hub."""
+    recursively, in sorted order; of several types, the commonest is read), a folder that `datasets` saved with
+    `save_to_disk`, or the id of a data set on the Hugging Face Hub."""
 
     format: str | None = None
     """How a record becomes messages: alpaca, firefly, messages, preference, prompt_completion, segments, sharegpt,
@@ -52,6 +53,10 @@ class SourceConfig:
     split: str | None = None
     """Split of a Hub data set or a `save_to_disk` folder (default: train), or a slice such as `train[:10%]`. For a
     plain folder: read only the files and subfolders of that name."""
+
+    glob: str | None = None
+    """For a folder: read only the files that match, such as `*.json`. Default: all files of the commonest type, without
+    hidden files and caches of `datasets`."""
 
     subset: str | None = None
     """Subset (configuration) of a Hub data set."""
@@ -132,33 +137,19 @@ def source_files(name: str, config: SourceConfig) -> list[Path]:
     path, key = Path(config.path).expanduser(), f"data.sources.{name}"
     _refuse_hub_options(key, config)
     if path.is_file():
+        if config.glob is not None:
+            raise UserError(f"{key}.glob: {config.glob!r} is only valid for a folder, but {config.path!r} is a file")
         if config.split is not None:
             raise UserError(f"{key}.split: {config.split!r}, but {config.path!r} is a single file, which has no splits")
         if reader_of(path) is None:
             raise one_of(f"{key}.path: {config.path!r}: the file type", path.suffix, READERS)
         return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and reader_of(file))
-    if not files:
-        raise UserError(f"{key}.path: the folder {config.path!r} contains no file of type {', '.join(READERS)}")
-    if config.split is None:
-        return files
-    named = [file for file in files if _is_of_split(file.relative_to(path), config.split)]
-    if not named:
-        raise UserError(
-            f"{key}.split: {config.path!r} contains no file or subfolder named {config.split!r}; it contains: "
-            f"{', '.join(str(file.relative_to(path)) for file in files[:8])}"
-        )
-    return named
+    return folder_files(path, key=key, split=config.split, glob=config.glob)
 
 
 def _refuse_hub_options(key: str, config: SourceConfig) -> None:
     if config.subset is not None or config.revision is not None:
         raise UserError(f"{key}: subset and revision are only valid for Hub data sets, but {config.path!r} is local")
-
-
-def _is_of_split(path: Path, split: str) -> bool:
-    """Whether a path belongs to a split: `train.jsonl`, `train-00000-of-00002.parquet`, `train/part.json`."""
-    return any(re.match(rf"{re.escape(split)}(\W|$)", part) for part in path.parts)
 
 
 def is_saved_dataset(path: Path) -> bool:

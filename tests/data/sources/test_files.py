@@ -221,3 +221,17 @@ def test_the_ending_of_the_name_selects_the_reader() -> None:
     assert reader_of(Path("a.json.gz")) is None
     assert reader_of(Path("README.md")) is None
     assert reader_of(Path("noname")) is None
+
+
+def test_a_csv_cell_may_be_of_any_length(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("text\n" + "a" * 200_000 + "\n")
+    [(_, row)] = read_file(path)
+    assert len(row["text"]) == 200_000
+
+
+def test_broken_csv_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.csv"
+    path.write_text('text\na\n"b"c\rd\n')
+    with pytest.raises(UserError, match=r"broken\.csv, line 3: broken CSV: new-line character seen"):
+        list(read_file(path))

@@ -260,7 +260,7 @@ def test_continuations_keep_their_order(prefixing: PreTrainedTokenizerFast) -> N
 def test_a_text_that_cannot_be_tokenized_as_a_continuation_is_refused() -> None:
     backend = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(UserError, match="cannot tokenize 'zz' as the continuation"):
+    with pytest.raises(UserError, match="cannot tokenize 'zz' after another text"):
         TextEncoder(wrapped(backend)).encode_continuations(["zz"])
 
 
