@@ -247,6 +247,32 @@ def variable_length_attention() -> Callable[..., torch.Tensor]:
 
 
 @uses(
+    "torch.nn.attention:activate_flash_attention_impl",
+    feature="FlashAttention-3 and -4",
+    since="2.11",
+    replacement="model.attn_implementation: flash_attention_3",
+)
+def activate_flash_attention(version: str) -> None:
+    """Let torch's attention in this process be computed by another version of FlashAttention; a prototype of torch's.
+
+    Args:
+        version: `FA3` or `FA4`.
+    """
+    importlib.import_module("torch.nn.attention").activate_flash_attention_impl(version)
+
+
+@uses(
+    "torch.nn.attention:restore_flash_attention_impl",
+    feature="FlashAttention-3 and -4",
+    since="2.11",
+    replacement="nothing, where none can be activated",
+)
+def restore_flash_attention() -> None:
+    """Undo `activate_flash_attention`; nothing happens if no version was activated."""
+    importlib.import_module("torch.nn.attention").restore_flash_attention_impl(_raise_warn=False)
+
+
+@uses(
     "torch.nn.attention.varlen:varlen_attn",
     feature="model.attn_implementation: auto on a GPU",
     since="2.11",

@@ -12,6 +12,7 @@ from sft_lightning.data.batches.row_order import row_order_error
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.errors import UserError
+from sft_lightning.models.attention.flash_versions import use_newest_version
 from sft_lightning.models.attention.isolation import describe_leak, measure_isolation, run_once, verify_isolation
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.attention.paths import noting_paths
@@ -103,10 +104,13 @@ def check_attention(module: CausalLMModule, *, packs: bool) -> None:
         module: The model, on its device.
         packs: Whether a row may hold more than one document.
     """
+    packed = attention_of(module.base_model.config) == PACKED
+    if packed and (version := use_newest_version(module.base_model.config, module.device)) is not None:
+        rank_zero_info(f"attention: {version}")
     with module.trainer.precision_plugin.forward_context(), noting_paths() as paths:
         if packs:
             check_isolation(module)
-        elif attention_of(module.base_model.config) == PACKED:
+        elif packed:
             run_once(module.language_model, len(module.data.tokenizer), inputs_of_rows(module.device))
     for path in paths:
         rank_zero_info(f"attention: {path}")

@@ -176,13 +176,13 @@ def test_preference_training_passes_and_has_its_own_checks(
 def test_a_reference_that_differs_from_the_initial_model_fails_the_first_loss(
     pairs: list[str], selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ReferenceLogProbs.of
+    asked = ReferenceLogProbs.log_probs
 
     def other(self: ReferenceLogProbs, *args: Any, **kwargs: Any) -> Any:
         found = asked(self, *args, **kwargs)
         return None if found is None else found + torch.tensor([1.0, 0.0])
 
-    monkeypatch.setattr(ReferenceLogProbs, "of", other)
+    monkeypatch.setattr(ReferenceLogProbs, "log_probs", other)
     monkeypatch.setattr("sft_lightning.selftest.run_checks.check_isolation", _stop)
     with pytest.raises(KeyboardInterrupt):
         selftest(*pairs, "--model.adapter.r=4")
