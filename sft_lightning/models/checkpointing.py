@@ -72,16 +72,14 @@ def enable_gradient_checkpointing(model: PreTrainedModel, how: Recomputation = 1
     return -(-len(layers) // every)
 
 
-_PRODUCTS = frozenset(
-    f"aten.{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "_scaled_mm", "_grouped_mm")
-)
+_PRODUCTS = frozenset(f"aten.{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm"))
 
 
 def is_kept(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether selective recomputation keeps an operation's output: that of a matrix product, or of attention.
 
-    Attention with dropout is computed again, so that all random numbers after it are drawn as they were. A low-rank
-    update that is added to an output of the same size is computed again too: its product is small, its output is not.
+    Attention with dropout is computed again, so that all random numbers after it are drawn as they were. So are
+    products that are cheap for the size of their output: low-rank updates, and the scores of eager attention.
 
     Args:
         operation: An overload of a torch operation.
@@ -89,15 +87,21 @@ def is_kept(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
         kwargs: Named arguments of the call.
     """
     name = str(operation).rpartition(".")[0]
-    if name == "aten.addmm":
-        return bool(args[0].dim() == 1)
     if name in _PRODUCTS:
-        return True
+        # The update of a fused LoRA layer is added in place, to an output that is kept.
+        return name == "aten.addmm_" or _is_dear(*args[-2:])
     library, _, function = name.partition(".")
     if library == "bitsandbytes":
         return "mm" in function or "matmul" in function
+    if name in ("aten._scaled_mm", "aten._grouped_mm"):
+        return True
     attends = any(word in function for word in ("attention", "attend", "attn")) and "backward" not in function
     return attends and not argument_of(operation, "dropout_p", args, kwargs)
+
+
+def _is_dear(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether a product (…, k) · (k, n) takes many operations for each number of its output."""
+    return 8 * left.shape[-1] > right.shape[-1]
 
 
 def selective_contexts() -> tuple[Any, Any]:

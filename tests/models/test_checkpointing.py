@@ -123,10 +123,24 @@ def test_attention_with_dropout_is_computed_again_so_that_later_random_numbers_a
     assert not is_kept(attend, (*tensors, 0.1, True), {})
 
 
-def test_a_low_rank_update_of_an_output_is_added_again() -> None:
-    product = torch.ops.aten.addmm.default
-    assert is_kept(product, (torch.zeros(4), torch.zeros(2, 3), torch.zeros(3, 4)), {})
-    assert not is_kept(product, (torch.zeros(2, 4), torch.zeros(2, 3), torch.zeros(3, 4)), {})
+@pytest.mark.parametrize(
+    ("name", "left", "right", "kept"),
+    [
+        ("mm", (9, 64), (64, 172), True),
+        ("mm", (9, 64), (64, 4), True),
+        ("mm", (9, 4), (4, 64), False),  # a low-rank update
+        ("bmm", (2, 50, 8), (2, 8, 100), False),  # the scores of attention
+        ("bmm", (2, 50, 100), (2, 100, 8), True),
+        ("addmm", (9, 64), (64, 172), True),
+        ("addmm", (9, 4), (4, 64), False),
+        ("addmm_", (9, 4), (4, 64), True),  # in place, on an output that is kept
+    ],
+)
+def test_products_are_kept_if_they_are_dear_for_the_size_of_their_output(
+    name: str, left: tuple[int, ...], right: tuple[int, ...], kept: bool
+) -> None:
+    added = (torch.zeros(9, right[-1]),) if "add" in name else ()
+    assert is_kept(getattr(torch.ops.aten, name).default, (*added, torch.zeros(left), torch.zeros(right)), {}) is kept
 
 
 @pytest.mark.parametrize(
