@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.datamodule import SFTDataModule
@@ -368,3 +369,29 @@ def test_a_model_that_trains_again_does_not_keep_the_layout_of_its_earlier_run(m
     data = module(packing="best_fit")
     data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(layout=Layout(packing="none")))  # type: ignore[assignment]
     assert data.layout.packing == "best_fit"
+
+
+@pytest.mark.parametrize(("device", "locked"), [("cuda", True), ("cpu", False)])
+def test_batches_for_a_gpu_are_in_page_locked_memory(
+    device: str, locked: bool, module: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.Size] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.shape)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    data = module(packing="best_fit")
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    tensors = sum(isinstance(value, torch.Tensor) for value in batch.values())
+    assert not pinned
+    trainer: Any = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device(device)), lightning_module=None, world_size=1, global_rank=0,
+        accumulate_grad_batches=1, max_epochs=1, max_steps=-1, limit_train_batches=1.0, current_epoch=0,
+    )  # fmt: skip
+    data.trainer = trainer
+    next(iter(data.train_dataloader()))
+    # Besides the tensors, the starts of the documents, and where supervised tokens are predicted (four tensors).
+    assert len(pinned) == (tensors + 5 if locked else 0)
