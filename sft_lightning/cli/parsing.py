@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from sft_lightning.cli.arguments import asks_for_help
+from sft_lightning.cli.paths import expand_paths
 from sft_lightning.compat.jsonargparse import (
     known_keys,
     missing_package,
@@ -23,7 +24,21 @@ from sft_lightning.errors import UserError, did_you_mean
 
 
 class CommandParser(ArgumentParser):
-    """A parser whose errors are a `UserError` of one line, with the nearest valid key."""
+    """A parser whose errors are a `UserError` of one line, with the nearest valid key; it expands `~` in paths."""
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """Parse as jsonargparse does, and expand `~` and environment variables in paths.
+
+        Args:
+            args: As jsonargparse's.
+            options: As jsonargparse's.
+
+        Raises:
+            UserError: If an argument is wrong, or a variable in a path is not set.
+        """
+        config = super().parse_args(*args, **options)
+        expand_paths(config)
+        return config
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise the message as a UserError.
