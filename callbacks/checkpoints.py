@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,6 +37,22 @@ class TimedCheckpoint(ModelCheckpoint):
         every = max(1, getattr(trainer, "log_every_n_steps", 1)) if trainer.world_size > 1 else 1
         if not is_accumulating(trainer) and trainer.global_step % every == 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
+def set_folders(given: Sequence[Callback], folder: Path) -> list[Path]:
+    """Save in one folder whatever the loggers are; Lightning takes the folder of the first logger.
+
+    Args:
+        given: The callbacks; those that save get the folder, unless the user has set `dirpath`.
+        folder: `checkpoints/` in `trainer.default_root_dir`.
+
+    Returns:
+        Every folder that the callbacks save in, `folder` first.
+    """
+    savers = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+    for callback in savers:
+        callback.dirpath = callback.dirpath or str(folder)
+    return list(dict.fromkeys([folder, *(Path(str(callback.dirpath)) for callback in savers)]))
 
 
 def default_checkpoints(given: Sequence[Callback]) -> list[Callback]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from callbacks.run_outputs import run_folder, run_manifest
 from sft_lightning.models.export.write import AdapterReport, export_adapter, export_model
 from sft_lightning.strategies.services import services_of
-from sft_lightning.training.checkpoint import AtomicCheckpointIO
+from sft_lightning.training.checkpoint.files import AtomicCheckpointIO
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of
 

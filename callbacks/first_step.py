@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sft_lightning.compat.lightning.loops import validate_before_training
 from sft_lightning.errors import UserError
-from sft_lightning.training.checkpoint import random_state, set_random_state
+from sft_lightning.training.checkpoint.state import random_state, set_random_state
 from sft_lightning.training.startup import datamodule_of
 
 

@@ -16,12 +16,8 @@ from sft_lightning.training.startup import datamodule_of
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the logger's folder, or `trainer.default_root_dir` if no logger has one.
-
-    `trainer.log_dir` is not used: it broadcasts, and hangs if only one rank reads it.
-    """
-    folder = getattr(trainer.logger, "log_dir", None) or getattr(trainer.logger, "save_dir", None)
-    return Path(folder or trainer.default_root_dir)
+    """Return `trainer.default_root_dir`, whatever the loggers are: each puts its own files elsewhere."""
+    return Path(trainer.default_root_dir)
 
 
 def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:

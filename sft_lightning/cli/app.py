@@ -168,12 +168,13 @@ class SFTCommandLine(CommandLine):
         from sft_lightning.cli.trainer import complete_config, complete_trainer
 
         config = self.setting(self.config_init, "trainer")
-        complete_config(
+        checkpoint = complete_config(
             config,
             trains=self._command == "fit",
             config_files=self.setting(self.config, "config"),
             ckpt_path=self.setting(self.config, "ckpt_path"),
         )
+        self.config_init[self.subcommand]["ckpt_path"] = checkpoint
         # For config.yaml, which continues the run.
         self.setting(self.config, "trainer")["default_root_dir"] = config["default_root_dir"]
         trainer = super().instantiate_trainer(**kwargs)

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 
 class SavedConfig(SaveConfigCallback):
-    """Write the run's configuration to `config.yaml` in the logger's folder when training starts.
+    """Write the run's configuration to `config.yaml` in the run folder when training starts.
 
     Lightning's callback writes the file in place at every start: a kill at that moment would leave it empty.
 
@@ -23,12 +23,6 @@ class SavedConfig(SaveConfigCallback):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "save_to_log_dir": False})
-        self._folder = Path()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder on all ranks, because Lightning broadcasts it, and write on rank 0."""
-        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file; Lightning calls this on rank 0 only.
@@ -39,7 +33,7 @@ class SavedConfig(SaveConfigCallback):
             stage: The stage that begins, such as `fit`.
         """
         content: str = self.parser.dump(self.config, skip_unset=False)
-        write_config(self._folder / self.config_filename, content)
+        write_config(Path(trainer.default_root_dir) / self.config_filename, content)
 
 
 def write_config(file: Path, content: str) -> None:

@@ -9,30 +9,36 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 import callbacks as observers
-from callbacks.checkpoints import default_checkpoints
+from callbacks.checkpoints import default_checkpoints, set_folders
 from sft_lightning.errors import UserError
 from sft_lightning.strategies.names import check_name
 from sft_lightning.strategies.preemption import Preemption
 from sft_lightning.strategies.registry import register_strategies
-from sft_lightning.training.checkpoint import AtomicCheckpointIO, check_run_folder
+from sft_lightning.training.checkpoint.files import AtomicCheckpointIO
+from sft_lightning.training.checkpoint.run_folder import check_run_folder, checkpoint_to_load
 
 register_strategies()
 
 
-def complete_config(config: Any, *, trains: bool, config_files: Sequence[Any] | None, ckpt_path: str | None) -> None:
-    """Fill in what `trainer` leaves open, in place.
+def complete_config(
+    config: Any, *, trains: bool, config_files: Sequence[Any] | None, ckpt_path: str | None
+) -> str | None:
+    """Fill in what `trainer` leaves open, in place, and find the checkpoint to load.
 
     Args:
         config: The parsed values under `trainer`.
         trains: Whether the command is `fit`, which must not overwrite an earlier run.
         config_files: The config files; the first one names the default run folder.
-        ckpt_path: The checkpoint to continue from, `last`, or `None`.
+        ckpt_path: The checkpoint to load, `last`, or `None`.
+
+    Returns:
+        The checkpoint's path; `None` if there is none to load.
 
     Raises:
-        UserError: If the run folder holds another run, or the strategy cannot be used.
+        UserError: If the run folder holds another run, the checkpoint is missing or damaged, or the strategy cannot be
+            used.
     """
     root = Path(config["default_root_dir"] or default_run_folder(config_files))
     config["default_root_dir"] = str(root)
@@ -40,14 +46,16 @@ def complete_config(config: Any, *, trains: bool, config_files: Sequence[Any] | 
         config["logger"] = TensorBoardLogger(root, name="", version="")
     if config["max_epochs"] is None and config["max_steps"] == -1 and config["max_time"] is None:
         config["max_epochs"] = 1
-    if trains and not config["fast_dev_run"] and check_run_folder(root, ckpt_path):
-        rank_zero_info(f"--ckpt_path last: {root} has no checkpoint yet; the run starts from the beginning")
     check_name(config["strategy"])
     config["callbacks"] = with_default_callbacks(
         config["callbacks"],
         progress_bar=config["enable_progress_bar"] is not False,
         checkpoints=config["enable_checkpointing"] is not False,
     )
+    folders = set_folders(config["callbacks"], root / "checkpoints")
+    if trains and not config["fast_dev_run"]:
+        check_run_folder(root, folders, ckpt_path)
+    return checkpoint_to_load(folders, ckpt_path)
 
 
 def complete_trainer(trainer: Trainer, precision: Any) -> None:

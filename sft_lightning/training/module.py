@@ -30,7 +30,7 @@ from sft_lightning.models.inspection import base_model
 from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.strategies.services import ModuleServices, services_of
 from sft_lightning.training import startup
-from sft_lightning.training.checkpoint import RandomStates, check_trainable_state, rewind_to_step_start, trainable_state
+from sft_lightning.training.checkpoint import state
 from sft_lightning.training.forward import find_any_head, token_loss_sums
 from sft_lightning.training.losses import LossSums
 from sft_lightning.training.objective import NextToken, Objective
@@ -62,7 +62,7 @@ class CausalLMModule(LightningModule):
 
         self._nonfinite_losses = NonfiniteLosses(spec.max_nonfinite_losses)
         self._loss_scale = LossScale()
-        self._random_states = RandomStates()
+        self._random_states = state.RandomStates()
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ class CausalLMModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what trains, the random states, and the state of the objective."""
-        checkpoint["state_dict"] = trainable_state(self, checkpoint["state_dict"])
+        checkpoint["state_dict"] = state.trainable_state(self, checkpoint["state_dict"])
         within_step = self.step.loss is not None and is_accumulating(self.trainer)
         checkpoint["random_states"] = self._random_states.gather(within_step=within_step)
         checkpoint |= self.objective.state_dict()
@@ -289,10 +289,10 @@ class CausalLMModule(LightningModule):
         if self.trainer.state.fn == "fit":
             if self.layout is None:  # `auto`: checked again by `decide_layout`
                 self.layout = Layout(packing=checkpoint[type(self.data).__qualname__]["packing"])
-            rewind_to_step_start(checkpoint["loops"]["fit_loop"], self.data.rows)
+            state.rewind_to_step_start(checkpoint["loops"]["fit_loop"], self.data.rows)
         self.objective.load_state_dict(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the weights that train; the frozen base was loaded from its own files."""
-        check_trainable_state(self, state_dict)
+        state.check_trainable_state(self, state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import Throughput, TimedCheckpoint
-from callbacks.checkpoints import default_checkpoints
+from callbacks.checkpoints import default_checkpoints, set_folders
 
 
 def test_each_epoch_and_every_half_hour_are_saved_by_default() -> None:
@@ -29,6 +29,13 @@ def test_an_own_interval_replaces_the_timed_one_and_an_own_checkpoint_replaces_b
     assert not isinstance(by_epoch, TimedCheckpoint)
     assert default_checkpoints([ModelCheckpoint(every_n_train_steps=500)]) == []
     assert default_checkpoints([*own, ModelCheckpoint(every_n_train_steps=500)]) == []
+
+
+def test_every_callback_saves_in_the_run_folder_unless_it_has_its_own(tmp_path: Path) -> None:
+    own, timed = ModelCheckpoint(dirpath=tmp_path / "own"), TimedCheckpoint()
+    assert set_folders([Throughput(), own, timed], tmp_path / "run") == [tmp_path / "run", tmp_path / "own"]
+    assert own.dirpath == str(tmp_path / "own")
+    assert timed.dirpath == str(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("interval", "steps"), [("00:00:00", [1, 2, 3, 4, 5, 6, 7, 8]), ("01:00:00", [8])])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from callbacks import Throughput
 from sft_lightning.__main__ import main
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -79,6 +80,44 @@ def test_a_killed_process_continues_to_the_same_bits(
     killed.assert_ends_in_the_bits_of(whole)
     assert whole.losses.items() >= killed.losses.items()
     assert max(killed.losses) == max(whole.losses)
+
+
+LOGGERS = {
+    "csv": "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: %s}}",
+    "tensorboard": "{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: %s}}",
+    "wandb": "{class_path: lightning.pytorch.loggers.WandbLogger, init_args: {save_dir: %s, offline: true}}",
+}
+
+
+@pytest.mark.parametrize(
+    "names", [["csv"], slow(["csv", "tensorboard"]), slow(["tensorboard", "csv"]), slow(["wandb", "csv"])]
+)
+def test_whatever_the_loggers_a_stopped_run_continues_from_its_own_folder(
+    names: list[str], fit_args: list[str], tmp_path: Path, read_run: ReadRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "wandb" in names:
+        pytest.importorskip("wandb")
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+
+    def args(run: Path) -> list[str]:
+        loggers = ", ".join(LOGGERS[name] % run for name in names)
+        return ["fit", *options(fit_args, run), "--trainer.max_epochs=1", f"--trainer.logger=[{loggers}]"]
+
+    def stop(self: Throughput, trainer: Trainer, *rest: Any) -> None:
+        if trainer.global_step == 5:
+            raise ConnectionError("stopped")
+
+    whole, stopped = read_run(tmp_path / "whole"), read_run(tmp_path / "stopped")
+    assert main(args(whole.folder)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Throughput, "on_train_batch_start", stop)
+        with pytest.raises(ConnectionError, match="stopped"):
+            main(args(stopped.folder))
+    assert stopped.checkpoint()["global_step"] == 4
+    assert main([*args(stopped.folder), "--ckpt_path=last"]) == 0
+    stopped.assert_ends_in_the_bits_of(whole)
+    for name in ("adapter/adapter_model.safetensors", "config.yaml", "data_report.json", "samples.jsonl"):
+        assert (stopped.folder / name).is_file(), name
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.selftest.checks import Check
 from sft_lightning.selftest.short_runs import Run, Runner
 from sft_lightning.selftest.small_data import SmallData
-from sft_lightning.training.checkpoint import trainable_state
+from sft_lightning.training.checkpoint.state import trainable_state
 
 _STEPS = 4
 """Optimizer steps of a run; its checkpoint is saved halfway."""

@@ -1,4 +1,4 @@
-"""What a checkpoint contains, how it is written atomically, and which folder a run may write to.
+"""What a checkpoint contains: trainable weights, random states, and the position at the start of an optimizer step.
 
 A checkpoint contains the trainable weights, never the frozen base. Lightning adds the optimizer, the schedule and the
 position in the data; we add the random states, so that dropout continues to the same bits.
@@ -6,16 +6,12 @@ position in the data; we add the random states, so that dropout continues to the
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from sft_lightning.compat.lightning.loops import align_progress, reopen_epoch
 from sft_lightning.data.batches.training_rows import TrainingRows
@@ -152,106 +148,3 @@ def rewind_to_step_start(fit_loop: dict[str, Any], rows: TrainingRows) -> None:
         align_progress(fit_loop, rows.micro_batches_done(position))
         if rows.is_within_epoch(position):
             reopen_epoch(fit_loop, position["epoch"])
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint under a temporary name in the same folder, flushes it to the disk, and renames it.
-
-    A process that is killed at any moment leaves either the old file or the new one. Lightning's own writer uses the
-    system's temporary folder; copying a file from there to another file system can be interrupted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after_save: list[Callable[[Path], None]] = []
-        """Functions that are called with the path of each written checkpoint."""
-
-        self.after_remove: list[Callable[[Path], None]] = []
-        """Functions that are called with the path of each removed checkpoint."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint file.
-
-        Args:
-            checkpoint: What it contains.
-            path: Where to write it.
-            storage_options: Not supported, because files are written to local file systems only.
-
-        Raises:
-            UserError: If the file cannot be written, for instance because the disk is full.
-        """
-        if storage_options is not None:
-            raise TypeError("storage_options are for remote file systems; checkpoints are written to local ones only")
-        target = Path(path)
-        try:
-            _write_atomically(checkpoint, target)
-        except (OSError, RuntimeError) as error:
-            # torch's writer replaces the error of the file by one of its own.
-            reason = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(reason, OSError):
-                raise
-            raise UserError(
-                f"trainer.default_root_dir: the checkpoint {str(target)!r} cannot be written: {reason.strerror}; "
-                "earlier checkpoints are unchanged. Make room or choose another folder, and continue with --ckpt_path"
-            ) from error
-        for listener in self.after_save:
-            listener(target)
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint file."""
-        super().remove_checkpoint(path)
-        for listener in self.after_remove:
-            listener(Path(path))
-
-
-def _write_atomically(checkpoint: dict[str, Any], target: Path) -> None:
-    """Give a file its name only when all of it is on the disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for left_by_a_killed_process in target.parent.glob(".*.ckpt.*.tmp"):
-        left_by_a_killed_process.unlink(missing_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_run_folder(root: Path, ckpt_path: str | None) -> bool:
-    """Check that a run can write to its folder without overwriting another run.
-
-    Args:
-        root: `trainer.default_root_dir`.
-        ckpt_path: What the run continues from: a checkpoint, `last`, or `None`.
-
-    Returns:
-        Whether `last` was asked for but does not exist, so that the run starts from the beginning.
-
-    Raises:
-        UserError: If the folder has results that the run does not continue from, or cannot be written to.
-    """
-    has_last = any(root.glob("checkpoints/last*.ckpt"))
-    results = [name for name in ("checkpoints", "adapter", "model") if any(root.glob(f"{name}/[!.]*"))]
-    if results and (not ckpt_path or (ckpt_path == "last" and not has_last)):
-        found = sorted(path.name for path in root.glob("checkpoints/*.ckpt"))
-        ways = {
-            True: "continue it with --ckpt_path last",
-            False: f"continue it from one of its checkpoints, --ckpt_path {root}/checkpoints/{(found or [''])[-1]}",
-        }
-        way = f"{ways[has_last]}, " if found else ""
-        raise UserError(
-            f"trainer.default_root_dir: {str(root)!r} holds the {' and '.join(results)} of an earlier run; "
-            f"{way}choose another folder, or remove it"
-        )
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"trainer.default_root_dir: cannot write to {str(root)!r}: {error.strerror}; choose another folder"
-        ) from error
-    return ckpt_path == "last" and not has_last
