@@ -137,9 +137,22 @@ def _optimizer(options: Options, draft: Draft) -> None:
     if "paged" in name or "8bit" in name:
         comment = "needs a GPU"
     draft.set("model.optimizer.class_path", path or _OPTIMIZERS["adamw_torch"], comment)
+    if name == "adafactor":
+        _adafactor(options, draft)
+        return
     betas = [options.number("adam_beta1"), options.number("adam_beta2")]
     if betas != [None, None]:
         draft.set(f"{_OPTIMIZER}.betas", [betas[0] or 0.9, betas[1] or 0.999])
+
+
+def _adafactor(options: Options, draft: Draft) -> None:
+    """Set what Hugging Face's Trainer passes to Adafactor, and omit what it does not."""
+    draft.set(f"{_OPTIMIZER}.scale_parameter", False)
+    draft.set(f"{_OPTIMIZER}.relative_step", False, "the rate is the schedule's")
+    draft.drop(f"{_OPTIMIZER}.eps")
+    for option in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if options.number(option) is not None:
+            draft.omit(options.as_written(option), "the original does not pass it to Adafactor")
 
 
 def schedule(options: Options, draft: Draft, default: str) -> None:

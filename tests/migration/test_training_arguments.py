@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from transformers.optimization import Adafactor
 
 from sft_lightning.migration.arguments import GivenOptions
 from sft_lightning.migration.draft import Draft
@@ -27,6 +29,15 @@ def test_a_fraction_of_an_epoch_is_rounded_up_with_a_comment() -> None:
     draft = translated(num_train_epochs="1.5")
     assert draft.values["trainer.max_epochs"] == 2
     assert "1.5 in the original" in draft.comments["trainer.max_epochs"]
+
+
+def test_adafactor_takes_the_rate_of_the_schedule_and_none_of_adams_options() -> None:
+    draft = translated(optim="adafactor", learning_rate="1e-4", adam_beta2="0.95", adam_epsilon="1e-6")
+    init_args = {key.rpartition(".")[2]: value for key, value in draft.values.items() if "optimizer.init_args" in key}
+    assert init_args == {"lr": 1e-4, "scale_parameter": False, "relative_step": False}
+    assert [option for option, _ in draft.omitted] == ["--adam_beta2 0.95", "--adam_epsilon 1e-6"]
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    assert Adafactor([parameter], **init_args).param_groups[0]["lr"] == 1e-4
 
 
 def test_an_unknown_optimizer_is_listed_and_adamw_is_used() -> None:
