@@ -222,13 +222,17 @@ def hidden_change(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     since="2.11",
     replacement="model.attn_implementation: flash_attention_2",
 )
-def variable_length_attention() -> Callable[..., torch.Tensor]:
+def variable_length_attention(*, repeat_heads: bool = True) -> Callable[..., torch.Tensor]:
     """Return a function that computes attention within each document of a packed row, in one kernel.
+
+    Args:
+        repeat_heads: Repeat key/value heads for their query heads where the kernel has no argument for sharing them.
+            FlashAttention-2 shares them without one.
 
     Returns:
         A function of queries (tokens, heads, head_dim), keys and values (tokens, key/value heads, head_dim), the starts
         of the documents among queries and among keys, the lengths of the longest, and what else `varlen_attn` takes:
-        `scale`, `window_size`. Key and value heads are repeated where the kernel cannot share them among query heads.
+        `scale`, `window_size`.
     """
     attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     shares = shares_key_value_heads()
@@ -239,7 +243,7 @@ def variable_length_attention() -> Callable[..., torch.Tensor]:
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and shares:
             options["enable_gqa"] = True
-        elif groups > 1:
+        elif groups > 1 and repeat_heads:
             key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
         return cast("torch.Tensor", attend(query, key, value, *documents, **options))
 

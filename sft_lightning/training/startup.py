@@ -12,7 +12,7 @@ from sft_lightning.data.batches.row_order import row_order_error
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.errors import UserError
-from sft_lightning.models.attention.flash_versions import use_newest_version
+from sft_lightning.models.attention.flash_versions import share_heads, use_newest_version
 from sft_lightning.models.attention.isolation import describe_leak, measure_isolation, run_once, verify_isolation
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.attention.paths import noting_paths
@@ -104,9 +104,11 @@ def check_attention(module: CausalLMModule, *, packs: bool) -> None:
         module: The model, on its device.
         packs: Whether a row may hold more than one document.
     """
-    packed = attention_of(module.base_model.config) == PACKED
-    if packed and (version := use_newest_version(module.base_model.config, module.device)) is not None:
-        rank_zero_info(f"attention: {version}")
+    config, device = module.base_model.config, module.device
+    packed = attention_of(config) == PACKED
+    chosen = [use_newest_version(config, device), share_heads(config, device)] if packed else []
+    for line in filter(None, chosen):
+        rank_zero_info(f"attention: {line}")
     with module.trainer.precision_plugin.forward_context(), noting_paths() as paths:
         if packs:
             check_isolation(module)

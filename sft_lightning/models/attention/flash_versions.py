@@ -15,8 +15,8 @@ import torch
 from transformers import PretrainedConfig
 
 from sft_lightning.batch import DocumentLengths
-from sft_lightning.compat.torch import activate_flash_attention, restore_flash_attention
-from sft_lightning.models.attention.kernels import KERNELS, prepare_kernel
+from sft_lightning.compat.torch import activate_flash_attention, restore_flash_attention, shares_key_value_heads
+from sft_lightning.models.attention.kernels import KERNELS, prepare_kernel, torch_kernel
 
 Version = Literal["FA3", "FA4"]
 """torch's names of the versions."""
@@ -41,6 +41,35 @@ class HeadShapes:
 
     width: int
     """Width of a head, a multiple of 8."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What a change of the kernel does to its numbers."""
+
+    difference: float
+    """Largest difference, relative to the largest value; NaN if the kernel failed."""
+
+    reason: str
+    """Why the change is not used."""
+
+    @property
+    def verified(self) -> bool:
+        """Whether rounding explains the difference."""
+        return self.difference <= _TOLERANCE
+
+
+def _changed_numbers(attend: Callable[[], Sequence[torch.Tensor]], change: Callable[[], None]) -> _Change:
+    expected = attend()
+    try:
+        change()
+        found = attend()
+    except _ERRORS as error:
+        reason = str(error).strip().partition("\n")[0]
+        return _Change(float("nan"), f"failed ({type(error).__name__}: {reason})")
+    differences = [_relative_difference(one, other) for one, other in zip(found, expected, strict=True)]
+    difference = float(torch.tensor(differences).max())  # NaN if one is
+    return _Change(difference, f"changes the numbers by {difference:.1e} (at most {_TOLERANCE:.0e})")
 
 
 def head_shapes(config: PretrainedConfig) -> HeadShapes | None:
@@ -101,20 +130,44 @@ def use_version(version: Version, attend: Callable[[], Sequence[torch.Tensor]]) 
         version: The version.
         attend: Returns tensors, attention and its gradients, computed by whichever version is active.
     """
-    expected = attend()
-    try:
-        activate_flash_attention(version)
-        found = attend()
-    except _ERRORS as error:
-        restore_flash_attention()
-        reason = str(error).strip().partition("\n")[0]
-        return f"FlashAttention-2, because {version} failed ({type(error).__name__}: {reason})"
-    differences = [_relative_difference(one, other) for one, other in zip(found, expected, strict=True)]
-    difference = float(torch.tensor(differences).max())  # NaN if one is
-    if not difference <= _TOLERANCE:
-        restore_flash_attention()
-        return f"FlashAttention-2, because {version} differs from it by {difference:.1e} (at most {_TOLERANCE:.0e})"
-    return f"FlashAttention-{version[2:]} ({_MODULES[version]}; verified, differs from 2 by {difference:.1e})"
+    found = _changed_numbers(attend, lambda: activate_flash_attention(version))
+    if found.verified:
+        return f"FlashAttention-{version[2:]} ({_MODULES[version]}; verified, differs from 2 by {found.difference:.1e})"
+    restore_flash_attention()
+    return f"FlashAttention-2, because {version} {found.reason}"
+
+
+def share_heads(config: PretrainedConfig, device: torch.device) -> str | None:
+    """Let query heads share key/value heads where torch's kernel has no argument for it (before 2.12), if it is right.
+
+    Repeated heads take the memory of all query heads in every layer.
+
+    Args:
+        config: The model's configuration.
+        device: Where the model computes.
+
+    Returns:
+        A line for the log; `None` if there is nothing to choose.
+    """
+    shapes = head_shapes(config)
+    if device.type != "cuda" or shapes is None or shapes.heads == shapes.key_value_heads or shares_key_value_heads():
+        return None
+    return use_shared_heads(lambda: attention_and_gradients(shapes, device, torch.bfloat16))
+
+
+def use_shared_heads(attend: Callable[[], Sequence[torch.Tensor]]) -> str:
+    """Put torch's kernel without repeated heads into `KERNELS`, if it gives the same; return a line for the log.
+
+    Args:
+        attend: Returns tensors, attention and its gradients, computed by the kernel in `KERNELS`.
+    """
+    prepare_kernel("torch")
+    repeating = KERNELS["torch"]
+    found = _changed_numbers(attend, lambda: KERNELS.update(torch=torch_kernel(repeat_heads=False)))
+    if found.verified:
+        return f"key/value heads are shared (verified, differs from repeated ones by {found.difference:.1e})"
+    KERNELS["torch"] = repeating
+    return f"key/value heads are repeated, because sharing them {found.reason}"
 
 
 def attention_and_gradients(shapes: HeadShapes, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -56,12 +56,16 @@ def prepare_kernel(name: Literal["torch", "flash_attn"]) -> None:
         name: torch's kernel, or that of the flash-attn package.
     """
     if name not in KERNELS:
-        KERNELS[name] = _torch_kernel() if name == "torch" else _flash_attn_kernel()
+        KERNELS[name] = torch_kernel() if name == "torch" else _flash_attn_kernel()
 
 
-def _torch_kernel() -> VariableLengthKernel:
-    """Return torch's kernel; it has neither softcap nor dropout."""
-    attend_to = variable_length_attention()
+def torch_kernel(*, repeat_heads: bool = True) -> VariableLengthKernel:
+    """Return torch's kernel; it has neither softcap nor dropout.
+
+    Args:
+        repeat_heads: Repeat key/value heads where the kernel has no argument for sharing them (before torch 2.12).
+    """
+    attend_to = variable_length_attention(repeat_heads=repeat_heads)
 
     def attend(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: DocumentLengths, **options: Any

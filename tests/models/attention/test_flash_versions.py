@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from sft_lightning.batch import DocumentLengths
 from sft_lightning.models.attention import flash_versions, kernels
 from sft_lightning.models.attention.flash_versions import (
     HeadShapes,
@@ -13,7 +14,9 @@ from sft_lightning.models.attention.flash_versions import (
     choose_version,
     head_shapes,
     installed_versions,
+    share_heads,
     use_newest_version,
+    use_shared_heads,
     use_version,
 )
 from sft_lightning.models.attention.per_document import attend_each
@@ -59,7 +62,7 @@ def test_a_version_with_the_same_numbers_stays_active(active: list[str]) -> None
 def test_a_version_with_other_numbers_is_not_used_and_said(wrong: float, active: list[str]) -> None:
     said = use_version("FA4", lambda: [torch.ones(2), torch.ones(2) * (wrong if active else 1.0)])
     assert active == []
-    assert said.startswith("FlashAttention-2, because FA4 differs from it by ")
+    assert said.startswith("FlashAttention-2, because FA4 changes the numbers by ")
 
 
 def test_a_version_that_fails_is_not_used_and_said(active: list[str]) -> None:
@@ -106,3 +109,50 @@ def test_an_installed_version_is_tried_on_the_device_with_the_models_heads(
     said = use_newest_version(AutoConfig.for_model("llama"), torch.device("cuda"))
     assert said == "FlashAttention-3 (flash_attn_interface; verified, differs from 2 by 0.0e+00)"
     assert tried == [(128, "cuda", torch.bfloat16, active) for active in ([], ["FA3"])]
+
+
+@pytest.mark.parametrize(
+    ("result", "said", "repeats"),
+    [
+        ("same", "are shared (verified, differs from repeated ones by 0.0e+00)", False),
+        (
+            "other",
+            "are repeated, because sharing them changes the numbers by 1.0e+00 (at most 2e-02)",
+            True,
+        ),
+        ("error", "are repeated, because sharing them failed (RuntimeError: 4 heads, 2 heads)", True),
+    ],
+)
+def test_heads_are_shared_by_a_kernel_without_an_argument_for_it_if_the_numbers_stay(
+    result: str, said: str, repeats: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def varlen_attn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        if k.shape[1] == 4:
+            return torch.ones(2)
+        if result == "error":
+            raise RuntimeError("4 heads, 2 heads")
+        return torch.full((2,), 1.0 if result == "same" else 2.0)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(flash_versions, "KERNELS", kernels.KERNELS)
+    monkeypatch.delitem(kernels.KERNELS, "torch", raising=False)
+    q, k, documents = torch.ones(5, 4, 8), torch.ones(5, 2, 8), DocumentLengths([[5]])
+
+    def attend() -> list[torch.Tensor]:
+        return [kernels.KERNELS["torch"](q, k, k, documents, scale=1.0, window=0, softcap=0.0, dropout=0.0)]
+
+    assert use_shared_heads(attend) == f"key/value heads {said}"
+    if repeats:
+        assert torch.equal(attend()[0], torch.ones(2))
+    del kernels.KERNELS["torch"]
+
+
+def test_sharing_is_tried_only_where_the_kernel_has_no_argument_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    grouped, plain = (AutoConfig.for_model("llama", num_key_value_heads=each) for each in (8, 32))
+    monkeypatch.setattr(flash_versions, "use_shared_heads", lambda attend: "tried")
+    monkeypatch.setattr(flash_versions, "shares_key_value_heads", lambda: False)
+    assert share_heads(grouped, torch.device("cuda")) == "tried"
+    assert share_heads(plain, torch.device("cuda")) is None
+    assert share_heads(grouped, torch.device("cpu")) is None
+    monkeypatch.setattr(flash_versions, "shares_key_value_heads", lambda: True)
+    assert share_heads(grouped, torch.device("cuda")) is None
