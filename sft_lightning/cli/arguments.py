@@ -86,7 +86,7 @@ def _read_config(name: str) -> Any:
     if not path.exists():
         raise UserError(f"--config: {name!r} does not exist (looked in {Path.cwd()})")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 (a SafeLoader)
     except OSError as error:
         raise UserError(f"--config: {name!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -98,6 +98,28 @@ def _read_config(name: str) -> Any:
     if content is not None and not isinstance(content, dict):
         raise UserError(f"--config: {name!r} must map keys to values (got a {type(content).__name__})")
     return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice; YAML's own loader takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping as written, before merge keys are expanded.
+
+        Args:
+            anchor: As PyYAML's.
+
+        Raises:
+            yaml.MarkedYAMLError: If a key is written twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} is set twice; remove one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 def _value_in(content: Any, key: str) -> Any:

@@ -84,3 +84,16 @@ def test_help_is_recognized(option: str) -> None:
 def test_a_printed_configuration_with_comments_shows_help_too() -> None:
     assert GivenArguments(["--print_config=comments"]).shows_help()
     assert not GivenArguments(["--print_config"]).shows_help()
+
+
+def test_a_key_that_is_set_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("model:\n  dtype: float32\n  adapter: {r: 8}\n  dtype: bfloat16\n")
+    with pytest.raises(UserError, match=r"a\.yaml', line 4: the key 'dtype' is set twice; remove one"):
+        GivenArguments(["--config", str(file)])
+
+
+def test_a_merge_key_may_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("a: &a {weight: 1}\nb: {<<: *a, weight: 2}\nc: {<<: *a}\n")
+    assert GivenArguments(["--config", str(file)]).value_of("b.weight") == 2

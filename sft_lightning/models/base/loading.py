@@ -10,7 +10,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -21,6 +20,7 @@ from sft_lightning.models.attention.document_mask import choose_attention
 from sft_lightning.models.base.building import build_model
 from sft_lightning.models.base.config import DTypeName, QuantizationConfig
 from sft_lightning.models.base.overrides import ConfigOverrides
+from sft_lightning.models.base.pretrained import load_pretrained
 from sft_lightning.models.base.quantization import load_quantized
 from sft_lightning.models.inspection import base_model
 
@@ -74,7 +74,7 @@ def load_model(
         if quantization is not None:
             model = load_quantized(str(name_or_path), quantization, config=config, on_cpu=on_cpu, **options)
         else:
-            model = base_model(AutoModelForCausalLM.from_pretrained(str(name_or_path), config=config, **options))
+            model = base_model(load_pretrained(str(name_or_path), config=config, **options))
     model.train()  # from_pretrained returns it in evaluation mode, and Lightning does not change that
     return model
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sft_lightning.compat.bitsandbytes import protect_weights
 from sft_lightning.compat.transformers import plain_falcon_layers, quantizing_on
 from sft_lightning.errors import UserError
 from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.pretrained import load_pretrained
 from sft_lightning.models.inspection import bypassed_modules
 
 
@@ -47,9 +48,7 @@ def load_quantized(
         options["device_map"] = {"": "cpu"}
     falcon = plain_falcon_layers() if config.model_type == "falcon" else nullcontext()
     with falcon, quantizing_on(fastest_device()):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=dtype, quantization_config=stored, **options
-        )
+        model = load_pretrained(name_or_path, config=config, dtype=dtype, quantization_config=stored, **options)
     check_quantized(model)
     protect_weights(model)
     return model
