@@ -83,6 +83,8 @@ def changes(setup: Setup, *, has_adapter: bool, can_quantize: bool) -> Iterator[
         setup = replace(setup, batch_size=1)
         yield Change(f"data.batch_size: 1 and {factor} times the trainer.accumulate_grad_batches", setup)
     ways: tuple[Recomputation, ...] = (0, "selective", 1)
+    if setup.sharding.kind == "zero" and setup.sharding.shards_weights:
+        ways = (0, 1)
     for how in ways[1 + ways.index(setup.recomputation) if setup.recomputation in ways else -1 :]:
         setup = replace(setup, recomputation=how)
         yield Change(f"model.gradient_checkpointing: {'true' if how == 1 else how}", setup)

@@ -15,7 +15,12 @@ from sft_lightning.estimation.fitting import (
 from sft_lightning.estimation.inputs import PlanInputs, check_optimizer_as_fit
 from sft_lightning.estimation.speed import arithmetic, mean_document_length, num_matrix_entries
 from sft_lightning.models.checkpointing import Recomputation, describe_recomputation
-from sft_lightning.training.memory.decision import choices, decide_recomputation, given_recomputation
+from sft_lightning.training.memory.decision import (
+    check_recomputation,
+    choices,
+    decide_recomputation,
+    given_recomputation,
+)
 from sft_lightning.training.memory.estimate import Estimator
 from sft_lightning.training.memory.parts import GIB, Memory, Setup
 from sft_lightning.training.memory.skeleton import Skeleton, build_skeleton
@@ -70,8 +75,11 @@ def plan_memory(inputs: PlanInputs) -> tuple[Estimator, Setup]:
         sharding=inputs.sharding,
         num_gpus=topology.world_size,
     )
+    check_recomputation(setup.recomputation, setup.sharding)
     if spec.gradient_checkpointing == "auto" and inputs.gpu_bytes is not None:
-        decision = decide_recomputation(estimator.memory, setup, choices(skeleton.base), inputs.gpu_bytes)
+        decision = decide_recomputation(
+            estimator.memory, setup, choices(skeleton.base, setup.sharding), inputs.gpu_bytes
+        )
         setup = replace(setup, recomputation=decision.how)
     return estimator, setup
 
@@ -105,7 +113,7 @@ def _memory_lines(estimator: Estimator, setup: Setup) -> Iterator[str]:
     words: dict[Recomputation, str] = {0: "off", "selective": "selective", 1: "on"}
     others = [
         f"{words[other]}: {estimator.memory(replace(setup, recomputation=other)).total / GIB:.3f}"
-        for other in choices(estimator.skeleton.base)
+        for other in choices(estimator.skeleton.base, setup.sharding)
         if other in words and other != setup.recomputation
     ]
     yield f"  {'peak':<13} {memory.total / GIB:9.3f}  (checkpointing {', '.join(others)})"

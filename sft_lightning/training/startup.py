@@ -23,7 +23,7 @@ from sft_lightning.models.compiling import compile_layers
 from sft_lightning.models.inspection import computing_device
 from sft_lightning.strategies.registry import sharding_of
 from sft_lightning.training.forward import inputs_of_rows
-from sft_lightning.training.memory.decision import RecomputationDecision, given_recomputation
+from sft_lightning.training.memory.decision import RecomputationDecision, check_recomputation, given_recomputation
 from sft_lightning.training.memory.run_decision import decide_for_run
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def set_up_layers(module: CausalLMModule) -> None:
     """Decide on gradient checkpointing, and compile the decoder layers if asked to."""
     how = given_recomputation(module.spec.gradient_checkpointing)
     decision = decide_for_run(module) if how is None else RecomputationDecision(how, "as set")
+    check_recomputation(decision.how, sharding_of(module.trainer.strategy))
     rank_zero_info(f"gradient checkpointing: {decision}")
     if decision.how:
         enable_gradient_checkpointing(module.base_model, decision.how)

@@ -16,6 +16,7 @@ from sft_lightning.models.checkpointing import (
     free_memory_bytes,
     recomputable_layers,
 )
+from sft_lightning.strategies.sharding import ShardingSpec
 from sft_lightning.training.losses import CHUNK_LOGITS
 from sft_lightning.training.memory.parts import GIB, Memory, Setup
 
@@ -47,12 +48,40 @@ def given_recomputation(setting: bool | int | Literal["auto", "selective"]) -> R
     return int(setting)
 
 
-def choices(model: PreTrainedModel) -> list[Recomputation]:
-    """Return the ways to recompute that a model has, from the fastest; each takes less memory than the one before."""
+def choices(model: PreTrainedModel, sharding: ShardingSpec) -> list[Recomputation]:
+    """Return the ways to recompute that a model has, from the fastest; each takes less memory than the one before.
+
+    Args:
+        model: The transformers model.
+        sharding: What the strategy shards.
+    """
     num_layers = len(recomputable_layers(model))
     if not num_layers or not model.supports_gradient_checkpointing:
         return [0]
-    return [0, "selective", 2, 1] if num_layers > 1 else [0, "selective", 1]
+    ways: list[Recomputation] = [0, "selective", 2, 1] if num_layers > 1 else [0, "selective", 1]
+    return [how for how in ways if how != "selective" or not _gathers_within_layers(sharding)]
+
+
+def check_recomputation(how: Recomputation, sharding: ShardingSpec) -> None:
+    """Check that a strategy's layers can be recomputed in the way that was asked for.
+
+    Args:
+        how: What is recomputed.
+        sharding: What the strategy shards.
+
+    Raises:
+        UserError: If they cannot.
+    """
+    if how == "selective" and _gathers_within_layers(sharding):
+        raise UserError(
+            f"model.gradient_checkpointing: selective is not available with trainer.strategy {sharding.name}, which "
+            "gathers weights inside the layers; set true"
+        )
+
+
+def _gathers_within_layers(sharding: ShardingSpec) -> bool:
+    """Whether a layer's recomputation runs other operations than its forward pass did, as under ZeRO-3."""
+    return sharding.kind == "zero" and sharding.shards_weights
 
 
 def decide_recomputation(

@@ -52,4 +52,4 @@ def _decide_on_rank_zero(module: CausalLMModule) -> RecomputationDecision:
         of_pairs=isinstance(spec, PreferenceSpec),
         device="cuda" if module.device.type == "cuda" else "cpu",
     )
-    return decide_recomputation(estimator.memory, setup, choices(model), budget)
+    return decide_recomputation(estimator.memory, setup, choices(model, setup.sharding), budget)

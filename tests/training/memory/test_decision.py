@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from sft_lightning.errors import UserError
 from sft_lightning.models.checkpointing import Recomputation
-from sft_lightning.strategies.sharding import REPLICATED
+from sft_lightning.strategies.sharding import REPLICATED, fsdp2_sharding, zero_sharding
 from sft_lightning.training.memory import run_decision
 from sft_lightning.training.memory.decision import (
     USABLE_SHARE,
+    check_recomputation,
     choices,
     decide_recomputation,
     generous_bound,
@@ -49,6 +51,16 @@ def test_the_fastest_way_that_fits_is_taken(gib: float, how: Recomputation) -> N
     assert ("see the command plan" in decision.reason) is (gib == 1)
 
 
+def test_layers_whose_weights_zero_3_gathers_are_not_recomputed_selectively() -> None:
+    base = estimator_of(LLAMA).skeleton.base
+    assert choices(base, zero_sharding(3)) == [0, 2, 1]
+    assert choices(base, fsdp2_sharding()) == choices(base, zero_sharding(2)) == [0, "selective", 2, 1]
+    check_recomputation("selective", fsdp2_sharding())
+    check_recomputation(1, zero_sharding(3))
+    with pytest.raises(UserError, match=r"selective is not available with trainer.strategy deepspeed_stage_3, .*true"):
+        check_recomputation("selective", zero_sharding(3))
+
+
 def test_a_way_that_cannot_be_simulated_is_passed_over_and_named() -> None:
     def partly(setup: Setup) -> Memory:
         if setup.recomputation == "selective":
@@ -76,7 +88,7 @@ def test_gradients_and_the_optimizers_state_count_before_they_exist() -> None:
     estimator = estimator_of(LLAMA)
     memory = estimator.memory(SETUP)
     beside_states = (memory.weights + memory.activations + memory.temporary) / USABLE_SHARE
-    ways = choices(estimator.skeleton.base)
+    ways = choices(estimator.skeleton.base, REPLICATED)
     assert ways == [0, "selective", 2, 1]
     assert decide_recomputation(estimator.memory, SETUP, ways, memory.total / USABLE_SHARE).how == 0
     assert decide_recomputation(estimator.memory, SETUP, ways, beside_states).how != 0
@@ -103,7 +115,7 @@ def test_fit_and_plan_decide_alike(
     )  # fmt: skip
     setup = replace(SETUP, batch_size=data.spec.batch_size, max_length=data.spec.max_length)
     budget = share * planned.memory(setup).total / USABLE_SHARE
-    expected = decide_recomputation(planned.memory, setup, choices(planned.skeleton.base), budget)
+    expected = decide_recomputation(planned.memory, setup, choices(planned.skeleton.base, REPLICATED), budget)
     monkeypatch.setattr(run_decision, "budget_of", lambda model, device: budget)
     monkeypatch.setattr(run_decision, "free_memory_bytes", lambda device: 0.0)
     with caplog.at_level(logging.INFO):
