@@ -25,13 +25,13 @@ def load_pretrained(name_or_path: str, **options: Any) -> PreTrainedModel:
     Raises:
         UserError: If a weight is missing or has another shape, or a file is damaged.
     """
+    load: Any = AutoModelForCausalLM.from_pretrained  # typed as if it never returned a report
+    model: PreTrainedModel
+    report: Mapping[str, Any]
     try:
-        loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
-            name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        model, report = load(name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except SafetensorError as error:
         raise UserError(f"{_KEY}: a weight file of {name_or_path!r} is damaged ({error}); download it again") from error
-    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
