@@ -270,6 +270,7 @@ def activate_flash_attention(version: str) -> None:
     feature="FlashAttention-3 and -4",
     since="2.11",
     replacement="nothing, where none can be activated",
+    optional=True,
 )
 def restore_flash_attention() -> None:
     """Undo `activate_flash_attention`; nothing happens if no version was activated."""

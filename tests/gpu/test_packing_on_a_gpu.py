@@ -1,4 +1,4 @@
-"""Covers sft_lightning.models.attention and sft_lightning.models.isolation: packed rows under each attention."""
+"""Covers sft_lightning.models.attention: packed rows under each attention."""
 
 from __future__ import annotations
 
