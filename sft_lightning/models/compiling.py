@@ -107,6 +107,8 @@ def compile_layers(
             f"model.torch_compile: not available for this {model.config.model_type} model, whose decoder layers "
             "transformers does not mark; set false"
         )
+    if hasattr(layers[0], "compilation"):  # the model is trained a second time
+        return len(layers)
     compile_backward_with_forward()
     compilation = CompilationLog(len(layers), log)
     decoder = next(module for module in model.modules() if layers[0] in _layers_of(module))
@@ -163,7 +165,8 @@ def _compiled_class(
             compilation.fail(error)
             return training(self, *args, **kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    added = {"forward": forward, "compilation": compilation, "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), added)
 
 
 def _trains(module: torch.nn.Module) -> bool:

@@ -134,6 +134,14 @@ def test_a_decoder_that_its_model_calls_by_another_way_is_compiled_and_reported(
     assert [line.partition(" (")[0] for line in lines] == ["torch_compile: graphs of 2 decoder layers: 1"]
 
 
+def test_layers_are_compiled_once_however_often_a_model_is_trained() -> None:
+    model, lines = llama(), []
+    for _ in range(2):
+        assert compile_layers(model, lines.append, backend="eager") == 3
+        losses_and_gradients(model, [[12], [12]])
+    assert len(lines) == 1
+
+
 def test_evaluation_is_not_compiled() -> None:
     model, lines = llama(), []
     compile_layers(model, lines.append, backend="eager")

@@ -229,7 +229,7 @@ def test_layers_are_compiled_as_decided_for_the_tokens_of_the_whole_run(
     assert "torch_compile: on (auto: predicted to save 0 s of this run" in caplog.text
 
 
-@pytest.mark.parametrize("how", [False, "selective"])
+@pytest.mark.parametrize("how", [False, pytest.param("selective", marks=pytest.mark.slow)])
 def test_a_packed_run_compiles_in_its_first_micro_batch_and_never_again(
     how: Any, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,10 +30,10 @@ from sft_lightning.training.spec import TrainingSpec
 SETUP = Setup(batch_size=1, max_length=64, recomputation=0, bits=None, sharding=REPLICATED)
 NEEDED: dict[Recomputation, float] = {0: 90.0, "selective": 60.0, 2: 50.0, 1: 20.0}
 LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
     "num_attention_heads": 4, "vocab_size": 300,
 }  # fmt: skip
-GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}
 MAMBA = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 300}
 
 
@@ -94,7 +94,9 @@ def test_gradients_and_the_optimizers_state_count_before_they_exist() -> None:
     assert decide_recomputation(estimator.memory, SETUP, ways, beside_states).how != 0
 
 
-@pytest.mark.parametrize("shape", [LLAMA, GPT2, MAMBA], ids=lambda shape: str(shape["model_type"]))
+@pytest.mark.parametrize(
+    "shape", [LLAMA, GPT2, pytest.param(MAMBA, marks=pytest.mark.slow)], ids=["llama", "gpt2", "mamba"]
+)
 def test_the_generous_bound_is_above_the_simulated_memory(shape: dict[str, Any]) -> None:
     estimator = estimator_of(shape)
     memory = estimator.memory(SETUP)
@@ -103,7 +105,7 @@ def test_the_generous_bound_is_above_the_simulated_memory(shape: dict[str, Any])
     assert memory.total - memory.weights < bound
 
 
-@pytest.mark.parametrize("share", [1.05, 0.5])
+@pytest.mark.parametrize("share", [pytest.param(1.05, marks=pytest.mark.slow), 0.5])
 def test_fit_and_plan_decide_alike(
     share: float, make_run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
