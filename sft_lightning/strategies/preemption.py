@@ -30,21 +30,30 @@ class SignalVote:
     """Tells all processes at the same optimizer step whether one of them was signalled.
 
     They compare about once a second, and at least once in a logging interval. The steps at which they do are agreed on:
-    with their flags, they exchange how long a step takes.
+    with their flags, they exchange how long a step takes. Processes that cannot reach each other by gloo, through CPU
+    memory, compare by their devices, once in a logging interval.
 
     Args:
         num_processes: Processes of the run. One alone compares with nobody.
         max_steps: Optimizer steps between two comparisons at most.
+        device: The device of this process.
     """
 
-    def __init__(self, num_processes: int, max_steps: int) -> None:
+    def __init__(self, num_processes: int, max_steps: int, device: torch.device) -> None:
         self._max_steps = max(1, max_steps)
         self._next: int | None = None  # step of the next comparison; `None`: the first step that ends
         self._last = (0, 0.0)  # step and time of the last one
         self._group: Any = None
         self._alone = num_processes == 1
-        if not self._alone:
+        self._device = torch.device("cpu")
+        if self._alone:
+            return
+        try:
             self._group = torch.distributed.new_group(backend="gloo")
+        except RuntimeError as error:
+            self._device = device
+            reason = str(error).partition("\n")[0]
+            rank_zero_info(f"SIGTERM: noticed every {self._max_steps} optimizer steps, because gloo failed ({reason})")
 
     def any_signalled(self, signalled: bool, step: int) -> bool:
         """Whether any process was signalled; all processes get the same answer at the same step.
@@ -59,11 +68,12 @@ class SignalVote:
             return False
         now, (last_step, last_time) = time.monotonic(), self._last
         seconds = 0.0 if self._next is None else (now - last_time) / (step - last_step)
-        flags = torch.tensor([float(signalled), seconds], dtype=torch.float64)
+        flags = torch.tensor([float(signalled), seconds], dtype=torch.float64, device=self._device)
         torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
         any_signalled, seconds = flags.tolist()
         self._last = (step, now)
-        self._next = step + steps_between_votes(seconds, self._max_steps)
+        on_device = self._device.type != "cpu"
+        self._next = step + (self._max_steps if on_device else steps_between_votes(seconds, self._max_steps))
         return bool(any_signalled)
 
 
@@ -95,7 +105,9 @@ class Preemption(Callback):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._set_flag)
         stop_asking_for_signals(trainer)
-        self._vote = SignalVote(trainer.world_size, getattr(trainer, "log_every_n_steps", 1))
+        self._vote = SignalVote(
+            trainer.world_size, getattr(trainer, "log_every_n_steps", 1), trainer.strategy.root_device
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from sft_lightning.strategies.preemption import Preemption, SignalVote, last_checkpoint, steps_between_votes
+
+CPU = torch.device("cpu")
 
 
 class Module(LightningModule):
@@ -89,7 +92,7 @@ def test_processes_compare_their_signals_about_once_a_second_and_once_in_a_loggi
 
 
 def test_a_process_alone_compares_with_nobody() -> None:
-    vote = SignalVote(1, max_steps=50)
+    vote = SignalVote(1, max_steps=50, device=CPU)
     assert not vote.any_signalled(False, 1)
     assert vote.any_signalled(True, 2)
 
@@ -105,7 +108,33 @@ def test_processes_compare_at_the_same_steps_and_agree(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    vote = SignalVote(2, max_steps=3)
+    vote = SignalVote(2, max_steps=3, device=CPU)
     answers = {step: vote.any_signalled(False, step) for step in range(1, 12)}
     assert len(exchanged) == 5
     assert {step for step, answer in answers.items() if answer} == {8}  # of 1, 2, 5, 8 and 11
+
+
+def test_processes_without_gloo_compare_by_their_devices_once_in_a_logging_interval(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_gloo(backend: str) -> None:
+        raise RuntimeError("Unable to resolve hostname\nmore")
+
+    compared: list[torch.device] = []
+
+    def all_reduce(flags: torch.Tensor, op: Any, group: Any) -> None:
+        assert group is None
+        compared.append(flags.device)
+
+    monkeypatch.setattr(torch.distributed, "new_group", no_gloo)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: [0.0, 0.5])  # the device has no numbers
+    with caplog.at_level(logging.INFO):
+        vote = SignalVote(2, max_steps=4, device=torch.device("meta"))
+    asked = []
+    for step in range(1, 10):
+        vote.any_signalled(False, step)
+        asked.append(len(compared))
+    assert asked == [1, 1, 1, 1, 2, 2, 2, 2, 3]
+    assert {device.type for device in compared} == {"meta"}
+    assert "SIGTERM: noticed every 4 optimizer steps, because gloo failed (Unable to resolve hostname)" in caplog.text
