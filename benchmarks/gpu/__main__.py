@@ -35,7 +35,7 @@ LIBRARIES = (
 
 
 def run_cell(cell: Cell, *, toy: bool) -> dict[str, Any]:
-    """Measure one cell in this process; an error is a result, too.
+    """Measure one cell in this process; an error, or a library that is not installed, is a result, too.
 
     Args:
         cell: The cell.
@@ -62,7 +62,9 @@ def run_cell(cell: Cell, *, toy: bool) -> dict[str, Any]:
         if peak is not None and "flops_per_token" in answer:
             answer["mfu"] = answer["flops_per_token"] * answer["tokens_per_second"] / (1e12 * peak)
         return answer
-    except (peers.NotInstalledError, UserError) as error:
+    except ImportError as error:
+        return {"not_installed": str(error)}
+    except UserError as error:
         return {"error": str(error)}
     except Exception as error:
         traceback.print_exc()

@@ -23,18 +23,14 @@ from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.commands import prepare
 
 
-class NotInstalledError(RuntimeError):
-    """A library that a cell compares with is not there; the table says so."""
-
-
 def require(library: str) -> None:
     """Check that a library is installed, without importing it.
 
     Raises:
-        NotInstalledError: If it is not.
+        ImportError: If it is not; the table says so.
     """
     if importlib.util.find_spec(library) is None:
-        raise NotInstalledError(f"{library} is not installed")
+        raise ImportError(f"{library} is not installed")
 
 
 def attention() -> str:
@@ -66,7 +62,7 @@ def peft(cell: Cell, config: Path, clock: StepClock) -> Answer:
         clock: Times the steps.
 
     Raises:
-        NotInstalledError: If there is a GPU, and Liger is not installed; its kernels do not run on CPUs.
+        ImportError: If there is a GPU, and Liger is not installed; its kernels do not run on CPUs.
     """
     on_gpu = clock.device.type == "cuda"
     if on_gpu:
@@ -102,7 +98,7 @@ def trl(cell: Cell, config: Path, clock: StepClock) -> Answer:
         clock: Times the steps.
 
     Raises:
-        NotInstalledError: If TRL is not installed.
+        ImportError: If TRL is not installed.
     """
     require("trl")
     from datasets import Dataset

@@ -77,8 +77,9 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _row(cell: Cell, found: Mapping[str, Any]) -> list[str]:
     answer = found["cells"][cell.name]
-    if "error" in answer:
-        return [cell.name, answer["error"].replace("|", "/").replace("\n", " ")[:200], *[""] * (len(HEAD) - 2)]
+    said = answer.get("error") or answer.get("not_installed")
+    if said is not None:
+        return [cell.name, said.replace("|", "/").replace("\n", " ")[:200], *[""] * (len(HEAD) - 2)]
     goals, reached = zip(*goals_of(cell, found["cells"]), strict=True) if cell.goal else ((), ())
     losses, norms = answer["losses"], answer["grad_norms"] or [float("nan")]
     mfu = answer.get("mfu")

@@ -51,8 +51,8 @@ def test_a_ceiling_is_a_positive_figure(name: str) -> None:
 @pytest.mark.parametrize("name", [cell.name for cell in CELLS if cell.kind != "ceiling" and cell.name not in FAST])
 def test_every_cell_runs_at_toy_size(name: str) -> None:
     found = command.run_cell(BY_NAME[name], toy=True)
-    if "error" in found:
-        assert NEEDS_A_PACKAGE[name] in found["error"]
+    if "not_installed" in found:
+        assert NEEDS_A_PACKAGE[name] in found["not_installed"]
     else:
         assert len(found["losses"]) == 3
         assert all(0 < norm < 10 for norm in found["grad_norms"])
@@ -119,6 +119,18 @@ def test_an_error_of_a_cell_is_its_result_and_the_status_of_the_command(
     monkeypatch.setattr(command, "measured", lambda cells, **kwargs: [(cells[0].name, {"error": "too large"})])
     args = argparse.Namespace(results=tmp_path / "h200.json", minutes=1.0, again=False, toy=True)
     assert command.measure(cells_named(["ceiling-copy"]), {"device": "H200"}, args) == 1
+
+
+def test_a_library_that_is_not_installed_is_said_and_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = command.run_cell(BY_NAME["trl-16k"], toy=True)
+    assert found == {"not_installed": "trl is not installed"}
+    monkeypatch.setattr(command, "measured", lambda cells, **kwargs: [(cells[0].name, found)])
+    args = argparse.Namespace(results=tmp_path / "h200.json", minutes=1.0, again=False, toy=True)
+    assert command.measure(cells_named(["trl-16k"]), {"device": "H200"}, args) == 0
+    assert "| trl-16k | trl is not installed |" in args.results.with_suffix(".md").read_text()
 
 
 def test_without_a_gpu_the_command_offers_toy_cells(monkeypatch: pytest.MonkeyPatch) -> None:
