@@ -1,4 +1,4 @@
-"""When checkpoints are saved: at the end of each epoch, and every 30 minutes."""
+"""When checkpoints are saved: at the end of each epoch, every 30 minutes, and after the last optimizer step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sft_lightning.compat.lightning.loops import is_accumulating
+from sft_lightning.compat.lightning.schedules import note_continued_step, save_now, save_when_training
 
 
 class TimedCheckpoint(ModelCheckpoint):
@@ -39,6 +40,39 @@ class TimedCheckpoint(ModelCheckpoint):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
+class LastCheckpoint(Callback):
+    """Save after the last optimizer step, whatever the intervals of the other checkpoint callbacks are.
+
+    Each of them saves as it does at its own steps, so that `save_top_k` counts the file too. One that monitors a metric
+    writes `last.ckpt` only.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let each callback without a metric save at the steps that it names."""
+        for callback in _savers(trainer.checkpoint_callbacks):
+            if not _monitors_metric(callback):
+                save_when_training(callback)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save no second checkpoint of the step that the run continues from."""
+        for callback in _savers(trainer.checkpoint_callbacks):
+            note_continued_step(callback, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, before anything is exported: a killed export is repeated from this checkpoint."""
+        for callback in _savers(trainer.checkpoint_callbacks):
+            if not isinstance(callback, TimedCheckpoint):
+                save_now(callback, trainer, only_last=_monitors_metric(callback))
+
+
+def _savers(given: Sequence[Callback]) -> list[ModelCheckpoint]:
+    return [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+
+
+def _monitors_metric(callback: ModelCheckpoint) -> bool:
+    return callback.monitor not in (None, "step", "epoch")
+
+
 def set_folders(given: Sequence[Callback], folder: Path) -> list[Path]:
     """Save in one folder whatever the loggers are; Lightning takes the folder of the first logger.
 
@@ -49,7 +83,7 @@ def set_folders(given: Sequence[Callback], folder: Path) -> list[Path]:
     Returns:
         Every folder that the callbacks save in, `folder` first.
     """
-    savers = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+    savers = _savers(given)
     for callback in savers:
         callback.dirpath = callback.dirpath or str(folder)
     return list(dict.fromkeys([folder, *(Path(str(callback.dirpath)) for callback in savers)]))
@@ -60,7 +94,7 @@ def default_checkpoints(given: Sequence[Callback]) -> list[Callback]:
 
     The user's own `ModelCheckpoint` replaces both; the user's `TimedCheckpoint` replaces only the timed one.
     """
-    own = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+    own = _savers(given)
     if not all(isinstance(callback, TimedCheckpoint) for callback in own):
         return []
     timed = [] if own else [TimedCheckpoint()]

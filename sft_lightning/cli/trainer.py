@@ -91,6 +91,7 @@ def with_default_callbacks(given: Any, *, progress_bar: bool, checkpoints: bool)
     """
     found: list[Callback] = list(given) if isinstance(given, Iterable) else [given] if given else []
     defaults: list[Callback] = [
+        observers.LastCheckpoint(),
         observers.HyperParameters(),
         observers.DataSummary(),
         observers.FirstStep(),

@@ -53,13 +53,13 @@ TRAINING_ARGUMENTS: tuple[Option, ...] = (
     omitted("logging_strategy", "the loss is logged every trainer.log_every_n_steps"),
     omitted("logging_first_step", "the first step is always logged"),
     omitted("logging_dir", "TensorBoard events are in trainer.default_root_dir"),
-    combined("evaluation_strategy", "trainer.val_check_interval", "epoch: the default; no: `limit_val_batches: 0`"),
-    combined("eval_strategy", "trainer.val_check_interval", "same as evaluation_strategy"),
     combined(
-        "eval_steps",
-        "trainer.val_check_interval",
-        "multiplied by accumulate_grad_batches, because it counts micro-batches",
+        "evaluation_strategy",
+        "trainer.callbacks (EvaluateEvery)",
+        "steps, epoch, no; a run with validation data always validates after its last step too",
     ),
+    combined("eval_strategy", "trainer.callbacks (EvaluateEvery)", "same as evaluation_strategy"),
+    combined("eval_steps", "trainer.callbacks (EvaluateEvery.every_n_steps)", "optimizer steps"),
     combined("save_strategy", "trainer.callbacks (ModelCheckpoint)", "no: `enable_checkpointing: false`"),
     combined("save_steps", "trainer.callbacks (ModelCheckpoint.every_n_train_steps)"),
     combined("save_total_limit", "trainer.callbacks (ModelCheckpoint.save_top_k)"),
@@ -111,8 +111,7 @@ def finish_training_arguments(options: Options, draft: Draft, *, quantized: bool
     schedule(options, draft, "linear")
     _precision(options, draft, full=full)
     strategy(options, draft, quantized=quantized)
-    _validation(options, draft)
-    _checkpoints(options, draft)
+    _callbacks(options, draft)
     _logger(options, draft)
 
 
@@ -206,26 +205,32 @@ def precision(draft: Draft, half: str, *, full: bool) -> None:
         draft.set("trainer.precision", {"bfloat16": "bf16-mixed", "float16": "16-mixed"}[half])
 
 
-def _validation(options: Options, draft: Draft) -> None:
-    when = options.text("evaluation_strategy") or options.text("eval_strategy")
+def _callbacks(options: Options, draft: Draft) -> None:
+    found = [*_validation(options, draft), *_checkpoints(options, draft)]
+    if found:
+        draft.set("trainer.callbacks", found)
+
+
+def _validation(options: Options, draft: Draft) -> list[dict[str, Any]]:
+    when = options.text("evaluation_strategy") or options.text("eval_strategy") or "no"
+    if not {"data.val_sources", "data.val_fraction"} & draft.values.keys():
+        if when != "no":
+            written = "evaluation_strategy" if options.has("evaluation_strategy") else "eval_strategy"
+            draft.omit(options.as_written(written), "there is no validation data; set data.val_sources")
+        return []
+    init: dict[str, Any] = {}
     if when == "steps":
-        steps = options.number("eval_steps") or options.number("logging_steps") or 500
-        accumulate = draft.values.get("trainer.accumulate_grad_batches", 1)
-        draft.set(
-            "trainer.val_check_interval",
-            int(steps) * int(accumulate),
-            f"micro-batches: {steps} optimizer steps of {accumulate} each",
-        )
-        draft.set("trainer.check_val_every_n_epoch", None, "so that the interval spans epochs")
-    elif when == "no":
-        draft.set("trainer.limit_val_batches", 0)
+        init["every_n_steps"] = int(options.number("eval_steps") or options.number("logging_steps") or 500)
+    elif when == "epoch":
+        init["every_n_epochs"] = 1
+    return [{"class_path": "callbacks.EvaluateEvery", **({"init_args": init} if init else {})}]
 
 
-def _checkpoints(options: Options, draft: Draft) -> None:
+def _checkpoints(options: Options, draft: Draft) -> list[dict[str, Any]]:
     when = options.text("save_strategy") or "steps"
     if when == "no":
         draft.set("trainer.enable_checkpointing", False)
-        return
+        return []
     limit = options.number("save_total_limit")
     init: dict[str, Any] = {"filename": "{step}", "save_last": True, "save_top_k": -1 if limit is None else limit}
     if limit is not None and limit > 1:
@@ -235,7 +240,7 @@ def _checkpoints(options: Options, draft: Draft) -> None:
     else:
         init["every_n_epochs"] = 1
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init}
-    draft.set("trainer.callbacks", [callback])
+    return [callback]
 
 
 def _logger(options: Options, draft: Draft) -> None:

@@ -8,15 +8,17 @@ from transformers.optimization import Adafactor
 
 from sft_lightning.migration.arguments import GivenOptions
 from sft_lightning.migration.draft import Draft
-from sft_lightning.migration.options import System, translate
+from sft_lightning.migration.options import Options, System, translate
 from sft_lightning.migration.training_arguments import TRAINING_ARGUMENTS, finish_training_arguments
 
 
-def translated(*, quantized: bool = False, full: bool = False, **given: str) -> Draft:
-    system = System(
-        name="own", title="Own", source="", options=TRAINING_ARGUMENTS,
-        finish=lambda options, draft: finish_training_arguments(options, draft, quantized=quantized, full=full),
-    )  # fmt: skip
+def translated(*, quantized: bool = False, full: bool = False, validation: bool = False, **given: str) -> Draft:
+    def finish(options: Options, draft: Draft) -> None:
+        if validation:
+            draft.set("data.val_fraction", 0.1)
+        finish_training_arguments(options, draft, quantized=quantized, full=full)
+
+    system = System(name="own", title="Own", source="", options=TRAINING_ARGUMENTS, finish=finish)
     return translate(system, GivenOptions({name: value.split() for name, value in given.items()}))
 
 
@@ -76,10 +78,32 @@ def test_weights_that_train_are_float32(given: dict[str, str], full: bool, dtype
     assert (values["model.dtype"], values.get("trainer.precision")) == (dtype, precision)
 
 
-def test_the_evaluation_interval_counts_micro_batches() -> None:
-    values = translated(eval_strategy="steps", eval_steps="50", gradient_accumulation_steps="4").values
-    assert values["trainer.val_check_interval"] == 200
-    assert translated(eval_strategy="no").values["trainer.limit_val_batches"] == 0
+@pytest.mark.parametrize(
+    ("given", "init_args"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": "50", "gradient_accumulation_steps": "4"}, {"every_n_steps": 50}),
+        ({"evaluation_strategy": "steps", "logging_steps": "20"}, {"every_n_steps": 20}),
+        ({"eval_strategy": "steps"}, {"every_n_steps": 500}),
+        ({"eval_strategy": "epoch"}, {"every_n_epochs": 1}),
+        ({"eval_strategy": "no"}, None),
+        ({}, None),
+    ],
+)
+def test_a_run_with_validation_data_validates_as_often_and_at_its_end(
+    given: dict[str, str], init_args: dict[str, int] | None
+) -> None:
+    first, _ = translated(validation=True, **given).values["trainer.callbacks"]
+    assert first["class_path"] == "callbacks.EvaluateEvery"
+    assert first.get("init_args") == init_args
+
+
+def test_an_evaluation_strategy_without_validation_data_is_listed() -> None:
+    draft = translated(eval_strategy="steps", eval_steps="50")
+    assert [callback["class_path"] for callback in draft.values["trainer.callbacks"]] == [
+        "lightning.pytorch.callbacks.ModelCheckpoint"
+    ]
+    assert dict(draft.omitted)["--eval_strategy steps"] == "there is no validation data; set data.val_sources"
+    assert not translated(eval_strategy="no").omitted
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,11 @@ def _sources(options: Options, draft: Draft) -> None:
     }
     if held_out:
         draft.set("data.val_sources", held_out)
+        draft.set(
+            "trainer.callbacks",
+            [{"class_path": "callbacks.EvaluateFirst"}],
+            "perplexity before training, as in the original; then after each epoch",
+        )
     for source in chosen.values():
         if source["path"] not in _EVALUATED:
             draft.omit(

@@ -56,7 +56,7 @@ def test_run_sft_becomes_a_configuration(migrate: Migrate, accepted: Accepted) -
     assert (data["template"], data["max_length"]) == ("chinese_alpaca/1", 512)
     assert data["val_sources"]["validation_file_name"]["format"] == "alpaca"
     assert (trainer["max_steps"], trainer["max_epochs"]) == (100, -1)
-    assert trainer["val_check_interval"] == 250 * 8
+    assert trainer["callbacks"][0]["init_args"]["every_n_steps"] == 250
     assert trainer["strategy"] == "deepspeed_stage_2"
     assert (trainer["devices"], trainer["num_nodes"]) == (1, 1)
     assert "seed_everything" not in found

@@ -83,6 +83,7 @@ def test_the_scripts_of_step_1_become_configurations(migrate: Migrate, accepted:
     assert (data["data_split"], data["compat"], data["loss_on"]) == ("2,4,4", "deepspeed_chat", "all")
     assert [source["path"] for source in data["sources"].values()][:2] == ["Dahoas/rm-static", "Dahoas/full-hh-rlhf"]
     assert data["val_sources"]["rm_static"]["split"] == "test"
+    assert [callback["class_path"] for callback in found["trainer"]["callbacks"]] == ["callbacks.EvaluateFirst"]
     assert config["seed_everything"] == 1234
     if not lora:
         assert model["adapter"] is None

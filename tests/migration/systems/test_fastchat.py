@@ -66,7 +66,10 @@ def test_the_forks_recipes_become_configurations(migrate: Migrate, accepted: Acc
     assert config["trainer"]["max_epochs"] == row["epochs"]
     assert config["trainer"]["precision"] == "bf16-mixed"
     assert config["trainer"]["strategy"] == f"deepspeed_stage_{row['stage']}"
-    assert config["trainer"]["callbacks"][0]["init_args"]["save_top_k"] == 3
+    evaluate, save = config["trainer"]["callbacks"]
+    assert evaluate["class_path"].endswith("EvaluateEvery")
+    assert evaluate["init_args"]["every_n_epochs"] == 1
+    assert save["init_args"]["save_top_k"] == 3
     for option in ("--tf32 True", "--flash_attn True", "--logging_strategy steps", "--run_name a test"):
         assert f"#   {option}: " in found["text"]
 
@@ -84,8 +87,7 @@ def test_full_fine_tuning_has_no_adapter_and_float32_weights(migrate: Migrate, a
     assert config["model"]["adapter"] is None
     assert (config["model"]["dtype"], config["trainer"]["precision"]) == ("float32", "16-mixed")
     assert (config["trainer"]["strategy"], config["trainer"]["devices"]) == ("fsdp2", 16)
-    assert config["trainer"]["val_check_interval"] == 24_000
-    assert config["trainer"]["check_val_every_n_epoch"] is None
+    assert "#   --evaluation_strategy steps: there is no validation data; set data.val_sources" in found["text"]
     assert "target_length: 2048" in found["text"]
 
 
