@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from sft_lightning.models.checkpointing import free_memory_bytes
 from sft_lightning.strategies.registry import sharding_of
 from sft_lightning.training.memory.decision import (
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def decide_for_run(module: CausalLMModule) -> RecomputationDecision:
-    """Decide for `gradient_checkpointing: auto`: on rank 0, for all processes."""
+    """Decide for `gradient_checkpointing: auto`: on rank 0, for all processes.
+
+    A model that cannot be simulated trains all the same, with all layers recomputed.
+    """
     strategy = module.trainer.strategy
     decision = _decide_on_rank_zero(module) if module.trainer.is_global_zero else None
     return cast("RecomputationDecision", strategy.broadcast(decision))
@@ -43,7 +48,18 @@ def _decide_on_rank_zero(module: CausalLMModule) -> RecomputationDecision:
     obvious = obviously_fits(model, setup, free_memory_bytes(module.device))
     if obvious is not None:
         return obvious
-    estimator = Estimator(
+    ways = choices(model, setup.sharding)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the run's random numbers stay what they are
+            return decide_recomputation(_estimator(module).memory, setup, ways, budget)
+    except Exception as error:  # whatever a model's own code does with tensors that have no values
+        reason = next(iter(str(error).strip().splitlines()), "")
+        return RecomputationDecision(ways[-1], f"auto: not simulated, {type(error).__name__}: {reason}")
+
+
+def _estimator(module: CausalLMModule) -> Estimator:
+    spec, data, trainer = module.spec, module.data, module.trainer
+    return Estimator(
         spec,
         build_skeleton(spec, len(data.tokenizer), trainer.precision),
         precision=trainer.precision,
@@ -52,4 +68,3 @@ def _decide_on_rank_zero(module: CausalLMModule) -> RecomputationDecision:
         of_pairs=isinstance(spec, PreferenceSpec),
         device="cuda" if module.device.type == "cuda" else "cpu",
     )
-    return decide_recomputation(estimator.memory, setup, choices(model, setup.sharding), budget)
