@@ -115,12 +115,17 @@ def _config_of(from_config: dict[str, Any], vocab_size: int) -> PretrainedConfig
     return config
 
 
+_ENCODER_DECODER_ADVICE = (
+    "; FastChat and Vigogne trained T5: use transformers' Seq2SeqTrainer for it, or fine-tune a decoder-only model"
+)
+
+
 def _check_causal(key: str, config: PretrainedConfig) -> None:
     """Check that a model is a causal decoder: not bidirectional, and without a separate encoder."""
     looks_ahead = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
     if config.is_encoder_decoder:
-        kind = "an encoder-decoder"
+        kind = f"an encoder-decoder{_ENCODER_DECODER_ADVICE}"
     elif looks_ahead:
         kind = "a masked language model"
     elif not known:

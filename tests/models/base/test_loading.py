@@ -99,7 +99,7 @@ def test_overrides_are_applied_to_a_model_from_a_config() -> None:
     ("model_type", "said"),
     [
         ("t5", "'t5' is an encoder-decoder"),
-        ("bart", "'bart' is an encoder-decoder"),
+        ("bart", "'bart' is an encoder-decoder; FastChat and Vigogne trained T5: use transformers' Seq2SeqTrainer"),
         ("bert", "'bert' is a masked language model"),
         ("vit", "'vit' is not a language model"),
     ],
