@@ -112,6 +112,45 @@ def test_full_fine_tuning_leaves_a_model_that_plain_transformers_loads(
     assert not torch.equal(tuned["lm_head.weight"], base["lm_head.weight"])
 
 
+@pytest.mark.parametrize("name", ["adapter", pytest.param("model", marks=pytest.mark.slow)])
+def test_a_finished_run_without_its_export_writes_it_when_it_is_continued(
+    name: str, fit_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = fit_args if name == "adapter" else [arg for arg in fit_args if "adapter" not in arg]
+    args = ["fit", *args, "--trainer.max_steps=2"]
+    run = tmp_path / "run"
+
+    def full_disk(*given: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"callbacks.exports.{name.title()}Export._write", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            main(args)
+    assert not (run / name).exists()
+    for left in (run / f".{name}.new", run / "checkpoints" / ".last.adapter.new"):  # of a process that was killed
+        left.mkdir(parents=True)
+    said: list[str] = []
+    monkeypatch.setattr("callbacks.exports.rank_zero_info", said.append)
+    assert main([*args, "--ckpt_path=last"]) == 0
+    assert not list(run.glob("**/.*.new"))
+    assert any("nothing is left to train, but" in line for line in said)
+    assert any(line.startswith(f"{name}: ") and "(verified: read again" in line for line in said)
+    [weights] = (run / name).glob("*.safetensors")
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    exported = load_file(weights)
+    assert len(exported) == len(saved)
+    for key, tensor in exported.items():
+        assert torch.equal(
+            tensor, saved["model." + (key.replace(".weight", ".default.weight") if name == "adapter" else key)]
+        )
+    said.clear()
+    before = weights.stat().st_mtime_ns
+    assert main([*args, "--ckpt_path=last"]) == 0
+    assert weights.stat().st_mtime_ns == before
+    assert not any("nothing is left" in line for line in said)
+
+
 FRESH = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from sft_lightning.compat.names import uses
@@ -71,6 +72,32 @@ def validate_before_training(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first
+
+
+@uses(
+    f"{_LOOPS}.fit_loop:_FitLoop.run",
+    attributes=("fit_loop",),
+    feature="exports of a run that is continued with nothing left to train",
+    since="2.0",
+    replacement="`on_train_end`, which Lightning calls only if there is something left to train",
+)
+def call_after_training(trainer: Trainer, function: Callable[[], None]) -> None:
+    """Patch the training loop of one trainer: a function runs after it, also if nothing was left to train.
+
+    `on_fit_end` would come too late: the strategy has then given up its devices.
+
+    Args:
+        trainer: The trainer.
+        function: Runs on every rank; not after an error.
+    """
+    loop = trainer.fit_loop
+    run = loop.run
+
+    def run_and_call() -> None:
+        run()
+        function()
+
+    loop.run = run_and_call  # type: ignore[method-assign]
 
 
 @uses(

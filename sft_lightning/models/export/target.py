@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sft_lightning.errors import UserError
 
@@ -19,11 +20,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     After an error in the block, `folder` is unchanged, and the temporary folder is deleted.
     """
-    temporary, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # a process was killed between the two renames below
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed
+    mend_folder(folder)
+    temporary, old = _beside(folder)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -34,6 +32,40 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def mend_folder(folder: Path) -> None:
+    """Remove what a process that was killed in `replaced_folder` left; restore the folder if it was being replaced."""
+    temporary, old = _beside(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def mend_folders(parent: Path, pattern: str) -> None:
+    """Do the same for all folders of a parent.
+
+    Args:
+        parent: The parent; may be missing.
+        pattern: Pattern of the folders' names, such as `*.adapter`.
+    """
+    for left in [*parent.glob(f".{pattern}.new"), *parent.glob(f".{pattern}.old")]:
+        mend_folder(parent / left.name[1:].rpartition(".")[0])
+
+
+def is_export_of(folder: Path, optimizer_steps: int) -> bool:
+    """Whether a folder holds the exported weights of a run.
+
+    Args:
+        folder: The folder; may be missing.
+        optimizer_steps: Optimizer steps that the run has taken.
+    """
+    return _manifest(folder).get("optimizer_steps") == optimizer_steps and any(folder.glob("*.safetensors"))
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 def check_target(folder: Path, *, option: str, written_by: str, inputs: Iterable[Path], overwrite: bool) -> None:
@@ -67,13 +99,14 @@ def check_target(folder: Path, *, option: str, written_by: str, inputs: Iterable
         raise UserError(
             f"{where} is not empty; name another folder, or replace an earlier output with --overwrite true"
         )
-    if not _is_written_by(folder, written_by):
+    if written_by not in _manifest(folder):
         raise UserError(f"{where} was not written by this command, so it is not replaced; name another folder")
 
 
-def _is_written_by(folder: Path, key: str) -> bool:
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder; an empty one if there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and key in manifest
+        return {}
+    return manifest if isinstance(manifest, dict) else {}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.export.target import MANIFEST, check_target, replaced_folder
+from sft_lightning.models.export.target import MANIFEST, check_target, is_export_of, mend_folders, replaced_folder
 
 
 def check(folder: Path, *inputs: Path, overwrite: bool = False) -> None:
@@ -78,3 +78,22 @@ def test_a_folder_that_a_killed_process_had_moved_away_comes_back(full: Path) ->
     with pytest.raises(FileNotFoundError), replaced_folder(full) as target:
         (target / "half").rename(target / "whole")
     assert [file.name for file in full.iterdir()] == ["thesis.tex"]
+
+
+def test_folders_that_a_killed_process_was_replacing_are_restored_and_its_leftovers_removed(tmp_path: Path) -> None:
+    for name in (".a.adapter.new", ".a.adapter.old", "b.adapter", ".b.adapter.old", ".other.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    mend_folders(tmp_path, "*.adapter")
+    found = {path.name: (path / "file").read_text() for path in tmp_path.iterdir()}
+    assert found == {"a.adapter": ".a.adapter.old", "b.adapter": "b.adapter", ".other.new": ".other.new"}
+    mend_folders(tmp_path / "missing", "*.adapter")
+
+
+def test_an_export_is_known_by_the_steps_in_its_manifest(tmp_path: Path) -> None:
+    assert not is_export_of(tmp_path, 8)
+    (tmp_path / "run_manifest.json").write_text('{"optimizer_steps": 8}')
+    assert not is_export_of(tmp_path, 8)  # without weights
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert is_export_of(tmp_path, 8)
+    assert not is_export_of(tmp_path, 9)
