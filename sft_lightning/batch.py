@@ -16,7 +16,7 @@ import torch
 from sft_lightning.types import IGNORE_INDEX, DocumentLength, SharedPrompt, num_tokens
 
 
-class _MadeOnHost:
+class _MadeOnCpu:
     """Tensors that are copied to the device of the batch, beside values that stay in CPU memory."""
 
     on_device: ClassVar[tuple[str, ...]] = ()
@@ -44,12 +44,12 @@ class _MadeOnHost:
         return made
 
 
-class DocumentLengths(_MadeOnHost):
+class DocumentLengths(_MadeOnCpu):
     """The documents of each row of a micro-batch, in the forms that attention takes; made once, on the CPU.
 
     Iterating gives the lengths of each row. It is not a `Sequence`, because Lightning would take that apart. Documents
     with a shared prompt are two documents for attention, whose keys both include the prompt: N counts them as two. The
-    lengths and `host_starts` stay in CPU memory, so that nothing ever has to be read from the device.
+    lengths and `cpu_starts` stay in CPU memory, so that nothing ever has to be read from the device.
 
     Args:
         rows: Tokens of each document of each row, every row adding up to the same width.
@@ -60,11 +60,11 @@ class DocumentLengths(_MadeOnHost):
     def __init__(self, rows: Sequence[Sequence[DocumentLength]]) -> None:
         self.rows = rows
         queries, keys, slices = split_shared_prompts([length for row in rows for length in row])
-        self.host_starts = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32)
+        self.cpu_starts = torch.tensor([[0, *accumulate(queries)], [0, *accumulate(keys)]], dtype=torch.int32)
         """Where each document starts among the queries and among the keys of all rows, and where the last one ends,
         (2, N + 1) int32, in CPU memory."""
 
-        self.starts = self.host_starts
+        self.starts = self.cpu_starts
         """The same on the device of the batch."""
 
         self.lengths = (queries, keys)
@@ -142,7 +142,7 @@ def split_shared_prompts(
     return query_lengths, key_lengths, key_slices
 
 
-class SupervisedPositions(_MadeOnHost):
+class SupervisedPositions(_MadeOnCpu):
     """Where the supervised tokens of a micro-batch are predicted: N positions, each one before its token.
 
     Args:
@@ -207,7 +207,7 @@ def batch_to(batch: AnyBatch, device: torch.device) -> AnyBatch:
         batch: A micro-batch.
         device: Where to copy them.
     """
-    movable = (torch.Tensor, _MadeOnHost)
+    movable = (torch.Tensor, _MadeOnCpu)
     moved = {key: value.to(device) if isinstance(value, movable) else value for key, value in batch.items()}
     return cast("AnyBatch", moved)
 
@@ -218,6 +218,6 @@ def pinned(batch: AnyBatch) -> AnyBatch:
     Args:
         batch: A micro-batch in CPU memory.
     """
-    movable = (torch.Tensor, _MadeOnHost)
+    movable = (torch.Tensor, _MadeOnCpu)
     locked = {key: value.pin_memory() if isinstance(value, movable) else value for key, value in batch.items()}
     return cast("AnyBatch", locked)

@@ -13,7 +13,7 @@ X = IGNORE_INDEX
 def test_documents_of_all_rows_start_one_after_the_other() -> None:
     documents = DocumentLengths([[3, 2], [1, 4]])
     assert documents == [[3, 2], [1, 4]]
-    assert documents.host_starts.tolist() == [[0, 3, 5, 6, 10], [0, 3, 5, 6, 10]]
+    assert documents.cpu_starts.tolist() == [[0, 3, 5, 6, 10], [0, 3, 5, 6, 10]]
     assert documents.starts.dtype == torch.int32
     assert (documents.lengths, documents.longest) == (([3, 2, 1, 4], [3, 2, 1, 4]), (4, 4))
     assert documents.key_index is None
@@ -32,7 +32,7 @@ def test_a_shared_prompt_is_among_the_keys_of_both_documents() -> None:
     documents = DocumentLengths([lengths])
     assert documents.key_index is not None
     assert torch.equal(documents.key_index, joined)
-    assert documents.host_starts.tolist() == [[0, 4, 9, 10], [0, 4, 9, 13]]
+    assert documents.cpu_starts.tolist() == [[0, 4, 9, 10], [0, 4, 9, 13]]
     assert documents.longest == (5, 5)
 
 
@@ -41,7 +41,7 @@ def test_on_a_device_the_lengths_stay_in_cpu_memory() -> None:
     moved = move_data_to_device({"documents": documents}, torch.device("meta"))["documents"]
     assert moved == documents
     assert (moved.starts.device.type, moved.key_index.device.type) == ("meta", "meta")
-    assert moved.host_starts.device.type == documents.starts.device.type == "cpu"
+    assert moved.cpu_starts.device.type == documents.starts.device.type == "cpu"
 
 
 def test_a_supervised_token_is_predicted_one_position_before_it_in_its_own_row() -> None:

@@ -185,7 +185,7 @@ def _begin_pass(
         documents = DocumentLengths(documents).to(module.device)
     for tensor, dim in (
         (documents.starts, 1),
-        (documents.host_starts, 1),
+        (documents.cpu_starts, 1),
         (documents.extent, 0),
         (documents.extent, 1),
     ):

@@ -111,7 +111,7 @@ def make_run(
 
 
 class Waits(TorchDispatchMode):
-    """Notes the operations for which a GPU would be waited for, or which make tensors from numbers of the host."""
+    """Notes the operations for which a GPU would be waited for, or which make tensors from Python numbers."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "lift_fresh", "_unique2", "unique_dim", "masked_select", "equal")
 

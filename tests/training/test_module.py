@@ -163,7 +163,7 @@ def test_a_micro_batch_waits_for_no_device(
     assert all(isinstance(value, torch.Tensor) for value in logged.values())
     assert len(waits) > 4
     assert not any(waits[2::2])  # the first step proves the head, and is logged
-    # Numbers of the host are logged as tensors in CPU memory at the end of a step.
+    # Python numbers are logged as tensors in CPU memory at the end of a step.
     assert {name for each in waits[3::2] for name in each} == {"lift_fresh"}
 
 

@@ -87,7 +87,7 @@ def packed_attention(
     if path.kernel != "per_document":
         out = _by_kernel(path, q, k, v, document_lengths, dropout=dropout, **options)
     elif torch.compiler.is_compiling() and not dropout:
-        out = attend_per_document(q, k, v, document_lengths.host_starts, **options)
+        out = attend_per_document(q, k, v, document_lengths.cpu_starts, **options)
     else:
         out = _each(q, k, v, document_lengths.lengths, dropout=dropout, **options)
     return out.view(batch, width, heads, value.shape[-1]), None

@@ -29,7 +29,7 @@ def test_the_operator_gives_the_bits_of_autograd(
     options: dict[str, Any] = {"scale": 0.3, "window": window, "softcap": softcap}
     qkv = inputs(documents, dtype)
     expected = attend_each(*qkv, documents.lengths, **options)  # type: ignore[misc]
-    found = attend_per_document(*qkv, documents.host_starts, **options)
+    found = attend_per_document(*qkv, documents.cpu_starts, **options)
     assert torch.equal(found, expected)
     slope = torch.randn_like(found)
     gradients = [torch.autograd.grad(out, qkv, slope) for out in (found, expected)]
@@ -37,7 +37,7 @@ def test_the_operator_gives_the_bits_of_autograd(
 
 
 def test_the_operator_is_registered_as_torch_demands() -> None:
-    arguments = (*inputs(DOCUMENTS), DOCUMENTS.host_starts, 0.3, 0, 0.0)
+    arguments = (*inputs(DOCUMENTS), DOCUMENTS.cpu_starts, 0.3, 0, 0.0)
     torch.library.opcheck(
         attend_per_document, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
@@ -52,12 +52,12 @@ def test_one_compilation_serves_all_documents_without_a_graph_break() -> None:
         return graph.forward
 
     def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: DocumentLengths) -> torch.Tensor:
-        return attend_per_document(q * 2, k, v, documents.host_starts, 0.3, 0, 0.0).relu()
+        return attend_per_document(q * 2, k, v, documents.cpu_starts, 0.3, 0, 0.0).relu()
 
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     for rows in ([[16]], [[5, 11]], [[1, 2, 3, 4, 6]]):
         documents = DocumentLengths(rows)
-        torch._dynamo.maybe_mark_dynamic(documents.host_starts, 1)
+        torch._dynamo.maybe_mark_dynamic(documents.cpu_starts, 1)
         qkv = inputs(documents)
         assert torch.equal(compiled(*qkv, documents), layer(*qkv, documents))
     assert len(graphs) == 1
