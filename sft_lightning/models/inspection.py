@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -52,6 +52,15 @@ def has_virtual_tokens(model: PreTrainedModel | PeftModel) -> bool:
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether this process holds only its part of some parameter, under FSDP2 or DeepSpeed ZeRO-3."""
     return any(hasattr(parameter, "device_mesh") or is_partitioned(parameter) for parameter in model.parameters())
+
+
+def nonfinite_names(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors that contain NaN or an infinite value; waits for their devices.
+
+    Args:
+        tensors: Name → tensor of any shape and type; integers are finite.
+    """
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
 
 
 def computing_device(model: torch.nn.Module) -> torch.device:

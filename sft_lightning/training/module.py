@@ -31,6 +31,7 @@ from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.strategies.services import ModuleServices, services_of
 from sft_lightning.training import startup
 from sft_lightning.training.checkpoint import state
+from sft_lightning.training.checkpoint.files import NONFINITE_LOSSES
 from sft_lightning.training.forward import find_any_head, token_loss_sums
 from sft_lightning.training.losses import LossSums
 from sft_lightning.training.objective import NextToken, Objective
@@ -281,6 +282,7 @@ class CausalLMModule(LightningModule):
         checkpoint["state_dict"] = state.trainable_state(self, checkpoint["state_dict"])
         within_step = self.step.loss is not None and is_accumulating(self.trainer)
         checkpoint["random_states"] = self._random_states.gather(within_step=within_step)
+        checkpoint[NONFINITE_LOSSES] = self._nonfinite_losses.in_a_row
         checkpoint |= self.objective.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

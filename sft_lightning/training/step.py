@@ -58,6 +58,11 @@ class NonfiniteLosses:
         self._in_a_row: torch.Tensor | None = None
         self._found: torch.Tensor | None = None
 
+    @property
+    def in_a_row(self) -> int:
+        """Optimizer steps in a row whose loss was not finite, up to now; waits for the device, 0 without a limit."""
+        return 0 if self._in_a_row is None else int(self._in_a_row)
+
     def note(self, loss: torch.Tensor, step: int) -> None:
         """Count the loss of an optimizer step, on its device.
 

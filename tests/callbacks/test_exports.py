@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,6 +150,31 @@ def test_a_finished_run_without_its_export_writes_it_when_it_is_continued(
     assert main([*args, "--ckpt_path=last"]) == 0
     assert weights.stat().st_mtime_ns == before
     assert not any("nothing is left" in line for line in said)
+
+
+class Diverges(Callback):
+    """Makes a weight not-a-number after optimizer step 3."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *rest: object) -> None:
+        if trainer.global_step == 3:
+            next(weight for weight in pl_module.parameters() if weight.requires_grad).data.fill_(torch.nan)
+
+
+def test_a_diverging_run_keeps_its_finite_checkpoints_and_names_the_newest(
+    fit_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("callbacks.Throughput", Diverges)
+    assert main(["fit", *fit_args, "--trainer.max_steps=6", CHECKPOINTS]) == 2
+    error = capsys.readouterr().err
+    assert "the weights are NaN or infinite after optimizer step 4" in error
+    assert "last.ckpt'. Continue from a finite checkpoint" in error
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("*.ckpt")) == ["last.ckpt", "step=2.ckpt"]
+    assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 2
+    without = ["--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={tmp_path / 'other'}"]
+    assert main(["fit", *fit_args, "--trainer.max_steps=6", *without]) == 2
+    assert "tensors are NaN or infinite, such as" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "adapter").exists()
 
 
 FRESH = """

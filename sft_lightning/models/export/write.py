@@ -17,11 +17,12 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.folder import AdapterError
 from sft_lightning.models.base.weight_files import read_tensors, tensor_names, weight_files
 from sft_lightning.models.export.check import export_difference
 from sft_lightning.models.export.target import MANIFEST, replaced_folder
-from sft_lightning.models.inspection import base_model, is_sharded, max_positions
+from sft_lightning.models.inspection import base_model, is_sharded, max_positions, nonfinite_names
 from sft_lightning.models.probing import random_ids
 
 _ADAPTER = "adapter_model.safetensors"
@@ -63,10 +64,12 @@ def export_adapter(
         precision: Makes the context of the forward passes, such as autocast.
 
     Raises:
+        UserError: If the trained weights are not finite.
         RuntimeError: If the written tensors, or the logits that they give, differ from the live ones.
     """
     live = get_peft_model_state_dict(model, save_embedding_layers=False)
     beside = _trained_beside(model, live)
+    _check_finite({**live, **beside}, folder)
     with replaced_folder(folder) as target:
         _write_companions(target, tokenizer, manifest)
         # Embeddings are saved when they train (`modules_to_save`); PEFT's "auto" would ask the Hub about the base.
@@ -90,12 +93,23 @@ def export_model(
         manifest: The run's description, for `run_manifest.json`.
 
     Raises:
+        UserError: If the trained weights are not finite.
         RuntimeError: If the written tensors differ from the live ones.
     """
+    _check_finite(model.state_dict(), folder)
     with replaced_folder(folder) as target:
         _write_companions(target, tokenizer, manifest)
         model.save_pretrained(target)
         _verify_model(target, model)
+
+
+def _check_finite(live: Mapping[str, torch.Tensor], folder: Path) -> None:
+    if names := nonfinite_names(live):
+        raise UserError(
+            f"{folder} is not written, because {len(names)} of {len(live)} trained tensors are NaN or infinite, such "
+            f"as {names[0]}: the training has diverged; continue from an earlier checkpoint with a lower learning rate "
+            "(model.optimizer.init_args.lr)"
+        )
 
 
 def _write_companions(folder: Path, tokenizer: PreTrainedTokenizerFast, manifest: Mapping[str, Any]) -> None:

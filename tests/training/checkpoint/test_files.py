@@ -5,12 +5,13 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sft_lightning.errors import UserError
-from sft_lightning.training.checkpoint.files import AtomicCheckpointIO
+from sft_lightning.training.checkpoint.files import NONFINITE_LOSSES, AtomicCheckpointIO
 
 
 def test_listeners_are_called_with_written_and_removed_files(tmp_path: Path) -> None:
@@ -88,3 +89,40 @@ def test_an_unfinished_file_of_a_killed_process_is_removed(tmp_path: Path) -> No
     (tmp_path / ".step=8.ckpt.123.tmp").write_bytes(b"half")
     AtomicCheckpointIO().save_checkpoint({"x": 1}, tmp_path / "last.ckpt")
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def checkpoint(step: int, value: float, losses: int = 0) -> dict[str, Any]:
+    weights = {"a": torch.zeros(3), "b": torch.tensor([value])}
+    return {"global_step": step, "state_dict": weights, NONFINITE_LOSSES: losses}
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
+    writer = AtomicCheckpointIO()
+    for step, name in enumerate(("step=1", "last")):
+        writer.save_checkpoint(checkpoint(step, 1.0), tmp_path / f"{name}.ckpt")
+        os.utime(tmp_path / f"{name}.ckpt", (step, step))
+    torch.save(checkpoint(2, torch.nan), tmp_path / "step=2.ckpt")  # of an earlier version
+    with pytest.raises(
+        UserError, match=r"NaN or infinite after optimizer step 3 \(1 tensors, such as b\).* newest finite .*last.ckpt'"
+    ):
+        writer.save_checkpoint(checkpoint(3, torch.inf), tmp_path / "last.ckpt")
+    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 1
+    with pytest.raises(UserError, match="there is no earlier finite checkpoint"):
+        writer.save_checkpoint(checkpoint(3, torch.inf), tmp_path / "other" / "last.ckpt")
+
+
+def test_while_the_loss_is_not_finite_checkpoints_are_neither_written_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("sft_lightning.training.checkpoint.files.rank_zero_info", said.append)
+    writer = AtomicCheckpointIO()
+    writer.save_checkpoint(checkpoint(1, 1.0), tmp_path / "step=1.ckpt")
+    writer.save_checkpoint(checkpoint(2, 1.0, losses=2), tmp_path / "step=2.ckpt")
+    writer.remove_checkpoint(tmp_path / "step=1.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step=1.ckpt"]
+    assert "in the last 2 optimizer steps; the newest finite checkpoint is " in said[0]
+    writer.save_checkpoint(checkpoint(3, 1.0), tmp_path / "step=3.ckpt")
+    writer.remove_checkpoint(tmp_path / "step=1.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["step=3.ckpt"]
+    assert NONFINITE_LOSSES not in torch.load(tmp_path / "step=3.ckpt")
