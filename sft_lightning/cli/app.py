@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
-from sft_lightning.cli.arguments import GivenArguments
+from sft_lightning.cli.arguments import GivenArguments, first_given
 from sft_lightning.cli.parsing import CommandParser, clear_message
 from sft_lightning.cli.saved_config import SavedConfig
 from sft_lightning.compat.jsonargparse import is_about_a_value, known_keys
@@ -113,7 +113,7 @@ class SFTCommandLine(CommandLine):
         parser.link_arguments(
             ("model.tokenizer_name_or_path", "model.model_name_or_path"),
             "data.tokenizer_name_or_path",
-            compute_fn=_first_given,
+            compute_fn=first_given,
         )
 
     # --- what is built from them -----------------------------------------------------------------------------------
@@ -190,7 +190,3 @@ def _num_devices(devices: Any) -> int:
         return len(devices)
     known = isinstance(devices, int) or (isinstance(devices, str) and devices.strip().isdecimal())
     return max(int(devices), 1) if known else 1
-
-
-def _first_given(*values: str | None) -> str | None:
-    return next((value for value in values if value is not None), None)

@@ -66,6 +66,15 @@ def asks_for_help(args: Sequence[str]) -> bool:
     return any(arg == "-h" or arg.startswith("--help") for arg in args)
 
 
+def first_given(*values: str | None) -> str | None:
+    """Return the first value that is not `None`.
+
+    It stands here because jsonargparse, which computes one key from others with it, imports everything that its module
+    imports, under `TYPE_CHECKING` too.
+    """
+    return next((value for value in values if value is not None), None)
+
+
 def _options_and_files(args: Sequence[str]) -> Iterator[tuple[str, Any]]:
     for arg, following in zip_longest(args, args[1:], fillvalue=""):
         option, has_value, value = arg.partition("=")
