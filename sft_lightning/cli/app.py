@@ -174,7 +174,8 @@ class SFTCommandLine(CommandLine):
             config_files=self.setting(self.config, "config"),
             ckpt_path=self.setting(self.config, "ckpt_path"),
         )
-        self.config_init[self.subcommand]["ckpt_path"] = checkpoint
+        if self.runs_trainer:  # else there is no subcommand, and no key: selftest
+            self.config_init[self.subcommand]["ckpt_path"] = checkpoint
         # For config.yaml, which continues the run.
         self.setting(self.config, "trainer")["default_root_dir"] = config["default_root_dir"]
         trainer = super().instantiate_trainer(**kwargs)
