@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 
 from sft_lightning.__main__ import main
 from sft_lightning.models.attention.packed import PACKED, packed_attention
-from sft_lightning.training import checkpoint
+from sft_lightning.training.checkpoint import state
 from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.preference.reference_log_probs import ReferenceLogProbs
 from sft_lightning.training.step import StepShare
@@ -136,7 +136,7 @@ def test_leaking_documents_fail_isolation_and_the_other_checks_still_run(
 def test_random_states_that_are_not_restored_fail_the_resume_check(
     selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "set_random_state", lambda state: None)
+    monkeypatch.setattr(state, "set_random_state", lambda found: None)
     assert selftest("--model.adapter={r: 4, dropout: 0.5}") == 1
     assert lines(capsys)["resume"] == "✗"
 

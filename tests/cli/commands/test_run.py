@@ -63,7 +63,7 @@ def test_ckpt_path_last_in_a_new_folder_starts_from_the_beginning_and_says_so(
     fit_args: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert main(["fit", *fit_args, NO_SAMPLES, "--trainer.max_steps=1", "--ckpt_path=last"]) == 0
-    assert f"--ckpt_path last: {tmp_path / 'run'} has no checkpoint yet" in caplog.text
+    assert f"--ckpt_path last: {tmp_path / 'run' / 'checkpoints'} has no checkpoint yet" in caplog.text
 
 
 def test_ckpt_path_last_without_a_checkpoint_overwrites_nothing(
