@@ -32,13 +32,17 @@ def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 
 @pytest.fixture(autouse=True)
-def _environment_stays() -> Iterator[None]:
-    """Restore the environment after each test: a run in this process leaves its rank there, which later runs read."""
-    before = dict(os.environ)
+def _process_stays() -> Iterator[None]:
+    """Restore what a run in this process leaves behind: its rank in the environment, and ZeRO-3's `F.linear`.
+
+    Later runs would read that rank, and that function keeps the input of every frozen layer.
+    """
+    environment, linear = dict(os.environ), torch.nn.functional.linear
     yield
-    if os.environ != before:
+    torch.nn.functional.linear = linear
+    if os.environ != environment:
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(environment)
 
 
 TEXTS = [
