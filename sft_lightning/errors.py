@@ -58,6 +58,16 @@ def shortened(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def few(names: Sequence[str], limit: int = 3) -> str:
+    """Return the first names for a message, and `…` in place of the others.
+
+    Args:
+        names: Any names.
+        limit: The most names to return.
+    """
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+
+
 @contextmanager
 def clear_load_errors(
     key: str, what: str, name_or_path: str, files: Sequence[str] = (), also: tuple[type[Exception], ...] = ()
@@ -98,5 +108,4 @@ def _article(noun: str) -> str:
 
 
 def _listing(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
+    return few(sorted(path.name for path in folder.iterdir()), 8) or "nothing"

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from sft_lightning.models.export.target import replaced_file
+
 
 class SavedConfig(SaveConfigCallback):
     """Write the run's configuration to `config.yaml` in the run folder when training starts.
@@ -48,10 +50,5 @@ def write_config(file: Path, content: str) -> None:
             return
         numbered = (file.with_name(f"{file.stem}.{number}{file.suffix}") for number in count(1))
         os.link(file, next(path for path in numbered if not path.exists()))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.new")
-    with temporary.open("w", encoding="utf-8") as opened:
-        opened.write(content)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)
+    with replaced_file(file) as opened:
+        opened.write(content.encode("utf-8"))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sft_lightning.data.sources.files import READERS, file_type
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, few
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _matching(folder: Path, files: Sequence[Path], glob: str, key: str) -> list[
     matching = set(folder.rglob(glob))
     if not matching.intersection(files):
         raise UserError(
-            f"{key}.glob: {glob!r} matches no data file in {str(folder)!r}, which has {_few(folder, files)}"
+            f"{key}.glob: {glob!r} matches no data file in {str(folder)!r}, which has {_names(folder, files)}"
         )
     return [path for path in files if path in matching]
 
@@ -68,7 +68,7 @@ def _of_split(folder: Path, files: Sequence[Path], split: str, key: str) -> list
     if not named:
         raise UserError(
             f"{key}.split: {str(folder)!r} contains no file or subfolder named {split!r}; it contains: "
-            f"{_few(folder, files)}"
+            f"{_names(folder, files)}"
         )
     return named
 
@@ -101,6 +101,5 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _few(folder: Path, files: Sequence[Path]) -> str:
-    names = [str(path.relative_to(folder)) for path in files]
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+def _names(folder: Path, files: Sequence[Path]) -> str:
+    return few([str(path.relative_to(folder)) for path in files], 8)

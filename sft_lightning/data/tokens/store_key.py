@@ -25,6 +25,7 @@ from sft_lightning.data.sources.source import SourceConfig, is_saved_dataset, lo
 from sft_lightning.data.templates.jinja import JinjaTemplate
 from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.store import hash_file
+from sft_lightning.errors import few
 
 TOKENIZATION_VERSION = 1
 """Raise it with every change of this package that changes the tokens or loss weights of a record.
@@ -129,7 +130,7 @@ def _data_difference(old: Sequence[str], new: Sequence[str], old_paths: Sequence
     if len(old) != len(new) or len(new) != len(new_paths):  # a data set of `datasets`, in files of its own
         return "data changed"
     files = [path for path, was, is_ in zip(new_paths, old, new, strict=True) if was != is_]
-    return f"data changed: {', '.join(files[:3])}{', …' if len(files) > 3 else ''}"
+    return f"data changed: {few(files)}"
 
 
 def _changes(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> list[tuple[str, Any, Any]]:

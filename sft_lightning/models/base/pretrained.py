@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, few
 
 _KEY = "model.model_name_or_path"
 
@@ -35,7 +35,7 @@ def load_pretrained(name_or_path: str, **options: Any) -> PreTrainedModel:
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"{_KEY}: the files of {name_or_path!r} lack {len(missing)} weights of the model ({_few(missing)}), which "
+            f"{_KEY}: the files of {name_or_path!r} lack {len(missing)} weights of the model ({few(missing)}), which "
             "would be random; download the model again, or name another"
         )
     mismatched = sorted(report["mismatched_keys"], key=str)
@@ -46,7 +46,3 @@ def load_pretrained(name_or_path: str, **options: Any) -> PreTrainedModel:
             f"{tuple(expected)}; use the config.json that belongs to the weights"
         )
     return model
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

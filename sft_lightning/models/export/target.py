@@ -1,13 +1,14 @@
-"""The folder that an export or a merge writes: as a whole or not at all, and never over what it did not write."""
+"""Files and folders that are written as a whole or not at all, and never over what a command did not write."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sft_lightning.errors import UserError
 
@@ -66,6 +67,24 @@ def is_export_of(folder: Path, optimizer_steps: int) -> bool:
 
 def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+
+
+@contextmanager
+def replaced_file(file: Path) -> Iterator[IO[bytes]]:
+    """Yield an empty temporary file, which gets the name of `file` when the block ends and all of it is on the disk.
+
+    After an error in the block, `file` is unchanged, and the temporary file, `.<name>.<pid>.tmp`, is deleted.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_target(folder: Path, *, option: str, written_by: str, inputs: Iterable[Path], overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 import zlib
@@ -15,6 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from sft_lightning.errors import UserError
+from sft_lightning.models.export.target import replaced_file
 from sft_lightning.models.inspection import nonfinite_names
 
 NONFINITE_LOSSES = "nonfinite_losses"
@@ -110,18 +110,10 @@ def _is_finite(path: Path) -> bool:
 
 def _write_atomically(checkpoint: dict[str, Any], target: Path) -> None:
     """Give a file its name only when all of it is on the disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_process in target.parent.glob(".*.ckpt.*.tmp"):
         left_by_a_killed_process.unlink(missing_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(target) as file:
+        torch.save(checkpoint, file)
 
 
 def damage_of(path: Path) -> str | None:

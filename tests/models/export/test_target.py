@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.export.target import MANIFEST, check_target, is_export_of, mend_folders, replaced_folder
+from sft_lightning.models.export.target import (
+    MANIFEST,
+    check_target,
+    is_export_of,
+    mend_folders,
+    replaced_file,
+    replaced_folder,
+)
 
 
 def check(folder: Path, *inputs: Path, overwrite: bool = False) -> None:
@@ -97,3 +104,14 @@ def test_an_export_is_known_by_the_steps_in_its_manifest(tmp_path: Path) -> None
     (tmp_path / "adapter_model.safetensors").touch()
     assert is_export_of(tmp_path, 8)
     assert not is_export_of(tmp_path, 9)
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "a.txt"
+    with replaced_file(file) as opened:
+        opened.write(b"first")
+        assert not file.exists()
+    with pytest.raises(TypeError), replaced_file(file) as opened:
+        opened.write("half")  # type: ignore[arg-type]
+    assert [each.name for each in file.parent.iterdir()] == ["a.txt"]
+    assert file.read_bytes() == b"first"
