@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sft_lightning import __version__
+from sft_lightning.checks import CheckError
 from sft_lightning.errors import UserError, did_you_mean
 
 _DISTRIBUTED = ("fit", "validate", "test", "predict", "prepare")
@@ -56,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args[0]
     if name not in commands:
         near = did_you_mean(name, commands)
-        return _user_error(f"unknown command {name!r}.{near} Commands: {', '.join(commands)}.")
+        return _error(f"unknown command {name!r}.{near} Commands: {', '.join(commands)}.")
     rank, world_size = _rank_and_world_size()
     if world_size > 1 and name not in _DISTRIBUTED:
         # Rank 0 reports it. The others succeed silently: if they failed first, the launcher would kill rank 0.
         return (
             0
             if rank
-            else _user_error(
+            else _error(
                 f"{name}: runs in one process, but a launcher started {world_size} processes; run it "
                 f"without the launcher: python -m sft_lightning {name} ..."
             )
@@ -123,10 +124,10 @@ def _run(command: Command, args: list[str]) -> int:
     _let_allocations_grow()
     try:
         getattr(importlib.import_module(f"sft_lightning.cli.commands.{command.module}"), command.function)(args)
-    except UserError as error:
+    except (UserError, CheckError) as error:
         if debug:
             traceback.print_exc()
-        return _user_error(str(error))
+        return _error(str(error), status=2 if isinstance(error, UserError) else 1)
     return 0
 
 
@@ -145,9 +146,9 @@ def _help(commands: Mapping[str, Command]) -> str:
     return "\n".join([USAGE, "", "Fine-tune causal language models.", "", "commands:", *lines, HELP])
 
 
-def _user_error(message: str) -> int:
+def _error(message: str, status: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from sft_lightning.checks import Check
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Packing
-from sft_lightning.selftest.checks import Check
 from sft_lightning.selftest.checks.export import check_export
 from sft_lightning.selftest.checks.gradients import GradientSession, check_gradients, check_packed_gradient
 from sft_lightning.selftest.checks.isolation import check_isolation

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from torch.optim import Optimizer
@@ -15,13 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from sft_lightning.batch import Batch
+from sft_lightning.checks import CheckLog
 from sft_lightning.compat.bitsandbytes import store_4bit_as_bytes
 from sft_lightning.compat.lightning.loops import is_accumulating, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout
-from sft_lightning.models.adapters.config import AdapterConfig
-from sft_lightning.models.adapters.trainable import trainable_base_names
 from sft_lightning.models.assembly import assemble_model, copies_weights
 from sft_lightning.models.generation.generate import generate
 from sft_lightning.models.head.sharded import ShardedHead
@@ -32,10 +31,11 @@ from sft_lightning.strategies.services import ModuleServices, services_of
 from sft_lightning.training import startup
 from sft_lightning.training.checkpoint import state
 from sft_lightning.training.checkpoint.files import NONFINITE_LOSSES
+from sft_lightning.training.checks.run_checks import RunChecks
 from sft_lightning.training.forward import find_any_head, token_loss_sums
 from sft_lightning.training.losses import LossSums
 from sft_lightning.training.objective import NextToken, Objective
-from sft_lightning.training.optim import build_optimizer, check_float16, clip_gradients, lr_factor, parameter_groups
+from sft_lightning.training.optim import build_optimizer, check_float16, clip_gradients, lr_factor
 from sft_lightning.training.preference.objective import PreferenceObjective
 from sft_lightning.training.spec import PreferenceSpec, TrainingSpec
 from sft_lightning.training.step import LossScale, NonfiniteLosses, StepSums
@@ -60,6 +60,9 @@ class CausalLMModule(LightningModule):
 
         self.step = StepSums()
         """The optimizer step under way."""
+
+        self.checks = CheckLog()
+        """What was checked in this run."""
 
         self._nonfinite_losses = NonfiniteLosses(spec.max_nonfinite_losses)
         self._loss_scale = LossScale()
@@ -113,6 +116,10 @@ class CausalLMModule(LightningModule):
     def data(self) -> SFTDataModule:
         """The data module of the run, which has the tokenizer and the plan; any other kind is a `UserError`."""
         return startup.datamodule_of(self.trainer)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Return the checks of the run; no setting removes them."""
+        return [RunChecks()]
 
     def on_fit_start(self) -> None:
         """Check packing isolation, name the kernel of the attention, and decide how the layers run."""
@@ -207,13 +214,7 @@ class CausalLMModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
         self.layout = startup.decide_layout(self)
-        adapter = self.spec.adapter or AdapterConfig()
-        groups = parameter_groups(
-            self.language_model.named_parameters(),
-            base_names=trainable_base_names(self.language_model),
-            base_lr=adapter.base_lr,
-            lora_plus_ratio=adapter.lora_plus_ratio,
-        )
+        groups = startup.optimizer_groups(self)
         optimizer = self._services.prepare_optimizer(build_optimizer(self.spec.optimizer, groups))
         if not self._services.manages_gradients:
             check_float16(optimizer, scales_loss=self._scaler is not None)
@@ -223,14 +224,12 @@ class CausalLMModule(LightningModule):
 
     # --- evaluation ------------------------------------------------------------------------------------------------
 
+    def on_test_start(self) -> None:
+        """Check packing isolation."""
+        self.on_validation_start()
+
     def on_validation_start(self) -> None:
         """Check packing isolation, unless training has done so."""
-        self._prepare_evaluation()
-
-    def on_test_start(self) -> None:
-        self._prepare_evaluation()
-
-    def _prepare_evaluation(self) -> None:
         if self.trainer.state.fn == "fit":
             return
         startup.check_attention(self, packs=self.data.layout.packing != "none")

@@ -12,6 +12,8 @@ from sft_lightning.data.batches.row_order import row_order_error
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.trainable import trainable_base_names
 from sft_lightning.models.attention.flash_versions import share_heads, use_newest_version
 from sft_lightning.models.attention.isolation import describe_leak, measure_isolation, run_once, verify_isolation
 from sft_lightning.models.attention.packed import PACKED
@@ -25,6 +27,7 @@ from sft_lightning.strategies.registry import sharding_of
 from sft_lightning.training.forward import inputs_of_rows
 from sft_lightning.training.memory.decision import RecomputationDecision, check_recomputation, given_recomputation
 from sft_lightning.training.memory.run_decision import decide_for_run
+from sft_lightning.training.optim import parameter_groups
 
 if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
@@ -95,6 +98,17 @@ def choose_packing(module: CausalLMModule) -> tuple[Literal["best_fit", "none"],
     if not found.verified:
         return "none", describe_leak(model, found)
     return "best_fit", "packed documents do not see each other"
+
+
+def optimizer_groups(module: CausalLMModule) -> list[dict[str, Any]]:
+    """Return the parameter groups of the optimizer, with the learning rates that the adapter asks for."""
+    model, adapter = module.language_model, module.spec.adapter or AdapterConfig()
+    return parameter_groups(
+        model.named_parameters(),
+        base_names=trainable_base_names(model),
+        base_lr=adapter.base_lr,
+        lora_plus_ratio=adapter.lora_plus_ratio,
+    )
 
 
 def check_attention(module: CausalLMModule, *, packs: bool) -> None:

@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from sft_lightning.checks import Check, within
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.models.adapters.quantized import keep_input_dtype
 from sft_lightning.models.assembly import load_base, resize_vocabulary
 from sft_lightning.models.attention.packed import PACKED
 from sft_lightning.models.export.write import export_adapter, export_model
-from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.evaluation import Evaluation, batch_of, documents_of_row, evaluate
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.training.module import CausalLMModule

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from sft_lightning.checks import Check, within
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.models.inspection import base_model
-from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.short_runs import Run, Runner
 from sft_lightning.selftest.small_data import SmallData
 from sft_lightning.training.module import CausalLMModule

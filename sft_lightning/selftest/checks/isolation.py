@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sft_lightning.checks import Check, within
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.isolation import describe_leak, measure_isolation
 from sft_lightning.models.attention.packed import PACKED
-from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.evaluation import documents_of_row, loss_sums
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.selftest.small_data import SmallData

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 
+from sft_lightning.checks import Check
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import read_records
 from sft_lightning.data.tokens.example_checks import check_examples
@@ -12,7 +13,6 @@ from sft_lightning.data.tokens.examples import RenderedRecord
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize
 from sft_lightning.errors import UserError
-from sft_lightning.selftest.checks import Check
 from sft_lightning.types import Segment
 from sft_lightning.views.highlight import show_tokens
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from sft_lightning.checks import Check, within
 from sft_lightning.data.pairs.collate import collate_pairs
 from sft_lightning.data.pairs.store import PairExample
 from sft_lightning.models.inspection import evaluating
-from sft_lightning.selftest.checks import Check, within
 from sft_lightning.selftest.short_runs import Run
 from sft_lightning.selftest.small_data import SmallData
 from sft_lightning.training.preference.forward import answer_log_probs

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import xxhash
 
+from sft_lightning.checks import Check
 from sft_lightning.data.plan.epoch_plan import Packing
-from sft_lightning.selftest.checks import Check
 from sft_lightning.selftest.short_runs import Run, Runner
 from sft_lightning.selftest.small_data import SmallData
 from sft_lightning.training.checkpoint.state import trainable_state

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sft_lightning.__main__ import main
-from sft_lightning.selftest.checks import Check
+from sft_lightning.checks import Check
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
+from sft_lightning.checks import Check
 from sft_lightning.models.attention.packed import PACKED, packed_attention
-from sft_lightning.selftest.checks import Check, isolation
+from sft_lightning.selftest.checks import isolation
 from sft_lightning.selftest.short_runs import Run
 
 
