@@ -35,3 +35,11 @@ def test_a_check_that_is_made_again_keeps_its_latest_outcome_and_adds_up_its_tim
     log.note(Check("rows", True, "2 batches", seconds=0.5))
     assert [check["name"] for check in log.as_dicts()] == ["rows", "loss"]
     assert log.checks[0] == Check("rows", True, "2 batches", seconds=1.5, times=2)
+
+
+def test_a_check_that_fails_in_another_process_stops_this_one_with_the_same_message() -> None:
+    log = CheckLog()
+    log.exchange = lambda check: [check, Check(check.name, False, "of rank 1")]
+    with pytest.raises(CheckError, match="check failed: loss: of rank 1"):
+        log.note(Check("loss", True, "of rank 0"))
+    assert log.checks[0].passed is False

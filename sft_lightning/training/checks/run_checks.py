@@ -1,27 +1,78 @@
-"""When the checks of a run are made. Each hook calls a function beside it, and notes its outcome in `module.checks`."""
+"""When the checks of a run are made: Lightning's hooks, passed on to each check."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
 from sft_lightning.checks import Check
+from sft_lightning.training.checks.hooks import RunCheck
+from sft_lightning.training.checks.model.modes import TrainingMode
 
-if TYPE_CHECKING:
-    from sft_lightning.training.module import CausalLMModule
+CHECKS: tuple[type[RunCheck], ...] = (TrainingMode,)
+"""The checks of a training run, in the order in which they are made; each is in a module beside this one."""
+
+
+def outcomes_of_processes(check: Check) -> list[Check]:
+    """Return the outcomes that all processes have of one check, in the order of their ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [check]
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, check)
+    return outcomes
 
 
 class RunChecks(Callback):
     """Make the checks of a training run. The module brings it with it, so that no configuration is without it."""
 
+    def __init__(self) -> None:
+        self._checks = [check() for check in CHECKS]
+
+    def _of(self, trainer: Trainer) -> Iterator[RunCheck]:
+        """Yield the checks if the run trains; `validate` and `test` have none."""
+        if trainer.state.fn == "fit":
+            yield from self._checks
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        pl_module.checks.exchange = outcomes_of_processes
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        for check in self._of(trainer):
+            check.on_fit_start(pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Check how the model trains, after everything else is set up and before the first micro-batch."""
-        module: CausalLMModule = pl_module
-        module.checks.run(lambda: _training_mode(module))
+        for check in self._of(trainer):
+            check.on_train_start(pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for check in self._of(trainer):
+            check.on_train_batch_start(pl_module, batch, batch_idx)
 
-def _training_mode(module: CausalLMModule) -> Check:
-    evaluating = [name for name, part in module.language_model.named_modules() if not part.training]
-    figure = f"{len(evaluating)} parts in evaluation mode{f': {evaluating[0]} …' if evaluating else ''}"
-    return Check("training mode", not evaluating, figure)
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        for check in self._of(trainer):
+            check.on_before_optimizer_step(pl_module, optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for check in self._of(trainer):
+            check.on_train_batch_end(pl_module, batch, batch_idx)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        for check in self._of(trainer):
+            check.on_validation_start(pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        for check in self._of(trainer):
+            check.on_validation_batch_end(pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        for check in self._of(trainer):
+            check.on_validation_end(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        for check in self._of(trainer):
+            check.on_train_end(pl_module)

@@ -1,0 +1,81 @@
+"""What a check of a run is: hooks that the run calls at the moments at which there is something to look at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from sft_lightning.training.module import CausalLMModule
+
+
+class RunCheck:
+    """A check of a training run, and what it keeps between its hooks; it overrides the hooks that it needs.
+
+    A hook notes its outcomes with `module.checks.run` or `module.checks.note`, which stop the run when a check fails.
+    Both exchange the outcome among all processes, so that all of them stop, and wait for the device. Therefore every
+    process has to note the same checks in the same hooks, and between the start and the end only at logging points
+    (`is_logging_point`). No check may draw from a random generator or leave a gradient.
+    """
+
+    def on_fit_start(self, module: CausalLMModule) -> None:
+        """Look at the loaded model before its layers are recomputed or compiled."""
+
+    def on_train_start(self, module: CausalLMModule) -> None:
+        """Look at the model as it trains: set up, restored from a checkpoint, with its optimizer."""
+
+    def on_train_batch_start(self, module: CausalLMModule, batch: Any, index: int) -> None:
+        """Look at a micro-batch before it is trained on.
+
+        Args:
+            module: The module of the run.
+            batch: The micro-batch, on its device.
+            index: Its number in the epoch, from 0.
+        """
+
+    def on_before_optimizer_step(self, module: CausalLMModule, optimizer: Optimizer) -> None:
+        """Look at the accumulated gradients, before they are clipped.
+
+        Args:
+            module: The module of the run.
+            optimizer: The optimizer that is about to take a step.
+        """
+
+    def on_train_batch_end(self, module: CausalLMModule, batch: Any, index: int) -> None:
+        """Look at what a micro-batch has changed; the last one of an optimizer step includes the update.
+
+        Args:
+            module: The module of the run.
+            batch: The micro-batch, on its device.
+            index: Its number in the epoch, from 0.
+        """
+
+    def on_validation_start(self, module: CausalLMModule) -> None:
+        """Look at the model before a validation within the training, the one before the first step included."""
+
+    def on_validation_batch_end(self, module: CausalLMModule, batch: Any, index: int, source: int) -> None:
+        """Look at a micro-batch that was validated on.
+
+        Args:
+            module: The module of the run.
+            batch: The micro-batch, on its device.
+            index: Its number among those of its source, from 0.
+            source: Number of the source, from 0.
+        """
+
+    def on_validation_end(self, module: CausalLMModule) -> None:
+        """Look at the model after a validation."""
+
+    def on_train_end(self, module: CausalLMModule) -> None:
+        """Look at what the training has come to; not called when the run fails or is interrupted."""
+
+
+def is_logging_point(module: CausalLMModule) -> bool:
+    """Whether the optimizer step that was just completed is logged, so that the device is waited for anyway.
+
+    Args:
+        module: The module of the run.
+    """
+    every: int = getattr(module.trainer, "log_every_n_steps", 0) or 0
+    return module.trainer.global_step == 1 or bool(every and module.trainer.global_step % every == 0)

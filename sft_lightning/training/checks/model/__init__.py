@@ -1,0 +1,1 @@
+"""Checks on the model of the run."""
