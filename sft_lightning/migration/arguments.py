@@ -32,16 +32,19 @@ def read_options(args: Sequence[str]) -> GivenOptions:
     """Return the options of a shell script, a JSON file or a command.
 
     Args:
-        args: What follows the system's name: a file, a command in one word, or the words of a command.
+        args: What follows the system's name: a script with its own arguments, a JSON file, a command in one word, or
+            the words of a command.
 
     Raises:
         UserError: If `args` is empty, or if it is neither a readable file nor a command.
     """
     if not args:
         raise UserError("migrate: after the name of the system, give a shell script, a JSON file or a command")
+    path = Path(args[0]).expanduser()
+    if path.suffix == ".sh" and path.is_file():
+        return _from_words(training_words(path.read_text(encoding="utf-8"), str(path), args[1:]), path.parent)
     if len(args) > 1:
         return _from_words(list(args), Path())
-    path = Path(args[0]).expanduser()
     if path.is_file():
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":

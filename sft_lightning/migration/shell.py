@@ -1,27 +1,31 @@
 """Find the training command in a shell script and split it into words. Nothing is executed.
 
-The parser supports comments, continued lines, `NAME=value`, `$NAME`, `${NAME}`, `${NAME:-default}`, and the
-`if [ "$NAME" == "" ]` with which scripts set defaults of their arguments. Everything else is taken literally. `shlex`
-would not do: it forgets which words were in single quotes, where a shell does not expand variables.
+The parser supports comments, continued lines, `NAME=value`, `$NAME`, `${NAME}`, `${NAME:-default}`, `$1` where the
+script's arguments are given, `if [ "$NAME" == "value" ]` with `else`, and a command in a variable
+(`cmd="deepspeed …"`). Everything else is taken literally. `shlex` would not do: it forgets which words were in single
+quotes, where a shell does not expand variables.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from sft_lightning.errors import UserError
 
 _ASSIGNMENT = re.compile(r"^(?:export\s+|local\s+)?([A-Za-z_]\w*)=(.*)$")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
-_EMPTY_TEST = re.compile(r"""^if\s+\[+\s+(?:-z\s+"?\$\{?(\w+)\}?"?|"?\$\{?(\w+)\}?"?\s+==?\s+"")\s+\]""")
+_TEST = re.compile(
+    r"""^if\s+\[+\s+(?:-(?P<unary>[zn])\s+)?"?(?P<left>\$\{?\w+\}?)"?"""
+    r"""(?:\s+(?P<compare>==?|!=)\s+(?P<right>"[^"]*"|'[^']*'|[^\s\]]+))?\s+\]"""
+)
 _PROGRAM = re.compile(r"(^|/)[\w.-]+\.py$")
 _ENDS = re.compile(r"^(\d?>|&>|>>|<|\||;|&)")
 _PIECE = re.compile(r"""[^\s"'\\]+|\\.|"[^"]*"|'[^']*'""")
 _WORD = re.compile(rf"(?:{_PIECE.pattern})+")
 
 
-def training_words(script: str, where: str) -> list[str]:
+def training_words(script: str, where: str, arguments: Sequence[str] = ()) -> list[str]:
     """Return the words of the last command in a script that runs a Python file with options.
 
     Variables are expanded; one that the script does not set stays `$NAME`.
@@ -29,28 +33,57 @@ def training_words(script: str, where: str) -> list[str]:
     Args:
         script: Text of the script.
         where: Path of the script, for messages.
+        arguments: The script's own arguments, `$1` and following.
 
     Raises:
         UserError: If there is no such command, or if a quote is not closed.
     """
-    variables: dict[str, str] = {}
+    variables = {str(number): value for number, value in enumerate(arguments, start=1)}
     words: list[str] = []
-    skipping = False
+    branches = _Branches()
     for line in _logical_lines(script):
-        test = _EMPTY_TEST.match(line)
-        if test:
-            skipping = bool(variables.get(test[1] or test[2], ""))
-        elif re.match(r"^(fi|else)\b", line):
-            skipping = False
-        assignment = _ASSIGNMENT.match(line.removeprefix("then ").strip())
-        if assignment and not re.search(r"\.py\s", line):
-            if not skipping:
-                variables[assignment[1]] = _expanded(_unquoted(assignment[2]), variables)
+        assignment = _ASSIGNMENT.match(line.removeprefix("then ").removeprefix("else ").strip())
+        if not branches.runs(line, variables):
+            if assignment:
+                variables.setdefault(assignment[1], "")  # the script sets it, but not with these arguments
+        elif assignment and not re.search(r"\.py\s", line):
+            variables[assignment[1]] = _expanded(_unquoted(assignment[2]), variables)
         elif re.search(r"\.py(\s|$)", line):
-            words = command_words(line, where, variables) or words
+            command = _unquoted(assignment[2]) if assignment and assignment[2][:1] in "\"'" else line
+            words = command_words(command, where, variables) or words
     if not words:
         raise UserError(f"{where}: no command runs a Python file with options; give the command itself")
     return words
+
+
+class _Branches:
+    """The `if`s that are open at a line of a script."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[bool, bool]] = []  # whether its lines here are run, and whether a branch was run before
+
+    def runs(self, line: str, variables: Mapping[str, str]) -> bool:
+        """Return whether a line is run; the line may open, change or close an `if`."""
+        if line.startswith("if "):
+            self._open.append((_holds(line, variables), False))
+        elif self._open and (other := re.match(r"^(else|elif)\b", line)):
+            taken = any(self._open.pop())
+            self._open.append((not taken and (other[1] == "else" or _holds(line[2:], variables)), taken))
+        elif self._open and re.match(r"^fi\b", line):
+            self._open.pop()
+        return all(running for running, _ in self._open)
+
+
+def _holds(line: str, variables: Mapping[str, str]) -> bool:
+    """Return the outcome of `if [ … ]`; a test that is not understood counts as true."""
+    test = _TEST.match(line)
+    if test is None:
+        return True
+    name = test["left"].strip("${}")
+    value = variables.get(name, "")
+    if test["compare"] is None:
+        return (value == "") if test["unary"] == "z" else value != ""
+    return (value == _expanded(_unquoted(test["right"]), variables)) == (test["compare"] != "!=")
 
 
 def command_words(command: str, where: str, variables: Mapping[str, str] | None = None) -> list[str]:

@@ -11,7 +11,7 @@ _INTRODUCTION = """\
 # Migrating
 
 ```bash
-python -m sft_lightning migrate SYSTEM train.sh > mine.yaml      # a shell script
+python -m sft_lightning migrate SYSTEM train.sh > mine.yaml      # a shell script; its own arguments may follow
 python -m sft_lightning migrate SYSTEM args.json > mine.yaml     # a JSON file of options
 python -m sft_lightning migrate SYSTEM deepspeed train_lora.py --lora_r 8 … > mine.yaml   # the command itself
 python -m sft_lightning fit --config mine.yaml
@@ -21,6 +21,8 @@ SYSTEM is {names}.
 
 Nothing is executed: `migrate` reads the script and expands the variables that it sets. Options that are not migrated
 follow the YAML as comments, each with the reason. Where a default of the system differs from ours, it is written out.
+A DeepSpeed JSON that exists is used as it is (`DeepSpeedZeRO` with `config:`); its scheduler overrides the command's,
+as under the Hugging Face Trainer. DeepSpeed-Chat's `run_prompt.sh` becomes a `compare` command.
 
 The loss differs from these systems in two ways: the loss of an optimizer step is divided by the number of its
 supervised tokens, so that every token has the same weight, and masks are exact. `data.packing: none` in the result

@@ -69,7 +69,7 @@ TRAINING_ARGUMENTS: tuple[Option, ...] = (
         "trainer.logger (WandbLogger.name)",
         "only with wandb; otherwise trainer.default_root_dir names a run",
     ),
-    combined("deepspeed", "trainer.strategy", "stage and offloading from the file, or from its name"),
+    combined("deepspeed", "trainer.strategy", "the JSON itself; if it does not exist, the stage in its name"),
     combined("fsdp", "trainer.strategy", "full_shard: fsdp2; with offload: fsdp2_offload"),
     omitted("fsdp_config", "fsdp2 does not need it"),
     omitted("fsdp_transformer_layer_cls_to_wrap", "the decoder layers are found automatically"),
@@ -214,9 +214,8 @@ def _callbacks(options: Options, draft: Draft) -> None:
 def _validation(options: Options, draft: Draft) -> list[dict[str, Any]]:
     when = options.text("evaluation_strategy") or options.text("eval_strategy") or "no"
     if not {"data.val_sources", "data.val_fraction"} & draft.values.keys():
-        if when != "no":
-            written = "evaluation_strategy" if options.has("evaluation_strategy") else "eval_strategy"
-            draft.omit(options.as_written(written), "there is no validation data; set data.val_sources")
+        for name in filter(options.has, ("evaluation_strategy", "eval_strategy", "eval_steps") if when != "no" else ()):
+            draft.omit(options.as_written(name), "there is no validation data; set data.val_sources")
         return []
     init: dict[str, Any] = {}
     if when == "steps":

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,17 @@ def test_the_launcher_sets_devices_and_nodes() -> None:
     launcher = {"nproc_per_node": ["8"], "nnodes": ["2"], "master_port": ["1"]}
     devices(Options(GivenOptions({}, launcher), (), draft), draft)
     assert draft.values == {"trainer.devices": 8, "trainer.num_nodes": 2}
+    assert [option for option, _ in draft.omitted] == ["--master_port 1"]
+
+
+def test_the_gpus_of_one_node_are_named_and_hosts_are_not_migrated() -> None:
+    draft = translated(GivenOptions({}, {"include": ["localhost:0,2"], "hostfile": ["hosts"]}))
+    assert draft.values == {"trainer.devices": [0, 2]}
+    assert draft.omitted == [
+        ("--hostfile hosts", "set trainer.num_nodes, and start the command on each node with torchrun")
+    ]
+    two_nodes = translated(GivenOptions({}, {"include": ["a:0@b:1"]}))
+    assert [option for option, _ in two_nodes.omitted] == ["--include a:0@b:1"]
 
 
 def test_a_count_that_is_not_a_number_is_not_migrated() -> None:
@@ -40,12 +52,38 @@ def test_a_zero_stage_has_a_strategy(stage: int, offload: bool, name: str | None
     assert stage_name(stage, offload=offload) == name
 
 
-def test_stage_and_offloading_come_from_the_file(tmp_path: Path) -> None:
+def test_a_deepspeed_json_is_used_as_it_is(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}))
     draft = translated(GivenOptions({"deepspeed": [str(file)]}))
-    assert draft.values["trainer.strategy"] == "deepspeed_stage_2_offload"
-    assert draft.comments["trainer.strategy"] == "from ds.json"
+    assert draft.values["trainer.strategy"]["init_args"] == {"config": str(file)}
+    eight_bits = translated(GivenOptions({"deepspeed": [str(file)]}), bits=8)
+    assert "trainer.strategy" not in eight_bits.values
+    assert "an 8-bit base cannot be sharded" in eight_bits.omitted[0][1]
+
+
+def scheduled(tmp_path: Path, scheduler: dict[str, Any]) -> Draft:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"scheduler": scheduler}))
+    return translated(GivenOptions({"deepspeed": [str(file)], "lr_scheduler_type": ["cosine"]}))
+
+
+def test_the_scheduler_of_a_deepspeed_json_wins(tmp_path: Path) -> None:
+    params = {"warmup_num_steps": 20, "warmup_type": "linear"}
+    draft = scheduled(tmp_path, {"type": "WarmupDecayLR", "params": params})
+    assert draft.values["model.lr_scheduler.name"] == "linear"
+    assert draft.values["model.lr_scheduler.warmup_steps"] == 20
+    assert [option for option, _ in draft.omitted] == ["--lr_scheduler_type cosine"]
+
+
+def test_a_logarithmic_or_unknown_schedule_of_a_deepspeed_json_is_remarked(tmp_path: Path) -> None:
+    draft = scheduled(tmp_path, {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}})
+    assert draft.values["model.lr_scheduler.name"] == "constant"
+    assert ("warmup_type: log of the DeepSpeed JSON", "the warm-up is linear here") in draft.omitted
+    unknown = scheduled(tmp_path, {"type": "OneCycle"})
+    assert "model.lr_scheduler.name" not in unknown.values
+    assert unknown.omitted[0][0] == "scheduler OneCycle of the DeepSpeed JSON"
+    assert "model.lr_scheduler.name" not in scheduled(tmp_path, {"type": "auto"}).values
 
 
 @pytest.mark.parametrize(
@@ -64,9 +102,12 @@ def test_a_missing_file_without_a_stage_in_its_name_is_not_migrated() -> None:
     assert draft.omitted[0][0] == "--deepspeed config.json"
 
 
-def test_an_invalid_file_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text("{")
-    with pytest.raises(UserError, match=r"ds\.json, line 1, column 2: invalid JSON"):
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", r"ds\.json, line 1, column 2: invalid JSON"), ("[]", "must hold a JSON object")]
+)
+def test_an_invalid_file_is_a_user_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(UserError, match=message):
         translated(GivenOptions({"deepspeed": [str(tmp_path / "ds.json")]}))
 
 

@@ -58,3 +58,27 @@ def test_the_launcher_is_split_from_the_program() -> None:
         ["--x"],
     )
     assert split_launcher(["--x", "1"]) == ([], "", ["--x", "1"])
+
+
+def test_the_branch_of_an_if_that_the_arguments_choose_is_followed() -> None:
+    script = """\
+if [ "$1" == true ]; then
+    A="--offload"
+elif [ $1 != "" ]; then
+    A="--other"
+else
+    A=""
+fi
+if [[ -n "$2" ]]; then
+    B="--b $2"
+fi
+python t.py $A $B
+"""
+    assert training_words(script, "train.sh", ["true", "7"]) == ["python", "t.py", "--offload", "--b", "7"]
+    assert training_words(script, "train.sh", ["x"]) == ["python", "t.py", "--other"]
+    assert training_words(script + "python u.py --x", "train.sh") == ["python", "u.py", "--x"]
+
+
+def test_a_command_in_a_variable_is_read() -> None:
+    script = 'Z=$1\ncmd="deepspeed main.py \\\n  --zero_stage $Z --deepspeed"\necho $cmd\n$cmd &> log\n'
+    assert training_words(script, "train.sh", ["3"]) == ["deepspeed", "main.py", "--zero_stage", "3", "--deepspeed"]

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from sft_lightning.errors import UserError, one_of
 from sft_lightning.migration.arguments import read_options
 from sft_lightning.migration.options import translate
+from sft_lightning.migration.prompt_eval import PROGRAM, compare_command
 from sft_lightning.migration.systems import SYSTEMS
 from sft_lightning.migration.table import document
 
 _USAGE = f"""\
-usage: python -m sft_lightning migrate SYSTEM SCRIPT.sh | ARGS.json | COMMAND ...
+usage: python -m sft_lightning migrate SYSTEM SCRIPT.sh [ITS ARGUMENTS] | ARGS.json | COMMAND ...
        python -m sft_lightning migrate --table
 
 {__doc__}
@@ -34,7 +35,7 @@ def main(args: Sequence[str]) -> None:
 
 
 def migrate(system: str, args: Sequence[str]) -> str:
-    """Return the YAML for the options of a system.
+    """Return the YAML for the options of a system; for DeepSpeed-Chat's `prompt_eval.py`, a `compare` command.
 
     Args:
         system: A key of `SYSTEMS`.
@@ -47,6 +48,8 @@ def migrate(system: str, args: Sequence[str]) -> str:
     given = read_options([*args])
     if not given.options:
         raise UserError(f"migrate {system}: found no options; give the script or the command that trains")
+    if system == "deepspeed_chat" and given.program.endswith(PROGRAM):
+        return compare_command(given)
     draft = translate(chosen, given)
     program = f", {given.program}" if given.program else ""
     return draft.text(

@@ -55,6 +55,10 @@ def _finish(options: Options, draft: Draft) -> None:
     name = stage_name(int(stage), offload=options.flag("offload"))
     if name is not None:
         draft.set("trainer.strategy", name)
+    elif options.flag("offload"):
+        draft.omit(
+            "--offload", "ZeRO stage 0 shards and offloads nothing; set trainer.strategy: deepspeed_stage_2_offload"
+        )
     if options.flag("add_eot_token"):
         draft.set("model.add_special_tokens", options.words("eot_token"))
 
@@ -144,7 +148,7 @@ SYSTEM = System(
         combined("add_eot_token", "model.add_special_tokens"),
         combined("eot_token", "model.add_special_tokens", default="<|endoftext|>"),
         omitted("print_loss", "the loss is logged every trainer.log_every_n_steps"),
-        combined("deepspeed", "trainer.strategy", "the stage comes from zero_stage"),
+        omitted("deepspeed", "the stage comes from zero_stage"),
         omitted("deepspeed_config", "DeepSpeed-Chat ignores it; set trainer.strategy", key="trainer.strategy"),
     ),
     finish=_finish,

@@ -16,6 +16,12 @@ _TEMPLATES = {
 }
 
 
+_ONLY_IN_2_2 = (
+    "adapter", "processor_style", "torch_dtype", "bnb_4bit_use_double_quant", "lora_target_modules", "eval_split_ratio",
+    "lora_target_all_linear_layers", "lora_modules_to_save", "do_merge_lora", "use_flash_attention_2", "model_type",
+)  # fmt: skip
+
+
 def _finish(options: Options, draft: Draft) -> None:
     _template(options, draft)
     set_source(draft, "data.sources", options.text("train_file"), None)
@@ -26,10 +32,14 @@ def _finish(options: Options, draft: Draft) -> None:
         if count is not None and key in draft.values:
             [source] = draft.values[key].values()
             source["max_examples"] = count
-    quantized = _quantization(options, draft)
-    full = options.text("adapter") in ("None", "none")
+        elif count is not None:
+            draft.omit(options.as_written(name), f"there is no file for it; set max_examples of a source in {key}")
+    full = _trains_all_weights(options)
+    quantized = not full and _quantization(options, draft)
     if full:
         draft.drop("model.adapter.")
+        for name in filter(options.flag, ("load_in_4bit", "load_in_8bit")):
+            draft.omit(options.as_written(name), "all weights train, so none is quantized; add --adapter qlora")
     else:
         _targets(options, draft)
     if options.text("model_type") == "seq2seq":
@@ -38,6 +48,12 @@ def _finish(options: Options, draft: Draft) -> None:
     half = (options.text("compute_dtype") or options.text("torch_dtype") or "float16").removeprefix("torch.")
     if not full and half in ("float16", "bfloat16", "float32"):
         draft.set("model.dtype", half, "from --compute_dtype" if options.has("compute_dtype") else "")
+
+
+def _trains_all_weights(options: Options) -> bool:
+    """Whether there is no adapter: version 2.2 adds one only with --adapter, earlier versions always do."""
+    is_2_2 = "cli/" in options.program or any(map(options.has, _ONLY_IN_2_2))
+    return is_2_2 and options.text("adapter") not in ("lora", "qlora")
 
 
 def _template(options: Options, draft: Draft) -> None:
@@ -112,7 +128,7 @@ SYSTEM = System(
         combined("bnb_4bit_use_double_quant", "model.quantization.double_quant"),
         combined("bnb_4bit_quant_type", "model.quantization.quant_type", default="nf4"),
         copied("trust_remote_code", "model.trust_remote_code", "flag"),
-        combined("adapter", "model.adapter", "lora, qlora; None: full fine-tuning"),
+        combined("adapter", "model.adapter", "lora, qlora; version 2.2 without it: full fine-tuning"),
         copied("lora_r", "model.adapter.r", "number", default="8"),
         copied("lora_alpha", "model.adapter.alpha", "number", default="16"),
         copied("lora_dropout", "model.adapter.dropout", "number", default="0.05"),

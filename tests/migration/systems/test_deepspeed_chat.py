@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from sft_lightning.cli.commands.migrate import migrate as command
 
 Migrate = Callable[..., dict[str, Any]]
 Accepted = Callable[[], dict[str, Any]]
@@ -118,3 +122,49 @@ def test_options_outside_the_scripts_are_migrated(migrate: Migrate, accepted: Ac
 def test_a_lora_scope_smaller_than_the_decoder_is_not_migrated(migrate: Migrate) -> None:
     found = migrate("deepspeed_chat", ["main.py", "--lora_dim", "8", "--lora_module_name", "fc1"])
     assert "#   --lora_module_name fc1: set model.adapter.target_modules to a regular expression" in found["text"]
+
+
+SWEEP = """\
+ZERO_STAGE=$1
+OFFLOAD=$2
+LORA=$3
+OUTPUT=$4
+if [ "$OFFLOAD" == true ]; then
+    OFFLOAD="--offload"
+else
+    OFFLOAD=""
+fi
+if [ "$LORA" == true ]; then
+    LORA="--lora_dim 128"
+else
+    LORA=""
+fi
+cmd="deepspeed main.py \\
+   --data_path Dahoas/rm-static --model_name_or_path facebook/opt-1.3b \\
+   --deepspeed --zero_stage $ZERO_STAGE ${OFFLOAD} ${LORA} --output_dir $OUTPUT"
+echo $cmd
+$cmd &> $OUTPUT/training.log
+"""
+"""The form of training_scripts/opt/single_node/sweep/run_single.sh."""
+
+
+def test_a_sweep_script_is_read_with_its_arguments(tmp_path: Path) -> None:
+    (tmp_path / "run_single.sh").write_text(SWEEP)
+
+    def run(*arguments: str) -> dict[str, Any]:
+        migrated: dict[str, Any] = yaml.safe_load(
+            command("deepspeed_chat", [str(tmp_path / "run_single.sh"), *arguments])
+        )
+        return migrated
+
+    whole = run("3", "true", "true", "out")
+    assert whole["trainer"]["strategy"] == "deepspeed_stage_3_offload"
+    assert whole["trainer"]["default_root_dir"] == "out"
+    assert whole["model"]["adapter"]["r"] == 128
+    assert run("2", "false", "false", "out")["trainer"]["strategy"] == "deepspeed_stage_2"
+    assert "adapter" not in run("2", "false", "false", "out")["model"]
+
+
+def test_offloading_at_stage_0_is_remarked(migrate: Migrate) -> None:
+    found = migrate("deepspeed_chat", ["main.py", "--model_name_or_path", "m", "--offload"])
+    assert "#   --offload: ZeRO stage 0 shards and offloads nothing" in found["text"]

@@ -101,13 +101,15 @@ def test_defaults_of_fastchat_are_written_out(migrate: Migrate, accepted: Accept
     assert "max_length: 512  # FastChat's default" in found["text"]
 
 
-def test_stage_and_offloading_come_from_the_deepspeed_file(migrate: Migrate, tmp_path: Path) -> None:
+def test_a_deepspeed_json_is_used_as_it_is(migrate: Migrate, accepted: Accepted, tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}))
     base = ["train_lora.py", "--model_name_or_path", "m", "--deepspeed", str(file)]
-    assert migrate("fastchat", base)["trainer"]["strategy"] == "deepspeed_stage_3_offload"
+    strategy = {"class_path": "sft_lightning.strategies.DeepSpeedZeRO", "init_args": {"config": str(file)}}
+    assert migrate("fastchat", base)["trainer"]["strategy"] == strategy
+    assert accepted()["trainer"]["strategy"]["init_args"]["config"] == str(file)
     quantized = migrate("fastchat", [*base, "--q_lora", "True"])
-    assert quantized["trainer"]["strategy"] == "deepspeed_stage_3_offload"
+    assert quantized["trainer"]["strategy"] == strategy
     assert "the 4-bit base is sharded too" in quantized["text"]
 
 

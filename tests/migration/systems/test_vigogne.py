@@ -80,3 +80,18 @@ def test_no_adapter_means_full_fine_tuning(migrate: Migrate, accepted: Accepted)
     migrate("vigogne", ["train_sft.py", "--adapter", "None", "--train_file", "a.json", "--bf16"])
     assert accepted()["model"]["adapter"] is None
     assert accepted()["model"]["dtype"] == "float32"
+
+
+def test_version_2_2_without_an_adapter_trains_all_weights(migrate: Migrate, accepted: Accepted) -> None:
+    found = migrate("vigogne", ["vigogne/cli/train_sft.py", "--model_name_or_path", "m", "--load_in_8bit"])
+    assert accepted()["model"]["adapter"] is None
+    assert "quantization" not in found["model"]
+    assert "#   --load_in_8bit: all weights train" in found["text"]
+    first = migrate("vigogne", ["vigogne/train/train_sft.py", "--model_name_or_path", "m", "--load_in_8bit"])
+    assert first["model"]["adapter"]["r"] == 8
+    assert first["model"]["quantization"] == {"bits": 8}
+
+
+def test_a_number_of_examples_without_a_file_is_remarked(migrate: Migrate) -> None:
+    found = migrate("vigogne", ["train_sft.py", "--model_name_or_path", "m", "--max_eval_samples", "5"])
+    assert "#   --max_eval_samples 5: there is no file for it" in found["text"]
