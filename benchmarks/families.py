@@ -118,7 +118,9 @@ def run(family: str, mode: str, model: Path, folder: Path) -> Outcome:
     changed = {name for name, p in language_model.named_parameters() if not _same_bytes(p, module.before[name])}
     report = None
     if isinstance(language_model, PeftModel):
-        report = export_adapter(language_model, data.tokenizer, folder / "adapter", {})
+        report = export_adapter(
+            language_model, data.tokenizer, folder / "adapter", {}, stop_token_id=data.stop_token_id
+        )
     return Outcome(
         family=family,
         mode=mode,

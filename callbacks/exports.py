@@ -101,11 +101,13 @@ class AdapterExport(_FinalExport):
 
     @rank_zero_only
     def _export(self, trainer: Trainer, module: CausalLMModule, folder: Path) -> AdapterReport:
-        tokenizer = datamodule_of(trainer).tokenizer
+        data = datamodule_of(trainer)
         manifest = {**run_manifest(trainer, module), **_base_facts(module)}
         precision = trainer.precision_plugin.forward_context
         model: Any = module.language_model
-        report = export_adapter(model, tokenizer, folder, manifest, precision=precision)
+        report = export_adapter(
+            model, data.tokenizer, folder, manifest, stop_token_id=data.stop_token_id, precision=precision
+        )
         if report.zeros:
             rank_zero_info(
                 f"{folder}: {len(report.zeros)} adapter tensors are all zero, so they have not learned anything yet: "
@@ -127,7 +129,8 @@ class ModelExport(_FinalExport):
 
     @rank_zero_only
     def _write(self, trainer: Trainer, module: Any, folder: Path) -> None:
-        export_model(module.language_model, datamodule_of(trainer).tokenizer, folder, run_manifest(trainer, module))
+        data, manifest = datamodule_of(trainer), run_manifest(trainer, module)
+        export_model(module.language_model, data.tokenizer, folder, manifest, stop_token_id=data.stop_token_id)
         rank_zero_info(f"model: {folder} (verified: read again, its values equal the trained weights)")
 
 

@@ -12,6 +12,7 @@ from sft_lightning.merging.meta_checkpoint import write_meta_checkpoint
 from sft_lightning.merging.plan import MergePlan, read_manifest
 from sft_lightning.merging.report import MergeReport, model_card
 from sft_lightning.models.base.weight_files import tensor_names, weight_files
+from sft_lightning.models.export.stopping import generation_config_in, stop_tokens, write_stop_tokens
 from sft_lightning.models.export.target import MANIFEST
 from sft_lightning.tokenizer import has_tokenizer
 
@@ -31,7 +32,7 @@ def load_merged_tokenizer(plan: MergePlan) -> PreTrainedTokenizerBase | None:
 
 
 def write_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Save the tokenizer, and copy the base's generation configuration and code.
+    """Save the tokenizer, and copy the base's code and its generation configuration, with the adapter's stop token.
 
     Args:
         plan: The merge plan.
@@ -44,6 +45,9 @@ def write_companions(plan: MergePlan, folder: Path, tokenizer: PreTrainedTokeniz
     for name in names:
         if (plan.folder / name).is_file() and not (folder / name).exists():
             shutil.copyfile(plan.folder / name, folder / name)
+    trained = generation_config_in(plan.adapters[-1])  # `None` for adapters of other trainers
+    if stop_token_ids := stop_tokens(trained):
+        write_stop_tokens(folder, generation_config_in(folder) or trained, stop_token_ids)
 
 
 def write_manifest_and_card(plan: MergePlan, folder: Path, report: MergeReport) -> None:

@@ -92,7 +92,9 @@ def _assert_merged(base: Path, adapter: Path, merged: Path, tolerance: float = 1
 def _make_quantized_run(base: Path, tokenizer: PreTrainedTokenizerFast, folder: Path, bits: int) -> Path:
     model = load_quantized(str(base), QuantizationConfig(bits=bits), dtype=torch.float32)
     manifest = {"dtype": "float32", "quantization": {"bits": bits, "quant_type": "nf4", "double_quant": True}}
-    export_adapter(_train_a_little(add_adapter(model, AdapterConfig(r=2))), tokenizer, folder, manifest)
+    export_adapter(
+        _train_a_little(add_adapter(model, AdapterConfig(r=2))), tokenizer, folder, manifest, stop_token_id=2
+    )
     return folder
 
 

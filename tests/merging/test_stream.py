@@ -89,7 +89,7 @@ def test_conv1d_layers_with_tied_embeddings_are_merged(
     base = make_base(tmp_path / "base", shape)
     model = AutoModelForCausalLM.from_pretrained(base)
     model = add_adapter(model, config) if isinstance(config, AdapterConfig) else get_peft_model(model, config)
-    export_adapter(train_a_little(model), tokenizer, tmp_path / "adapter", {})
+    export_adapter(train_a_little(model), tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     report = merge_adapters([str(tmp_path / "adapter")], str(tmp_path / "merged"))
     assert (report.whole_model_reason, report.untied) == (None, False)
     assert_merged(base, tmp_path / "adapter", tmp_path / "merged")

@@ -21,6 +21,7 @@ from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.folder import AdapterError
 from sft_lightning.models.base.weight_files import read_tensors, tensor_names, weight_files
 from sft_lightning.models.export.check import export_difference
+from sft_lightning.models.export.stopping import generation_config_of, write_stop_tokens
 from sft_lightning.models.export.target import MANIFEST, replaced_folder
 from sft_lightning.models.inspection import base_model, is_sharded, max_positions, nonfinite_names
 from sft_lightning.models.probing import random_ids
@@ -49,6 +50,7 @@ def export_adapter(
     folder: Path,
     manifest: Mapping[str, Any],
     *,
+    stop_token_id: int,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> AdapterReport:
     """Write an adapter that plain PEFT loads, and verify it.
@@ -61,6 +63,7 @@ def export_adapter(
         tokenizer: Saved beside the weights, chat template included.
         folder: The folder to write; replaced as a whole, or not at all.
         manifest: The run's description, for `run_manifest.json`.
+        stop_token_id: The token that ends an answer, for `generation_config.json`.
         precision: Makes the context of the forward passes, such as autocast.
 
     Raises:
@@ -72,6 +75,7 @@ def export_adapter(
     _check_finite({**live, **beside}, folder)
     with replaced_folder(folder) as target:
         _write_companions(target, tokenizer, manifest)
+        write_stop_tokens(target, generation_config_of(base_model(model)), [stop_token_id])
         # Embeddings are saved when they train (`modules_to_save`); PEFT's "auto" would ask the Hub about the base.
         model.save_pretrained(str(target), save_embedding_layers=False)
         if beside:
@@ -82,7 +86,12 @@ def export_adapter(
 
 
 def export_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, manifest: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    *,
+    stop_token_id: int,
 ) -> None:
     """Write a whole model that `AutoModelForCausalLM.from_pretrained` loads, and verify it.
 
@@ -91,6 +100,7 @@ def export_model(
         tokenizer: Saved beside the weights, chat template included.
         folder: The folder to write; replaced as a whole, or not at all.
         manifest: The run's description, for `run_manifest.json`.
+        stop_token_id: The token that ends an answer, for `generation_config.json`.
 
     Raises:
         UserError: If the trained weights are not finite.
@@ -100,6 +110,7 @@ def export_model(
     with replaced_folder(folder) as target:
         _write_companions(target, tokenizer, manifest)
         model.save_pretrained(target)
+        write_stop_tokens(target, generation_config_of(model), [stop_token_id])  # over the base's own
         _verify_model(target, model)
 
 

@@ -36,12 +36,19 @@ def check_export(run: Run, folder: Path) -> Check:
     module.to(device)
     try:
         if isinstance(model, PeftModel):
-            report = export_adapter(model, data.tokenizer, folder, {"made_by": "selftest"}, precision=precision)
+            report = export_adapter(
+                model,
+                data.tokenizer,
+                folder,
+                {"made_by": "selftest"},
+                stop_token_id=data.stop_token_id,
+                precision=precision,
+            )
             if module.spec.from_config is not None:
                 figure = f"logits under PEFT differ by {report.logit_difference or 0.0:.1e}; not loaded again, because "
                 return Check("export", True, f"{figure}the base (model.from_config) is random at every start")
         else:
-            export_model(model, data.tokenizer, folder, {"made_by": "selftest"})
+            export_model(model, data.tokenizer, folder, {"made_by": "selftest"}, stop_token_id=data.stop_token_id)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

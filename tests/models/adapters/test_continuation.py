@@ -63,7 +63,7 @@ def train_with_base(adapted: Make, tokenizer: PreTrainedTokenizerFast) -> Make:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        export_adapter(model, tokenizer, folder, {})
+        export_adapter(model, tokenizer, folder, {}, stop_token_id=2)
         return model.eval()
 
     return train
@@ -79,7 +79,7 @@ def test_an_adapter_that_trained_with_its_base_is_continued_with_it(
         assert torch.equal(continued(input_ids=IDS).logits, first(input_ids=IDS).logits)
     continued(input_ids=IDS, labels=IDS).loss.backward()
     torch.optim.SGD([p for p in continued.parameters() if p.requires_grad], lr=0.1).step()
-    report = export_adapter(continued, tokenizer, tmp_path / "second", {})
+    report = export_adapter(continued, tokenizer, tmp_path / "second", {}, stop_token_id=2)
     assert "base_model.model.model.norm.weight" in report.base_weights
     again = adapted(path=str(tmp_path / "second"), only_adapter=False).eval()
     with torch.no_grad():

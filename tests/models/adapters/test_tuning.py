@@ -148,7 +148,7 @@ def test_an_exported_adapter_loads_with_plain_peft(
     fresh = logits(model)
     take_steps(model.train(), mode)
     assert isinstance(model, PeftModel)
-    export_adapter(model, tokenizer, tmp_path / "adapter", {})
+    export_adapter(model, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     base = build(Mode(EVERYTHING, None, mode.quantization, dtype=mode.dtype), model_dir)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
     expected = logits(model)
@@ -166,7 +166,7 @@ def test_an_exported_adapter_is_continued_with_the_same_logits(
     model = build(mode, model_dir)
     take_steps(model, mode)
     assert isinstance(model, PeftModel)
-    export_adapter(model, tokenizer, tmp_path / "adapter", {})
+    export_adapter(model, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     continued = build(
         Mode(mode.learns, {"path": str(tmp_path / "adapter")}, mode.quantization, dtype=mode.dtype), model_dir
     )
@@ -182,7 +182,7 @@ def test_an_exported_model_loads_with_plain_transformers(
     model = build(MODES[name], model_dir)
     take_steps(model, MODES[name])
     assert isinstance(model, PreTrainedModel)
-    export_model(model, tokenizer, tmp_path / "model", {})
+    export_model(model, tokenizer, tmp_path / "model", {}, stop_token_id=2)
     assert torch.equal(logits(build(Mode(EVERYTHING, None), tmp_path / "model")), logits(model))
 
 

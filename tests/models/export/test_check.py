@@ -86,7 +86,7 @@ def test_the_exported_adapter_answers_like_the_live_model_which_does_not_change(
     weights = {name: bits(parameter) for name, parameter in live.named_parameters()}
     trains = {name: parameter.requires_grad for name, parameter in live.named_parameters()}
     random = torch.get_rng_state()
-    report = export_adapter(live, tokenizer, tmp_path / "adapter", {})
+    report = export_adapter(live, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     assert report.logit_difference == 0.0
     assert torch.equal(torch.get_rng_state(), random)
     assert {name: parameter.requires_grad for name, parameter in live.named_parameters()} == trains
@@ -98,7 +98,7 @@ def test_weights_trained_beside_the_adapter_are_in_the_file_and_loaded_by_plain_
     model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     live = trained(model_dir, "everything trains", "float32").eval()
-    report = export_adapter(live, tokenizer, tmp_path / "adapter", {})
+    report = export_adapter(live, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     assert "base_model.model.model.norm.weight" in report.base_weights
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_a_configuration_that_differs_from_the_live_one_is_found_by_its_logits(
 
     monkeypatch.setattr(PeftModel, "save_pretrained", save_otherwise)
     with pytest.raises(RuntimeError, match="has other logits than the trained model"):
-        export_adapter(model, tokenizer, tmp_path / "adapter", {})
+        export_adapter(model, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -133,7 +133,7 @@ def test_a_configuration_that_expects_other_tensors_is_an_error(
 
     monkeypatch.setattr(PeftModel, "save_pretrained", save_otherwise)
     with pytest.raises(RuntimeError, match=r"missing base_model.*lora_magnitude_vector"):
-        export_adapter(model, tokenizer, tmp_path / "adapter", {})
+        export_adapter(model, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
 
 
 def test_a_copy_without_adapters_shares_the_tensors_but_not_the_structure(model: PeftModel, model_dir: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_copy_without_adapters_shares_the_tensors_but_not_the_structure(model:
 def test_the_difference_of_the_logits_comes_with_their_scale(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    export_adapter(model, tokenizer, tmp_path / "adapter", {})
+    export_adapter(model, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     with torch.no_grad():
         scale = float(model(IDS).logits.abs().max())
         for name, parameter in model.named_parameters():

@@ -35,7 +35,7 @@ IDS = torch.arange(20)[None]
 def test_plain_peft_loads_the_adapter_with_the_same_logits(
     model: PeftModel, model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    report = export_adapter(model, tokenizer, tmp_path / "adapter", {"step": 3})
+    report = export_adapter(model, tokenizer, tmp_path / "adapter", {"step": 3}, stop_token_id=2)
     assert (report.zeros, report.base_weights, report.logit_difference) == ([], [], 0.0)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_tensors_that_learned_nothing_are_named(
     model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     fresh = add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), AdapterConfig(r=2))
-    zeros = export_adapter(fresh, tokenizer, tmp_path / "adapter", {}).zeros
+    zeros = export_adapter(fresh, tokenizer, tmp_path / "adapter", {}, stop_token_id=2).zeros
     assert len(zeros) == 14
     assert all("lora_B" in name for name in zeros)
 
@@ -57,7 +57,7 @@ def test_an_export_replaces_an_earlier_one_as_a_whole(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     for number in (1, 2):
-        export_adapter(model, tokenizer, tmp_path / "adapter", {"number": number})
+        export_adapter(model, tokenizer, tmp_path / "adapter", {"number": number}, stop_token_id=2)
         (tmp_path / "adapter" / f"left_{number}").touch()
     assert not (tmp_path / "adapter" / "left_1").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -90,7 +90,7 @@ def test_a_file_that_differs_from_the_live_weights_is_an_error_and_leaves_no_fol
 
     monkeypatch.setattr(PeftModel, "save_pretrained", save_damaged)
     with pytest.raises(RuntimeError, match=said):
-        export_adapter(model, tokenizer, tmp_path / "adapter", {})
+        export_adapter(model, tokenizer, tmp_path / "adapter", {}, stop_token_id=2)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -98,7 +98,7 @@ def test_a_whole_model_is_loaded_by_plain_transformers(
     model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     live = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    export_model(live, tokenizer, tmp_path / "model", {})
+    export_model(live, tokenizer, tmp_path / "model", {}, stop_token_id=2)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, live(IDS).logits)
@@ -110,7 +110,7 @@ def test_an_export_does_not_store_the_attention_implementation(
 ) -> None:
     live = AutoModelForCausalLM.from_pretrained(model_dir)
     live.set_attn_implementation("eager")
-    export_model(live, tokenizer, tmp_path / "model", {})
+    export_model(live, tokenizer, tmp_path / "model", {}, stop_token_id=2)
     assert not any("attn_implementation" in key for key in json.loads((tmp_path / "model/config.json").read_text()))
 
 
@@ -127,7 +127,7 @@ def test_a_family_whose_files_have_other_names_than_its_modules_is_exported(
         num_local_experts=2,
     )
     live = AutoModelForCausalLM.from_config(config).eval()
-    export_model(live, tokenizer, tmp_path / "model", {})
+    export_model(live, tokenizer, tmp_path / "model", {}, stop_token_id=2)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, live(IDS).logits)
@@ -147,11 +147,11 @@ def test_a_whole_model_that_is_written_incompletely_is_an_error(
 
     monkeypatch.setattr(type(live), "save_pretrained", save_damaged)
     with pytest.raises(RuntimeError, match=r"tensors are missing in the written files: \['lm_head.weight'\]"):
-        export_model(live, tokenizer, tmp_path / "model", {})
+        export_model(live, tokenizer, tmp_path / "model", {}, stop_token_id=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_conv1d_layers_and_tied_embeddings_are_exported(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2))
     adapted = add_adapter(base, AdapterConfig(r=2, target_modules=["c_attn"], modules_to_save=["wte"]))
-    assert export_adapter(adapted, tokenizer, tmp_path / "adapter", {}).logit_difference == 0.0
+    assert export_adapter(adapted, tokenizer, tmp_path / "adapter", {}, stop_token_id=2).logit_difference == 0.0
