@@ -33,6 +33,7 @@ def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:
         "sft_lightning": __version__,
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "lightning")},
         "base": module.spec.model_name_or_path,
+        "base_fingerprint": module.base_fingerprint,
         "task": datamodule.spec.task,
         "template": datamodule.template.name,
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),

@@ -16,6 +16,7 @@ from sft_lightning.comparison.perplexity import reference_loss
 from sft_lightning.comparison.prompts import ComparisonPrompt
 from sft_lightning.comparison.results import ComparedModel, Comparison, ModelResult, Response, Role, make_response
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.trained_base import read_manifest
 from sft_lightning.models.generation.config import DecodingMode, GenerationConfig, LoadOptions
 from sft_lightning.models.generation.serving import ServedModel, base_named_by_adapter, load_served_model
 
@@ -148,7 +149,7 @@ def _labels(paths: Sequence[str]) -> list[str]:
 def _report_other_base(model: ComparedModel) -> None:
     if model.adapter is not None:
         trained_on = base_named_by_adapter("--baseline", model.adapter)
-        if trained_on != model.path:
+        if trained_on != model.path and not read_manifest(model.adapter).get("base_fingerprint"):
             _print_status(f"note: {model.adapter} was trained on {trained_on}, but is put on the baseline {model.path}")
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from sft_lightning.merging.meta_checkpoint import write_meta_checkpoint
-from sft_lightning.merging.plan import MergePlan, read_manifest
+from sft_lightning.merging.plan import MergePlan
 from sft_lightning.merging.report import MergeReport, model_card
+from sft_lightning.models.adapters.trained_base import MANIFEST, read_manifest
 from sft_lightning.models.base.weight_files import tensor_names, weight_files
 from sft_lightning.models.export.stopping import generation_config_in, stop_tokens, write_stop_tokens
-from sft_lightning.models.export.target import MANIFEST
 from sft_lightning.tokenizer import has_tokenizer
 
 MERGED_INTO = "merged_into"
@@ -60,6 +60,7 @@ def write_manifest_and_card(plan: MergePlan, folder: Path, report: MergeReport) 
     """
     manifest = {
         "base": plan.name,
+        "base_fingerprint": plan.fingerprint,
         MERGED_INTO: report.base,
         "adapters": [str(adapter) for adapter in plan.adapters],
         "dtype": report.dtype,

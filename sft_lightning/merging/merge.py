@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -164,7 +164,7 @@ def _merge(
             base: _merge_into(plan, target / base, trained, base, tokenizer, verify=options.verify) for base in bases
         }
         best = min(tried, key=lambda base: tried[base].divergence or 0) if options.base == "auto" else options.base
-        report = _report(output_dir, options, best, tried)
+        report = replace(_report(output_dir, options, best, tried), unverified=plan.unverified)
         _keep_only(target, tried[best].folder)
         write_manifest_and_card(plan, target, report)
         if options.format == "pth":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -15,9 +14,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.folder import read_config, read_weights
+from sft_lightning.models.adapters.trained_base import base_fingerprint, read_manifest, trained_base
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.weight_files import weight_files
-from sft_lightning.models.export.target import MANIFEST
 
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head", "embed_out")
 _MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py", "*.jinja"]
@@ -32,6 +31,12 @@ class MergePlan:
 
     folder: Path
     """The base on this machine."""
+
+    fingerprint: str | None = None
+    """`base_fingerprint` of the base."""
+
+    unverified: str | None = None
+    """Why it is not known whether the first adapter was trained on this base; `None` if it was."""
 
     config: PretrainedConfig
     """The base's configuration, with the changes that training made to it."""
@@ -85,14 +90,19 @@ def plan_merge(
     folder = _local_folder(name)
     weight_files(folder)
     config = _read_base_config(name, folder, trust_remote_code)
+    fingerprint = base_fingerprint(str(folder))
+    # Later adapters may have been trained on the model that the earlier ones were merged into.
+    unverified = trained_base(folders[0]).check(name, fingerprint)
     manifest = read_manifest(folders[-1])
     vocab_sizes = _vocab_sizes(config.get_text_config().vocab_size, folders)
-    _apply_training_changes(config, manifest)
+    trained_base(folders[-1]).apply_to(config)
     if quantization is None and manifest.get("quantization"):
         quantization = QuantizationConfig(**manifest["quantization"])
     return MergePlan(
         name=name,
         folder=folder,
+        fingerprint=fingerprint,
+        unverified=unverified,
         config=config,
         adapters=folders,
         vocab_sizes=vocab_sizes,
@@ -102,13 +112,6 @@ def plan_merge(
         max_shard_size=max_shard_size,
         trust_remote_code=trust_remote_code,
     )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the `run_manifest.json` of an exported folder; empty if there is none."""
-    file = folder / MANIFEST
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return manifest
 
 
 def _common_base(adapters: Sequence[Path]) -> str:
@@ -147,14 +150,6 @@ def _read_base_config(name: str, folder: Path, trust_remote_code: bool) -> Pretr
             "model that was quantized"
         )
     return cast("PretrainedConfig", config)
-
-
-def _apply_training_changes(config: PretrainedConfig, manifest: dict[str, Any]) -> None:
-    """Write the run's changes of the configuration, such as a longer context, into it."""
-    text = config.get_text_config()
-    for key in ("rope_parameters", "max_position_embeddings"):
-        if manifest.get(key) is not None and hasattr(text, key):
-            setattr(text, key, manifest[key])
 
 
 def _vocab_sizes(rows: int, adapters: Sequence[Path]) -> list[int]:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sft_lightning.merging.plan import MergePlan, read_manifest
+from sft_lightning.merging.plan import MergePlan
 from sft_lightning.models.adapters.folder import method_name, read_config
+from sft_lightning.models.adapters.trained_base import read_manifest
 
 MergeBase = Literal["original", "dequantized"]
 """What adapters are merged into: the base as it is stored, or the values that were left after quantization."""
@@ -59,6 +60,9 @@ class MergeReport:
 
     format: Literal["huggingface", "pth"]
     """Layout of the folder."""
+
+    unverified: str | None = None
+    """Why it is not known whether this is the base that the adapter was trained on; `None` if it is."""
 
 
 def model_card(plan: MergePlan, report: MergeReport) -> str:

@@ -21,6 +21,7 @@ from sft_lightning.compat.lightning.loops import is_accumulating, set_logged_ste
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout
+from sft_lightning.models.adapters.trained_base import base_fingerprint
 from sft_lightning.models.assembly import assemble_model, copies_weights
 from sft_lightning.models.generation.generate import generate
 from sft_lightning.models.head.sharded import ShardedHead
@@ -58,6 +59,9 @@ class CausalLMModule(LightningModule):
         self.layout: Layout | None = None
         """How documents share rows; the data module asks for it. `None` until it is decided."""
 
+        self.base_fingerprint: str | None = None
+        """Tells the base from others; `None` if its files cannot be read, or before it is loaded."""
+
         self.step = StepSums()
         """The optimizer step under way."""
 
@@ -79,6 +83,7 @@ class CausalLMModule(LightningModule):
         if self.model is not None:
             return
         spec = self.spec
+        self.base_fingerprint = base_fingerprint(spec.model_name_or_path, spec.from_config)
         self.model = assemble_model(
             spec,
             self.data.tokenizer,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sft_lightning.__main__ import main
+from sft_lightning.models.adapters.trained_base import base_fingerprint
 
 CHECKPOINTS = (
     "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
@@ -51,6 +52,7 @@ def test_the_final_adapter_is_served_with_the_template_it_was_trained_with(
     assert manifest["optimizer_steps"] == 2
     assert manifest["template"] == "alpaca"
     assert manifest["base"] == str(model_dir)
+    assert manifest["base_fingerprint"] == base_fingerprint(str(model_dir))
 
 
 def test_the_manifest_has_the_facts_about_the_base_that_merge_requires(fit: Callable[..., Path]) -> None:

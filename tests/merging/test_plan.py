@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import (
-    AutoConfig,
-)
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sft_lightning.errors import UserError
 from sft_lightning.merging.merge import MergeOptions, merge_adapters
 from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.trained_base import base_fingerprint
 
 Make = Callable[..., Any]
 """A helper of conftest.py."""
@@ -46,6 +46,23 @@ def test_a_longer_context_of_the_run_is_in_the_merged_configuration(adapter: Pat
     (adapter / "run_manifest.json").write_text(json.dumps({"rope_parameters": rope}))
     merge_adapters([str(adapter)], str(tmp_path / "merged"))
     assert AutoConfig.from_pretrained(tmp_path / "merged").rope_parameters == rope
+
+
+def test_an_adapter_of_another_base_is_refused(adapter: Path, model_dir: Path, tmp_path: Path) -> None:
+    facts = {"base": "the/original", "base_fingerprint": base_fingerprint(str(model_dir))}
+    (adapter / "run_manifest.json").write_text(json.dumps(facts))
+    assert merge_adapters([str(adapter)], str(tmp_path / "same"), MergeOptions(verify=False)).unverified is None
+    manifest = json.loads((tmp_path / "same" / "run_manifest.json").read_text())
+    assert manifest["base_fingerprint"] == facts["base_fingerprint"]
+    torch.manual_seed(7)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir)).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"merge --adapter: .* was trained on 'the/original' .* has other weights"):
+        merge_adapters([str(adapter)], str(tmp_path / "m"), MergeOptions(model_name_or_path=str(tmp_path / "other")))
+
+
+def test_an_adapter_without_a_manifest_is_merged_and_said_to_be_unverified(adapter: Path, tmp_path: Path) -> None:
+    report = merge_adapters([str(adapter)], str(tmp_path / "merged"), MergeOptions(verify=False))
+    assert "cannot be verified" in str(report.unverified)
 
 
 def test_a_folder_that_is_not_an_adapter_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
+from sft_lightning.models.adapters.trained_base import base_fingerprint
 from sft_lightning.models.assembly import assemble_model, copies_weights, load_base
 from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.base.rope import RopeScalingConfig
 from sft_lightning.models.spec import ModelSpec
 
 
@@ -65,6 +69,46 @@ def test_attention_that_ignores_documents_gets_a_mask_and_the_log_says_so(tokeni
     spec = ModelSpec(from_config=bloom, dtype="float32")
     assemble_model(spec, tokenizer, log=log.append)
     assert log == ["attention: bloom's own, with a mask that keeps documents apart"]
+
+
+@pytest.fixture
+def scaled_adapter(model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """An adapter that was trained with a RoPE scaling and 8 more rows, with its manifest."""
+    rope = RopeScalingConfig(factor=4.0)
+    model, _ = assemble(model_dir, tokenizer, adapter=AdapterConfig(r=2), rope_scaling=rope)
+    model.save_pretrained(tmp_path / "adapter")
+    facts = {
+        "base_fingerprint": base_fingerprint(str(model_dir)),
+        "rope_parameters": model.config.rope_parameters,
+        "vocab_size": len(tokenizer) + 8,
+    }
+    (tmp_path / "adapter" / "run_manifest.json").write_text(json.dumps(facts))
+    return tmp_path / "adapter"
+
+
+def test_a_continued_adapter_gets_the_rope_and_the_rows_that_it_was_trained_with(
+    scaled_adapter: Path, model_dir: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, log = assemble(model_dir, tokenizer, adapter=AdapterConfig(path=str(scaled_adapter)))
+    assert model.config.rope_parameters["factor"] == 4.0
+    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer) + 8
+    assert any(line.startswith("model.rope_scaling: rope_parameters: {'rope") for line in log)
+
+
+def test_a_rope_scaling_of_the_configuration_replaces_the_continued_adapters(
+    scaled_adapter: Path, model_dir: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = {"adapter": AdapterConfig(path=str(scaled_adapter)), "rope_scaling": RopeScalingConfig(factor=8.0)}
+    model, log = assemble(model_dir, tokenizer, **own)
+    assert model.config.rope_parameters["factor"] == 8.0
+    (line,) = [line for line in log if line.startswith("model.rope_scaling")]
+    assert re.search(r"'factor': 8.0.* as set; the adapter in .* was trained with .*'factor': 4.0", line)
+
+
+def test_an_adapter_is_not_continued_on_another_base(scaled_adapter: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    spec = ModelSpec(from_config={"model_type": "llama"}, adapter=AdapterConfig(path=str(scaled_adapter)))
+    with pytest.raises(UserError, match=r"model\.adapter\.path: .* 'model\.from_config' has other weights"):
+        assemble_model(spec, tokenizer, log=print)
 
 
 def test_weights_are_mapped_if_they_have_the_type_of_the_files(model_dir: Path) -> None:

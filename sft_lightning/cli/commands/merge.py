@@ -18,8 +18,8 @@ from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.formats.user_format import is_dotted_path
 from sft_lightning.errors import UserError
 from sft_lightning.merging.merge import MergeOptions, merge_adapters
-from sft_lightning.merging.plan import read_manifest
 from sft_lightning.merging.report import MergeReport, run_folder_of
+from sft_lightning.models.adapters.trained_base import read_manifest
 from sft_lightning.types import num_tokens
 
 _DATA_KEYS = ("seed_everything", "task", "data")
@@ -67,6 +67,8 @@ def merge(adapters: Sequence[str], output_dir: str, options: MergeOptions) -> No
 def _report_lines(report: MergeReport, num_examples: int) -> Iterator[str]:
     layout = ", in Meta's layout" if report.format == "pth" else ""
     yield f"merged model: {report.output_dir} ({report.dtype}{layout})"
+    if report.unverified is not None:
+        yield report.unverified
     if report.difference is None:
         yield "not verified (--verify false)"
     else:

@@ -60,11 +60,9 @@ def load_model(
     if (name_or_path is None) == (from_config is None):
         raise UserError("model: set either model_name_or_path or from_config")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": trust_remote_code}
-    if from_config is not None:
-        config = _config_of(from_config, vocab_size)
-    else:
-        with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
-            config = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    config = base_config(
+        name_or_path, from_config=from_config, vocab_size=vocab_size, trust_remote_code=trust_remote_code
+    )
     _check_causal("model.model_name_or_path" if from_config is None else "model.from_config", config)
     overrides.apply(config)
     options["attn_implementation"] = choose_attention(attn_implementation, config)
@@ -77,6 +75,31 @@ def load_model(
             model = base_model(load_pretrained(str(name_or_path), config=config, **options))
     model.train()  # from_pretrained returns it in evaluation mode, and Lightning does not change that
     return model
+
+
+def base_config(
+    name_or_path: str | None,
+    *,
+    from_config: dict[str, Any] | None,
+    vocab_size: int,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """Return a base's own configuration, without the run's changes; arguments as for `load_model`.
+
+    Args:
+        name_or_path: Folder or Hub id.
+        from_config: Instead of `name_or_path`: `model_type` and keys of its configuration.
+        vocab_size: Number of tokens of the tokenizer; used if `from_config` sets none.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: If there is no configuration, or transformers rejects it.
+    """
+    if from_config is not None:
+        return _config_of(from_config, vocab_size)
+    with clear_load_errors(*_MODEL, str(name_or_path), _MODEL_FILES):
+        config: PretrainedConfig = AutoConfig.from_pretrained(str(name_or_path), trust_remote_code=trust_remote_code)
+    return config
 
 
 def copies_weights(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -27,6 +29,9 @@ class ConfigOverrides:
     dropout: float | None = None
     """Probability of every dropout of the model."""
 
+    trained_with: Mapping[str, Any] | None = None
+    """Values of the configuration that a continued adapter was trained with; `rope_scaling` replaces them."""
+
     def __post_init__(self) -> None:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout: must be in [0, 1) (got {self.dropout})")
@@ -37,11 +42,14 @@ class ConfigOverrides:
         Raises:
             UserError: If the model has no such setting.
         """
+        text = config.get_text_config()
         if self.rope_scaling is not None:
             scale_rope(config, self.rope_scaling)
+        else:
+            for key, value in (self.trained_with or {}).items():
+                setattr(text, key, value)
         if self.dropout is not None:
             set_dropout(config, self.dropout)
-        text = config.get_text_config()
         if getattr(text, "router_aux_loss_coef", None):
             text.output_router_logits = True
 

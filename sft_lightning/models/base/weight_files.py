@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ from sft_lightning.errors import UserError
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_SAMPLED_TENSORS, _SAMPLED_PARTS, _SAMPLED_VALUES = 2048, 8, 128
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -73,6 +75,48 @@ def _load_bin(file: Path) -> dict[str, torch.Tensor]:
             raise
         state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6 is not a zip file
     return state
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Return a hash of a sample of the weights: the same for the same model in other files, names or 32 and 16 bits.
+
+    Up to 2048 matrices are read in 8 places each, 128 values at a time, rounded to bfloat16: of a 70B model, 1.5 MB.
+
+    Args:
+        folder: A Hugging Face folder.
+
+    Raises:
+        UserError: If there are no weight files, or a shard is missing.
+    """
+    shapes = {name: file for file in weight_files(folder) for name in _names_in(file)}
+    chosen = sorted(shapes)[:: -(-len(shapes) // _SAMPLED_TENSORS)]
+    found = set()
+    for file in sorted({shapes[name] for name in chosen}):
+        for _, tensor in _mapped_tensors(file, [name for name in chosen if shapes[name] == file]):
+            if tensor.dim() in (2, 3) and tensor.numel():  # others are vectors, or buffers that not every file has
+                found.add(_sample_hash(tensor))
+    return xxhash.xxh3_64_hexdigest(" ".join(sorted(found)).encode())
+
+
+def _sample_hash(tensor: torch.Tensor) -> str:
+    flat, size = tensor.reshape(-1), min(_SAMPLED_VALUES, tensor.numel())
+    starts = [part * (len(flat) - size) // (_SAMPLED_PARTS - 1) for part in range(_SAMPLED_PARTS)]
+    values = torch.cat([flat[start : start + size] for start in starts])
+    values = values.to(torch.bfloat16) if values.is_floating_point() else values
+    digest = xxhash.xxh3_64(str(tuple(tensor.shape)).encode())
+    digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _mapped_tensors(file: Path, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield some tensors of a file, of which only the parts that are used are read."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as reader:
+            for name in names:
+                yield name, reader.get_tensor(name)
+        return
+    state = _load_bin(file)
+    yield from ((name, state[name]) for name in names)
 
 
 class ShardWriter:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sft_lightning.errors import UserError
-
-MANIFEST = "run_manifest.json"
+from sft_lightning.models.adapters.trained_base import MANIFEST as MANIFEST
 
 
 @contextmanager

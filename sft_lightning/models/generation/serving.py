@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,23 @@ from typing import Any, Literal
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from sft_lightning.errors import UserError, clear_load_errors
 from sft_lightning.models.adapters.folder import AdapterError, read_config
 from sft_lightning.models.adapters.quantized import keep_input_dtype
+from sft_lightning.models.adapters.trained_base import TrainedBase, base_fingerprint, trained_base
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.quantization import load_quantized
-from sft_lightning.models.base.vocabulary import resize_embeddings
+from sft_lightning.models.base.vocabulary import grow_embeddings, num_embeddings, resize_embeddings
 from sft_lightning.models.generation.config import GenerationConfig, LoadOptions
 from sft_lightning.models.generation.generate import decode_answer, generate_ids
 from sft_lightning.models.inspection import base_model
@@ -139,6 +148,8 @@ class ServedModel:
 def load_served_model(option: str, path: str | None, adapter: str | None, options: LoadOptions) -> ServedModel:
     """Load a model, an adapter on it, and the adapter's tokenizer, or else the model's.
 
+    The base gets the RoPE scaling and the vocabulary size that the adapter was trained with.
+
     Args:
         option: The command's option that names the model, for messages, such as `--model`.
         path: Folder or Hub id of a model; `None`: the one that the adapter names.
@@ -146,21 +157,43 @@ def load_served_model(option: str, path: str | None, adapter: str | None, option
         options: How to load.
 
     Raises:
-        UserError: If something cannot be loaded.
+        UserError: If something cannot be loaded, or the adapter was trained on another base.
     """
     base = path or base_named_by_adapter(option, adapter)
+    trained = None if adapter is None else _trained_base(adapter, base)
     where = adapter if adapter is not None and has_tokenizer(Path(adapter).expanduser()) else base
     with clear_load_errors(option, "tokenizer", where, also=_WRONG_FILES):
         tokenizer: Any = AutoTokenizer.from_pretrained(where, trust_remote_code=options.trust_remote_code)
     with clear_load_errors(option, "model", base, also=_WRONG_FILES):
         load: Any = AutoModelForCausalLM.from_pretrained if options.quantization is None else load_quantized
-        model: Any = load(base, **_model_options(options))
-    if adapter is not None:
+        model: Any = load(base, config=_config(base, trained, options), **_model_options(options))
+    if adapter is not None and trained is not None:
         resize_embeddings(model, tokenizer, (), any_size=True)  # the adapter may have added tokens
+        grow_embeddings(model, max(num_embeddings(model), trained.vocab_size or 0))
         with clear_load_errors("--adapter", "adapter", adapter, also=_WRONG_FILES):
             model = PeftModel.from_pretrained(model, adapter)
         keep_input_dtype(model)
     return ServedModel(model.eval(), tokenizer)
+
+
+def _trained_base(adapter: str, base: str) -> TrainedBase:
+    """Read what an adapter was trained on, and check that the base is that model."""
+    try:
+        trained = trained_base(Path(adapter).expanduser())
+        unverified = trained.check(base, base_fingerprint(base))
+    except AdapterError as error:
+        raise UserError(f"--adapter: {error}") from error
+    if unverified is not None:
+        print(unverified, file=sys.stderr, flush=True)
+    return trained
+
+
+def _config(base: str, trained: TrainedBase | None, options: LoadOptions) -> PretrainedConfig:
+    """Return the configuration of a model, as it was when the adapter was trained."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(base, trust_remote_code=options.trust_remote_code)
+    for line in [] if trained is None else trained.apply_to(config):
+        print(line, file=sys.stderr, flush=True)
+    return config
 
 
 def base_named_by_adapter(option: str, adapter: str | None) -> str:

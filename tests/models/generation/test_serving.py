@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from sft_lightning.data.templates.binding import bind_template
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.trained_base import base_fingerprint
 from sft_lightning.models.generation.config import GenerationConfig
 from sft_lightning.models.generation.serving import LoadOptions, ServedModel, load_served_model
 
@@ -95,6 +96,47 @@ def test_an_adapter_with_added_tokens_is_loaded(model_dir: Path, tmp_path: Path)
     tokenizer.save_pretrained(tmp_path)
     served = serve(model_dir, tmp_path)
     assert len(next(served.model.get_input_embeddings().parameters())) == len(tokenizer)
+
+
+def export_with_manifest(model_dir: Path, folder: Path, **facts: object) -> Path:
+    """An adapter folder as an export writes it, with the base's fingerprint and further facts."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model_dir), config).save_pretrained(folder)
+    manifest = {"base": str(model_dir), "base_fingerprint": base_fingerprint(str(model_dir)), **facts}
+    (folder / "run_manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_an_adapter_is_served_with_the_rope_and_the_rows_that_it_was_trained_with(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    plain = serve(None, export_with_manifest(model_dir, tmp_path / "plain"))
+    scaled = serve(None, export_with_manifest(model_dir, tmp_path / "scaled", rope_parameters=rope, vocab_size=328))
+    ids = torch.tensor([[1, 40, 50, 60, 70]])
+    with torch.no_grad():
+        difference = scaled.model(input_ids=ids).logits[..., :320] - plain.model(input_ids=ids).logits
+    assert difference.abs().max() > 1e-4
+    assert len(next(scaled.model.get_input_embeddings().parameters())) == 328
+    assert "rope_parameters: {'rope_type': 'linear', 'factor': 4.0" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir))
+    other.save_pretrained(tmp_path / "other")
+    adapter = export_with_manifest(model_dir, tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"--adapter: .* was trained on .*tiny_llama.* has other weights"):
+        serve(tmp_path / "other", adapter)
+
+
+def test_an_adapter_without_a_manifest_is_served_and_said_to_be_unverified(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = export_with_manifest(model_dir, tmp_path)
+    (adapter / "run_manifest.json").unlink()
+    serve(model_dir, adapter)
+    assert f"the base of the adapter in {adapter} cannot be verified" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bits", [4, 8])
