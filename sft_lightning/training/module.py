@@ -16,18 +16,16 @@ from transformers import PreTrainedModel
 
 from sft_lightning.batch import Batch
 from sft_lightning.checks import CheckLog
-from sft_lightning.compat.bitsandbytes import store_4bit_as_bytes
 from sft_lightning.compat.lightning.loops import is_accumulating, set_logged_step
 from sft_lightning.data.batches.generation_prompts import PromptBatch
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.plan.epoch_plan import Layout
 from sft_lightning.models.adapters.trained_base import base_fingerprint
-from sft_lightning.models.assembly import assemble_model, copies_weights
+from sft_lightning.models.assembly import copies_weights
 from sft_lightning.models.generation.generate import generate
 from sft_lightning.models.head.sharded import ShardedHead
 from sft_lightning.models.head.whole import Head
 from sft_lightning.models.inspection import base_model
-from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.strategies.services import ModuleServices, services_of
 from sft_lightning.training import startup
 from sft_lightning.training.checkpoint import state
@@ -80,21 +78,10 @@ class CausalLMModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the model once, whichever stages follow."""
-        if self.model is not None:
-            return
-        spec = self.spec
-        self.base_fingerprint = base_fingerprint(spec.model_name_or_path, spec.from_config)
-        self.model = assemble_model(
-            spec,
-            self.data.tokenizer,
-            log=rank_zero_info,
-            on_cpu=self._services.shards_weights,
-        )
-        if self.trainer.precision.endswith("-true"):
-            store_4bit_as_bytes(self.model)  # the trainer casts everything else
-        if spec.neftune_alpha is not None:
-            EmbeddingNoise(spec.neftune_alpha).attach(self.base_model)
-        self.objective.on_model_loaded(self)
+        if self.model is None:
+            self.base_fingerprint = base_fingerprint(self.spec.model_name_or_path, self.spec.from_config)
+            self.model = startup.load_model(self)
+            self.objective.on_model_loaded(self)
 
     @property
     def copies_weights(self) -> bool:

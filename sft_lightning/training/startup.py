@@ -6,7 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+from transformers import PreTrainedModel
 
+from sft_lightning.compat.bitsandbytes import store_4bit_as_bytes
 from sft_lightning.compat.transformers import attention_of
 from sft_lightning.data.batches.row_order import row_order_error
 from sft_lightning.data.datamodule import SFTDataModule
@@ -14,6 +17,7 @@ from sft_lightning.data.plan.epoch_plan import Layout, PackingSetting
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
 from sft_lightning.models.adapters.trainable import trainable_base_names
+from sft_lightning.models.assembly import assemble_model
 from sft_lightning.models.attention.flash_versions import share_heads, use_newest_version
 from sft_lightning.models.attention.isolation import describe_leak, measure_isolation, run_once, verify_isolation
 from sft_lightning.models.attention.packed import PACKED
@@ -22,8 +26,10 @@ from sft_lightning.models.base.rope import check_packing
 from sft_lightning.models.checkpointing import Recomputation, enable_gradient_checkpointing
 from sft_lightning.models.compile_decision import CompileDecision, decide_compiling, obstacle_to_compiling
 from sft_lightning.models.compiling import compile_layers
-from sft_lightning.models.inspection import computing_device
+from sft_lightning.models.inspection import base_model, computing_device
+from sft_lightning.models.neftune import EmbeddingNoise
 from sft_lightning.strategies.registry import sharding_of
+from sft_lightning.strategies.services import services_of
 from sft_lightning.training.forward import inputs_of_rows
 from sft_lightning.training.memory.decision import RecomputationDecision, check_recomputation, given_recomputation
 from sft_lightning.training.memory.run_decision import decide_for_run
@@ -43,6 +49,18 @@ def datamodule_of(trainer: Any) -> SFTDataModule:
     if not isinstance(datamodule, SFTDataModule):
         raise UserError(f"the trainer needs an SFTDataModule for tokenizer and plan (got {type(datamodule).__name__})")
     return datamodule
+
+
+def load_model(module: CausalLMModule) -> PreTrainedModel | PeftModel:
+    """Return the model of the configuration, with its adapter and its noise on the embeddings."""
+    spec, trainer = module.spec, module.trainer
+    on_cpu = services_of(trainer.strategy).shards_weights
+    model = assemble_model(spec, module.data.tokenizer, log=rank_zero_info, on_cpu=on_cpu)
+    if trainer.precision.endswith("-true"):
+        store_4bit_as_bytes(model)  # the trainer casts everything else
+    if spec.neftune_alpha is not None:
+        EmbeddingNoise(spec.neftune_alpha).attach(base_model(model))
+    return model
 
 
 def layout_before_loading(packing: PackingSetting, stage: str, layout: Layout | None) -> Layout | None:
