@@ -78,6 +78,16 @@ class PromptDataset:
         return [Message("text", prompt, train=False)]
 
 
+def is_divided(path: str, format_name: str | None) -> bool:
+    """Whether DeepSpeed-Chat divides the `train` split of a data set 9:1 into training and evaluation data.
+
+    Args:
+        path: Path of the source.
+        format_name: Its format; `None`: found from the path.
+    """
+    return (format_name or dataset_format(path)) in _DIVIDED
+
+
 def dataset_format(path: str) -> str | None:
     """Return the format of the data set whose Hub name is a part of `path`; `None` if there is none."""
     return next((dataset.format_name for dataset in DATASETS.values() if dataset.hub_name in path), None)
@@ -179,3 +189,12 @@ DATASETS: Mapping[str, PromptDataset] = {
     )
 }
 """The data sets by format name, in the order in which DeepSpeed-Chat looks for them."""
+
+_DIVIDED = {
+    f"{PREFIX}{name}"
+    for name in (
+        "synthetic-instruct-gptj-pairwise", "webgpt_comparisons", "Zhihu-KOL", "HC3-Chinese", "mkqa-Chinese",
+        "mkqa-Japanese",
+    )
+}  # fmt: skip
+"""Formats of the data sets that have a `train` split only, from which DeepSpeed-Chat takes its evaluation data too."""

@@ -11,13 +11,21 @@ from typing import Literal
 
 import numpy as np
 
+from sft_lightning.data.formats.deepspeed_chat import is_divided
 from sft_lightning.data.plan.split_examples import WAYS_TO_KEEP_EXAMPLES, LengthLimits, SplitExamples, select_examples
-from sft_lightning.data.plan.splits import Compat, Mask, check_part, hold_out, stage_records
+from sft_lightning.data.plan.splits import (
+    Compat,
+    Mask,
+    check_part,
+    deepspeed_chat_part,
+    hold_out,
+    stage_records,
+)
 from sft_lightning.data.sources.source import SourceConfig, read_record, read_records
 from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.store_cache import Prepared, prepare_source
 from sft_lightning.errors import UserError
-from sft_lightning.types import Record
+from sft_lightning.types import Longs, Record
 
 Split = Literal["train", "val", "test", "predict"]
 
@@ -175,8 +183,11 @@ class SplitReader:
         """Whether a split has only a part of a source's records."""
         options, config = self._options, self.sources(split)[name]
         in_stages = options.data_split is not None and not config.sft_only
+        by_deepspeed_chat = options.compat == "deepspeed_chat"
+        if by_deepspeed_chat and split in ("train", "val") and is_divided(config.path, config.format):
+            return True
         if split == "val" and not options.val_fraction:
-            return in_stages and options.compat == "deepspeed_chat"
+            return in_stages and by_deepspeed_chat
         return split in ("train", "val") and (in_stages or options.val_fraction > 0)
 
     def _members(self, split: Split, name: str) -> Mask:
@@ -184,19 +195,28 @@ class SplitReader:
         members = np.ones(self.prepare(split, name).num_records, bool)
         if not self._divides(split, name):
             return members
-        options, config = self._options, self.sources(split)[name]
-        if options.data_split is not None and not config.sft_only:
-            members[:] = False
-            members[
-                stage_records(
-                    len(members), options.data_split, options.data_split_part, seed=options.seed, compat=options.compat
-                )
-            ] = True
+        options = self._options
+        members[:] = False
+        members[self._stage(split, name, len(members))] = True
         if options.val_fraction and split in ("train", "val"):
             number = list(self.sources(split)).index(name)
             training, held_out = hold_out(members, options.val_fraction, seed=(options.seed, number))
             return held_out if split == "val" else training
         return members
+
+    def _stage(self, split: Split, name: str, num_records: int) -> Longs:
+        """Return the records of a source that this training stage has of a split, as indices."""
+        options, config = self._options, self.sources(split)[name]
+        records = np.arange(num_records)
+        if options.compat == "deepspeed_chat" and is_divided(config.path, config.format):
+            evaluates = split == "val" and not options.val_fraction
+            records = records[deepspeed_chat_part(num_records, evaluation=evaluates, seed=options.seed)]
+        if options.data_split is None or config.sft_only:
+            return records
+        stage = stage_records(
+            len(records), options.data_split, options.data_split_part, seed=options.seed, compat=options.compat
+        )
+        return records[stage]
 
 
 _NO_SOURCES: Mapping[Split, str] = {

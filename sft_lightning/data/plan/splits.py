@@ -111,6 +111,20 @@ def stage_records(
     return members
 
 
+def deepspeed_chat_part(num_records: int, *, evaluation: bool, seed: int) -> list[int]:
+    """Return the training or the evaluation records that DeepSpeed-Chat takes from a data set with one split, 9:1.
+
+    Args:
+        num_records: Records of the data set.
+        evaluation: The tenth for evaluation instead of the nine for training.
+        seed: Seed of the run.
+
+    Returns:
+        Their indices, in the order in which `stage_records` divides them further.
+    """
+    return stage_records(num_records, "9,1", int(evaluation), seed=seed, compat="deepspeed_chat")
+
+
 def _bounds(num_records: int, proportions: list[float]) -> list[int]:
     """Return where each stage starts, and the end: rounded cumulative shares, off by one record at most."""
     shares = np.cumsum([0.0, *proportions]) / sum(proportions)

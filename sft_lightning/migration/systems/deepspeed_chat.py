@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sft_lightning.data.formats.deepspeed_chat import is_divided
 from sft_lightning.migration.distributed import devices, stage_name
 from sft_lightning.migration.draft import Draft, keep_examples_unpacked, source_name
 from sft_lightning.migration.options import Options, System, combined, copied, omitted
@@ -21,7 +22,7 @@ _EVALUATED = {
     "Cohere/miracl-zh-queries-22-12": "dev",
     "Cohere/miracl-ja-queries-22-12": "dev",
 }
-"""The split that DeepSpeed-Chat evaluates on (`dschat/utils/data/raw_datasets.py`)."""
+"""The split that DeepSpeed-Chat evaluates on (`dschat/utils/data/raw_datasets.py`), by a part of the path."""
 
 _INIT = "model.optimizer.init_args"
 
@@ -30,9 +31,7 @@ def _finish(options: Options, draft: Draft) -> None:
     lora = bool(options.number("lora_dim"))
     _sources(options, draft)
     draft.set("data.compat", "deepspeed_chat", "puts the same records into each part of data_split")
-    draft.set(
-        "data.loss_on", "all", "except the prompts of DeepSpeed-Chat's own data sets, which have a loss only there"
-    )
+    draft.set("data.loss_on", "all", "prompts have a loss too, as in the original; assistant: only answers")
     draft.set(
         "data.template", "human_assistant", "for sources with messages; DeepSpeed-Chat's own data sets have no template"
     )
@@ -69,16 +68,16 @@ def _sources(options: Options, draft: Draft) -> None:
     for path in [*plain_paths, *whole]:
         extra = {"sft_only": True} if path in whole else {}
         if path == "local/jsonfile":
-            draft.omit("local/jsonfile", "stands for data/train.json in DeepSpeed-Chat's folder; correct the path")
+            draft.omit(
+                path, "stands for data/train.json and data/eval.json in DeepSpeed-Chat's folder; correct the paths"
+            )
             chosen["jsonfile"] = {"path": "data/train.json", "format": "deepspeed_chat/jsonfile", **extra}
+        elif path in ("mkqa-Chinese", "mkqa-Japanese"):
+            chosen[source_name(path)] = {"path": "mkqa", "format": f"deepspeed_chat/{path}", **extra}
         else:
             chosen[source_name(path.rpartition("/")[2])] = {"path": path, **extra}
     draft.set("data.sources", chosen)
-    held_out = {
-        name: {**source, "split": _EVALUATED[source["path"]]}
-        for name, source in chosen.items()
-        if source["path"] in _EVALUATED
-    }
+    held_out = {name: found for name, source in chosen.items() if (found := _evaluated(source)) is not None}
     if held_out:
         draft.set("data.val_sources", held_out)
         draft.set(
@@ -86,12 +85,19 @@ def _sources(options: Options, draft: Draft) -> None:
             [{"class_path": "callbacks.EvaluateFirst"}],
             "perplexity before training, as in the original; then after each epoch",
         )
-    for source in chosen.values():
-        if source["path"] not in _EVALUATED:
-            draft.omit(
-                f"evaluation on {source['path']}",
-                "DeepSpeed-Chat makes that split itself; give a file in data.val_sources",
-            )
+    for name in chosen.keys() - held_out.keys():
+        draft.omit(f"evaluation on {chosen[name]['path']}", "not a data set of DeepSpeed-Chat; set data.val_sources")
+
+
+def _evaluated(source: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what DeepSpeed-Chat evaluates a source on; `None` if it is not one of its data sets."""
+    path, name = source["path"], source.get("format")
+    if name == "deepspeed_chat/jsonfile":
+        return {**source, "path": "data/eval.json"}
+    if is_divided(path, name):
+        return source  # `data.compat` takes a tenth of it
+    split = next((split for part, split in _EVALUATED.items() if part in path), None)
+    return None if split is None else {**source, "split": split}
 
 
 def _adapter(options: Options, draft: Draft) -> None:

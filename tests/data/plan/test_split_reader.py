@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +60,11 @@ def numbers(reader: SplitReader, split: Split, name: str) -> list[int]:
     return found
 
 
+def members(reader: SplitReader, split: Split) -> list[int]:
+    [name] = reader.sources(split)
+    return [int(record.location.rpartition(" ")[2]) for record in reader.records(split, name)]
+
+
 def test_by_default_every_split_has_all_records_of_its_sources(read: Read) -> None:
     reader = read()
     assert [part.name for part in reader.examples("train")] == ["one", "two"]
@@ -93,6 +99,19 @@ def test_the_stages_of_a_split_are_disjoint_and_complete(read: Read) -> None:
 def test_the_first_stage_has_exactly_the_records_of_deepspeed_chat(read: Read) -> None:
     reader = read(data_split="2,4,4", compat="deepspeed_chat", seed=1234)
     assert numbers(reader, "train", "one") == [2, 7]
+
+
+def test_a_data_set_with_one_split_is_divided_as_by_deepspeed_chat(tmp_path: Path, read: Read) -> None:
+    rows = [{"INSTRUCTION": f"{i}", "RESPONSE": f"{i}"} for i in range(30)]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    train, val = (
+        {"kol": SourceConfig(path=str(tmp_path / "train.json"), format="deepspeed_chat/Zhihu-KOL")} for _ in range(2)
+    )
+    reader = read(other={"train": train, "val": val}, data_split="2,8", compat="deepspeed_chat", seed=7)
+    order = np.random.RandomState(7).permutation(30)
+    nine, one = order[:27], order[27:]
+    assert members(reader, "train") == sorted(nine[np.random.RandomState(7).permutation(27)[:5]].tolist())
+    assert members(reader, "val") == sorted(one[np.random.RandomState(7).permutation(3)[:1]].tolist())
 
 
 @pytest.mark.parametrize("compat", [None, "deepspeed_chat"])

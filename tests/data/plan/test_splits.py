@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_lightning.data.plan.splits import Compat, hold_out, parse_data_split, stage_records
+from sft_lightning.data.plan.splits import Compat, deepspeed_chat_part, hold_out, parse_data_split, stage_records
 from sft_lightning.errors import UserError
 
 ALL = np.ones(20, bool)
@@ -143,3 +143,10 @@ def test_proportions_are_numbers() -> None:
 def test_a_text_without_proportions_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UserError, match=r"data\.data_split: .*; write '2,4,4' for three stages"):
         parse_data_split(text)
+
+
+def test_deepspeed_chats_training_and_evaluation_records_are_nine_and_one_of_ten() -> None:
+    order = np.random.RandomState(1234).permutation(23)  # as in its get_raw_dataset_split_index
+    training = deepspeed_chat_part(23, evaluation=False, seed=1234)
+    assert training == order[:21].tolist()
+    assert deepspeed_chat_part(23, evaluation=True, seed=1234) == order[21:].tolist()
