@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # A rented GPU machine has Python and torch, no network and no .venv: benchmarks/gpu/wheels collects the rest.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,env PYTHONPATH=$(CURDIR):$(CURDIR)/.gpu-packages $(PYTHON))
 
-.PHONY: help setup demo test test-all test-oldest test-newest test-gpu test-browser check docs bench bench-data bench-gpu bench-scaling equality wheel clean
+.PHONY: help setup demo test test-all test-oldest test-newest test-gpu test-browser check docs bench bench-data bench-gpu bench-scaling equality faults wheel clean
 
 help:  ## Show this list (the default)
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (c
 
 equality: setup  ## Compare gradients of all splits, and resumed runs with uninterrupted ones; writes docs/equality.md (5 minutes)
 	$(BIN)/python benchmarks/equality.py
+
+faults: setup  ## Plant 46 faults one at a time: does the user's own fit or selftest notice? (6 minutes; ARGS='--only NAME')
+	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 bench-scaling: setup  ## Two processes against one, by strategy: speed, bytes sent, memory while training and loading (15 minutes)
 	$(BIN)/python benchmarks/scaling.py

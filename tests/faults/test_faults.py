@@ -1,0 +1,51 @@
+"""Covers sft_lightning.training.checks and what else stops a run that does not train what its configuration says.
+
+Each fault of the YAML files beside this module is planted in a copy of the packages, in which `fit` then runs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FASTEST = (
+    "double-bos",
+    "stop-unsupervised-in-template",
+    "user-supervised-in-weigh",
+    "mask-shifted-in-tokenization",
+    "lengths-ignored-in-collate",
+    "lengths-ignored-in-attention",
+    "every-layer-frozen",
+    "model-in-eval-mode",
+    "export-without-a-layer",
+)
+"""Faults of every stage of a run on which `fit` stops in less than two seconds."""
+
+
+def plant(*options: str, file: Path) -> list[dict[str, Any]]:
+    """Run the faults that the options choose, and return what came of each."""
+    command = [sys.executable, "-m", "benchmarks.faults", *options, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert file.is_file(), done.stderr[-3000:]
+    rows: list[dict[str, Any]] = json.loads(file.read_text())
+    return rows
+
+
+def test_fit_stops_on_faults_of_every_stage_and_passes_without_one(tmp_path: Path) -> None:
+    options = ("--only", "clean", *FASTEST, "--scenario", "packed", "--commands", "fit", "--workers", "1")
+    rows = plant(*options, file=tmp_path / "rows.json")
+    assert len(rows) == 1 + len(FASTEST)
+    assert [row for row in rows if row["bad"]] == []
+
+
+@pytest.mark.slow
+def test_no_fault_passes_both_fit_and_selftest_and_there_are_no_false_alarms(tmp_path: Path) -> None:
+    rows = plant(file=tmp_path / "rows.json")
+    assert [row for row in rows if row["bad"]] == []
+    assert sum(row["fit"]["caught"] for row in rows) >= 40
