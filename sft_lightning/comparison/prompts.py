@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,10 @@ from sft_lightning.data.formats.registry import find_format, to_messages
 from sft_lightning.data.sources.files import read_file
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Record
+
+
+_WITH_ROLES = re.compile(r"\s*Human:.*Assistant:\s*", re.DOTALL)
+"""A prompt as DeepSpeed-Chat's `prompt_eval.py` has them."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,14 @@ def _conversation(
 
 
 def _single_message(text: str, reference: str | None, location: str, system: str | None) -> ComparisonPrompt:
-    """Return a prompt of one user message; a model without a chat template continues the text unchanged."""
+    """Return a prompt of one user message; a model without a chat template continues the text unchanged.
+
+    A text that already has its roles (`Human: … Assistant:`) is continued unchanged by every model.
+    """
     messages = [{"role": "system", "content": system}] if system is not None else []
     before = "" if system is None else f"{system}\n"
+    if _WITH_ROLES.fullmatch(text):
+        return ComparisonPrompt([], before + text, location, reference)
     return ComparisonPrompt([*messages, {"role": "user", "content": text}], before + text, location, reference)
 
 

@@ -37,6 +37,16 @@ def test_a_prompt_with_reference_and_system_is_read(tmp_path: Path) -> None:
     assert own.location.endswith("prompts.jsonl, line 1")
 
 
+def test_a_prompt_with_roles_in_its_text_is_continued_as_it_is_by_models_with_and_without_a_template(
+    tmp_path: Path,
+) -> None:
+    text = "Human: Please tell me about Microsoft in a few sentence? Assistant:"
+    [prompt, other] = read(tmp_path, {"prompt": text}, {"prompt": "Is Human: a role? Assistant: yes"})
+    assert prompt.is_plain
+    assert (prompt.text, prompt.shown) == (text, text)
+    assert not other.is_plain
+
+
 def test_training_formats_are_read_and_their_last_answer_is_the_reference(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chat += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]

@@ -90,8 +90,10 @@ def stop_token_id(template: Template, tokenizer: PreTrainedTokenizerFast) -> int
         own = ", ".join(name for name, form in TURN_FORMATS.items() if form.stop == "{eos}")
         raise UserError(
             f"data.template: {template.name} ends answers with {template.stop!r}, which this tokenizer splits into "
-            f"{len(ids)} tokens ({tokenizer.convert_ids_to_tokens(ids)}), so the model could not learn to stop; use "
-            f"chat_template, or a template that ends answers with the tokenizer's EOS {tokenizer.eos_token!r}: {own}"
+            f"{len(ids)} tokens ({tokenizer.convert_ids_to_tokens(ids)}), so the model could not learn to stop; set "
+            f"model.add_special_tokens: [{template.stop!r}] (an adapter trains its embedding with "
+            "model.adapter.trainable_token_indices: added), use chat_template, or a template that ends answers with "
+            f"the tokenizer's EOS {tokenizer.eos_token!r}: {own}"
         )
     return ids[0]
 

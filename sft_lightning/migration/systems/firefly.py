@@ -63,11 +63,27 @@ def _template(options: Options, draft: Draft) -> None:
         draft.set("data.template", "chat_template", "the tokenizer's own template, as a substitute")
 
 
+def _is_mamba(options: Options) -> bool:
+    return "mamba" in (options.text("model_name_or_path") or "")
+
+
+def _stop_token(options: Options, draft: Draft, mode: str) -> None:
+    """Make one token of a stop that GPT-NeoX's tokenizer, which Mamba has, splits into several."""
+    form = TURN_FORMATS.get(f"firefly/{options.text('template_name')}")
+    if form is None or "{" in form.stop or not _is_mamba(options):
+        return
+    comment = "ends an answer; several tokens in the original, whose model could not learn to stop"
+    draft.set("model.add_special_tokens", [form.stop], comment)
+    if mode != "full":
+        draft.set("model.adapter.trainable_token_indices", "added", "its embedding is trained")
+
+
 def _adapter(options: Options, draft: Draft, mode: str) -> None:
+    _stop_token(options, draft, mode)
     if mode == "full":
         draft.drop("model.adapter.")
         return
-    if "mamba" in (options.text("model_name_or_path") or ""):
+    if _is_mamba(options):
         comment = "without x_proj and out_proj, whose adapters Mamba ignores"
         draft.set("model.adapter.target_modules", "mamba", comment)
     else:

@@ -69,6 +69,7 @@ def test_mamba_gets_target_modules_that_an_adapter_can_train(migrate: Migrate, a
     migrate("firefly", {**LLAMA2, **mamba})
     model = accepted()["model"]
     assert (model["adapter"]["target_modules"], model["quantization"]) == ("mamba", None)
+    assert (model["add_special_tokens"], model["adapter"]["trainable_token_indices"]) == (["</s>"], "added")
 
 
 def test_full_pretraining_becomes_the_pretrain_task(migrate: Migrate, accepted: Accepted) -> None:
