@@ -14,7 +14,6 @@ from sft_lightning.data.sources.files import read_file
 from sft_lightning.errors import UserError
 from sft_lightning.types import Message, Record
 
-
 _WITH_ROLES = re.compile(r"\s*Human:.*Assistant:\s*", re.DOTALL)
 """A prompt as DeepSpeed-Chat's `prompt_eval.py` has them."""
 
