@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sft_lightning.checks import Check, CheckError
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.training.module import CausalLMModule
 
@@ -24,7 +25,6 @@ _TRAINER_KEYS: Mapping[str, Any] = {
     "num_nodes": 1,
     "strategy": "auto",
     "fast_dev_run": False,
-    "max_epochs": -1,
     "min_epochs": None,
     "min_steps": None,
     "max_time": None,
@@ -128,11 +128,15 @@ class Runner:
             module: A loaded model to train further; default: the configuration's, loaded anew.
             trainer: Further keys of `trainer`.
             ckpt_path: Checkpoint to continue from.
+
+        Raises:
+            CheckError: If the run ended before it had taken all steps.
         """
         keys = {
             **_TRAINER_KEYS,
             "default_root_dir": str(self._folder / "run"),
             "max_steps": max_steps,
+            "max_epochs": max_steps,  # each epoch has a step; without this bound, one that has none would go on forever
             "accumulate_grad_batches": accumulate,
             "callbacks": [],
             "enable_checkpointing": False,
@@ -144,6 +148,9 @@ class Runner:
             lightning.callbacks[:] = [each for each in lightning.callbacks if not _is_observer(each)]
             module = module or configuration.module
             lightning.fit(module, datamodule=data, ckpt_path=None if ckpt_path is None else str(ckpt_path))
+        if lightning.global_step != max_steps:
+            figure = f"{lightning.global_step} of {max_steps} optimizer steps in {max_steps} epochs"
+            raise CheckError(Check("optimizer steps", False, figure))
         return Run(module, data, lightning)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sft_lightning.checks import CheckError
 from sft_lightning.selftest.short_runs import Run, Runner
 
 
@@ -38,9 +39,10 @@ def test_a_quantized_base_counts_with_the_type_that_it_computes_in() -> None:
 
 
 class FakeTrainer:
-    """Records what it was asked to fit."""
+    """Records what it was asked to fit, and says that it has taken some steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 4) -> None:
+        self.global_step = steps
         self.callbacks: list[Any] = []
         self.fitted: dict[str, Any] = {}
 
@@ -63,7 +65,21 @@ def test_a_short_run_sets_its_own_trainer_keys_and_restores_torchs_settings(tmp_
     )
     assert run.module is configured
     assert trainer.fitted == {"module": configured, "datamodule": data, "ckpt_path": str(tmp_path / "a.ckpt")}
-    wanted = {"max_steps=4", "accumulate_grad_batches=2", "gradient_clip_val=null", "devices=1", "strategy=auto"}
+    wanted = {
+        "max_steps=4",
+        "max_epochs=4",
+        "accumulate_grad_batches=2",
+        "gradient_clip_val=null",
+        "devices=1",
+        "strategy=auto",
+    }
     assert {f"--trainer.{option}" for option in wanted} <= set(given)
     assert f"--trainer.default_root_dir={tmp_path / 'run'}" in given
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_run_whose_epochs_have_no_step_ends_with_an_error(tmp_path: Path) -> None:
+    configuration: Any = SimpleNamespace(module=object(), instantiate_trainer=lambda: FakeTrainer(steps=0))
+    data: Any = object()
+    with pytest.raises(CheckError, match="0 of 4 optimizer steps in 4 epochs"):
+        Runner(lambda options: configuration, tmp_path).fit(data, max_steps=4, accumulate=2)
