@@ -14,8 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from callbacks.exports import AdapterExport
 from sft_lightning.__main__ import main
 from sft_lightning.models.adapters.trained_base import base_fingerprint
+from sft_lightning.training.module import CausalLMModule
 
 CHECKPOINTS = (
     "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: "
@@ -202,3 +204,30 @@ def test_the_model_and_its_tokenizer_load_offline_in_a_fresh_process(fit_args: l
         command, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert done.stdout.split() == ["1", "1"]
+
+
+@pytest.mark.parametrize("fault", ["a reset model", "an earlier step", "no template"])
+def test_a_run_whose_final_adapter_is_not_what_was_trained_stops_and_leaves_none(
+    fault: str, fit_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Covers sft_lightning.training.checks.export and sft_lightning.training.checks.exported_tokenizer."""
+    write = AdapterExport._write
+
+    def faulty(self: AdapterExport, trainer: Trainer, module: CausalLMModule, folder: Path) -> None:
+        if fault == "a reset model":
+            for name, parameter in module.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.fill_(0.1)
+        elif fault == "an earlier step":
+            manifest = "callbacks.exports.run_manifest"
+            monkeypatch.setattr(manifest, lambda *given: {"optimizer_steps": trainer.global_step - 1})
+        else:
+            module.data.tokenizer.chat_template = None
+        write(self, trainer, module, folder)
+
+    monkeypatch.setattr(AdapterExport, "_write", faulty)
+    assert main(["fit", *fit_args, "--trainer.max_steps=1", "--trainer.enable_checkpointing=false"]) == 1
+    error = capsys.readouterr().err
+    assert "check failed: exported " + ("tokenizer" if fault == "no template" else "weights") in error
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert len(list((tmp_path / "run").glob("adapter.rejected-*"))) == 1

@@ -13,6 +13,21 @@ from transformers import PreTrainedModel
 from sft_lightning.compat.deepspeed import own_part
 from sft_lightning.models.inspection import base_model
 
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer type of as many bytes."""
+
+
+def bit_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor's values, each read as an integer: an int64 scalar that any changed bit changes.
+
+    It is computed on the tensor's device, which is not waited for.
+
+    Args:
+        tensor: Any shape and type.
+    """
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+
 
 def weight_fingerprint(model: torch.nn.Module) -> str:
     """Return a hash of all weights and buffers; for a sharded model, of this process's part of them."""

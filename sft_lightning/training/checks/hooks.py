@@ -67,8 +67,14 @@ class RunCheck:
     def on_validation_end(self, module: CausalLMModule) -> None:
         """Look at the model after a validation."""
 
+    def on_train_epoch_end(self, module: CausalLMModule) -> None:
+        """Look at the model after an epoch, or after the last step of a run that ends within one."""
+
     def on_train_end(self, module: CausalLMModule) -> None:
         """Look at what the training has come to; not called when the run fails or is interrupted."""
+
+    def after_training(self, module: CausalLMModule) -> None:
+        """Look at what the run left in its folder; called also if nothing was left to train, but not after an error."""
 
 
 def is_logging_point(module: CausalLMModule) -> bool:

@@ -9,10 +9,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
 from sft_lightning.checks import Check
+from sft_lightning.compat.lightning.loops import call_after_training
+from sft_lightning.training.checks.export import ExportedFolders
 from sft_lightning.training.checks.hooks import RunCheck
 from sft_lightning.training.checks.model.modes import TrainingMode
 
-CHECKS: tuple[type[RunCheck], ...] = (TrainingMode,)
+CHECKS: tuple[type[RunCheck], ...] = (TrainingMode, ExportedFolders)
 """The checks of a training run, in the order in which they are made; each is in a module beside this one."""
 
 
@@ -38,6 +40,14 @@ class RunChecks(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         pl_module.checks.exchange = outcomes_of_processes
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            call_after_training(trainer, lambda: self._after_training(trainer, pl_module))
+
+    def _after_training(self, trainer: Trainer, module: Any) -> None:
+        """Make the checks of what the run left; a later run of the same trainer has checks of its own."""
+        if self in trainer.callbacks:  # type: ignore[attr-defined]
+            for check in self._of(trainer):
+                check.after_training(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         for check in self._of(trainer):
@@ -72,6 +82,10 @@ class RunChecks(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         for check in self._of(trainer):
             check.on_validation_end(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        for check in self._of(trainer):
+            check.on_train_epoch_end(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         for check in self._of(trainer):

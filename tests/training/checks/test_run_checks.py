@@ -18,6 +18,7 @@ HOOKS: dict[str, tuple[Any, ...]] = {
     "on_validation_start": (),
     "on_validation_batch_end": ("batch", 3, 1),
     "on_validation_end": (),
+    "on_train_epoch_end": (),
     "on_train_end": (),
 }
 
