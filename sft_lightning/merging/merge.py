@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from accelerate.utils import convert_file_size_to_int
 from transformers import PreTrainedTokenizerBase
 
 from sft_lightning.errors import UserError
+from sft_lightning.merging.checks.weights import verify_weights
 from sft_lightning.merging.companions import (
     MERGED_INTO,
     convert_to_meta_layout,
@@ -28,6 +29,7 @@ from sft_lightning.merging.report import LogitDifference, MergeBase, MergeReport
 from sft_lightning.merging.stream import MergedWeights, merge_weights
 from sft_lightning.models.adapters.folder import AdapterError
 from sft_lightning.models.base.config import QuantizationConfig
+from sft_lightning.models.export.fingerprint import bit_sum
 from sft_lightning.models.export.target import check_target, replaced_folder
 from sft_lightning.models.inspection import max_positions
 from sft_lightning.models.probing import logits_of, mean_divergence, next_token_log_probs, random_ids
@@ -104,8 +106,10 @@ class _Candidate:
 
     folder: Path
     weights: MergedWeights
+    num_verified: int = 0
     difference: LogitDifference | None = None
     divergence: float | None = None
+    bits: list[int] = field(default_factory=list)  # of the quantized weights in the model that was measured
 
 
 def merge_adapters(
@@ -128,7 +132,8 @@ def merge_adapters(
     Raises:
         UserError: If a folder is not an adapter, or does not fit its base or the options, or if writing `output_dir`
             would delete anything but an earlier merge.
-        RuntimeError: If the merged model, loaded again, has other logits than the adapted one.
+        RuntimeError: If the merged model, loaded again, has other logits than the adapted one, or a merged weight is
+            not that of the base plus its update.
     """
     try:
         return _merge(adapters, Path(output_dir), options, rows)
@@ -163,6 +168,7 @@ def _merge(
         tried = {
             base: _merge_into(plan, target / base, trained, base, tokenizer, verify=options.verify) for base in bases
         }
+        _check_apart(tried)
         best = min(tried, key=lambda base: tried[base].divergence or 0) if options.base == "auto" else options.base
         report = replace(_report(output_dir, options, best, tried), unverified=plan.unverified)
         _keep_only(target, tried[best].folder)
@@ -210,7 +216,24 @@ def _merge_into(
         candidate.difference = compare_with_reference(reference, logits_of(model, probe))
         if trained.log_probs:
             candidate.divergence = mean_divergence(trained.log_probs, next_token_log_probs(model, trained.rows))
+            names = [] if trained.base is None else trained.base.names
+            candidate.bits = [int(bit_sum(model.get_parameter(name))) for name in names]
+    candidate.num_verified = verify_weights(plan, folder, quantized)
     return candidate
+
+
+def _check_apart(tried: Mapping[MergeBase, _Candidate]) -> None:
+    """Check that two divergences were measured on two models.
+
+    Raises:
+        RuntimeError: If all quantized weights of both are the same.
+    """
+    measured = [candidate.bits for candidate in tried.values() if candidate.divergence is not None]
+    if len(measured) == 2 and measured[0] == measured[1]:
+        raise RuntimeError(
+            "the original and the dequantized base gave the same merged weights, so their divergences compare nothing; "
+            "nothing was written"
+        )
 
 
 def _type_names(dtypes: Mapping[str, torch.dtype]) -> str:
@@ -226,6 +249,7 @@ def _report(
         base=best,
         dtype=_type_names(chosen.weights.dtypes),
         difference=chosen.difference,
+        num_verified=chosen.num_verified,
         divergences={base: c.divergence for base, c in tried.items() if c.divergence is not None},
         whole_model_reason=chosen.weights.whole_model_reason,
         left_out=chosen.weights.left_out,

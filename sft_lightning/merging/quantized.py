@@ -45,6 +45,13 @@ class QuantizedBase:
             device_map={"": "cpu"},
         )
         self._model = model.eval()
+        self._dtype = plan.training_dtype
+        compute = plan.quantization.compute_dtype
+        types = {self._dtype, getattr(torch, compute) if compute else self._dtype}
+        types |= {torch.float16} if plan.quantization.bits == 8 else set()  # LLM.int8 casts its inputs
+        self.rounding = 2 * max(torch.finfo(dtype).eps for dtype in types)
+        """Relative rounding error of the output of a quantized layer, which rounds its input and its output."""
+
         kinds = ("Linear4bit", "Linear8bitLt")
         self._layers = {n: module for n, module in model.named_modules() if type(module).__name__ in kinds}
 
@@ -59,6 +66,21 @@ class QuantizedBase:
         weight = dequantized_weight(layer)
         transposed = getattr(layer, "source_cls", None) is Conv1D  # GPT-2 stores (in, out), bitsandbytes (out, in)
         return (weight.T if transposed else weight).float()
+
+    @torch.no_grad()
+    def columns(self, name: str, num_inputs: int) -> torch.Tensor:
+        """Return the first columns of a quantized weight, as its layer computes with them, float32 (out, num_inputs).
+
+        Each is the layer's answer to an input of zeros and a single one.
+
+        Args:
+            name: Name of the weight.
+            num_inputs: The most columns to return.
+        """
+        layer: Any = self._layers[name.removesuffix(".weight")]
+        inputs = torch.eye(min(num_inputs, layer.in_features), layer.in_features, dtype=self._dtype)
+        answers: torch.Tensor = layer(inputs) - layer(torch.zeros_like(inputs[:1]))  # without the bias
+        return answers.T.float()
 
     def put_adapter(self, plan: MergePlan) -> PeftModel:
         """Return the model that was trained: the plan's only adapter on this base, which is changed in place."""

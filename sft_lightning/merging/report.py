@@ -46,6 +46,9 @@ class MergeReport:
     difference: LogitDifference | None
     """The verification; `None` if it was switched off."""
 
+    num_verified: int = 0
+    """Weights that were computed again from the files of base and adapters; 0 for methods other than plain LoRA."""
+
     divergences: Mapping[MergeBase, float]
     """For a base that was quantized in training: KL(trained ‖ merged) in nats per token, for each base tried."""
 
@@ -122,6 +125,8 @@ def _measured(report: MergeReport) -> str:
             f"Loaded again, its logits differ from those of the base under its adapters by at most "
             f"{report.difference.largest:.1e} on a probe; the largest logit is {report.difference.scale:.1f}."
         )
+    if report.num_verified:
+        lines.append(f"{report.num_verified} weights, computed again from the files, are base + alpha / r · B A.")
     for base, divergence in report.divergences.items():
         lines.append(f"KL(trained ‖ merged into the {base} base) = {divergence:.2e} nats per token.")
     return "\n".join(lines)

@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerFast,
 )
 
 from sft_lightning.merging.merge import MergeOptions, merge_adapters
+from sft_lightning.models.export.stopping import write_stop_tokens
 
 FRESH = """
 import sys, torch
@@ -59,3 +63,17 @@ def test_the_code_of_a_base_is_copied_beside_the_merged_weights(adapter: Path, m
     (tmp_path / "base/modeling_mine.py").write_text("pass\n")
     merge_adapters([str(adapter)], str(tmp_path / "merged"), MergeOptions(model_name_or_path=str(tmp_path / "base")))
     assert (tmp_path / "merged/modeling_mine.py").read_text() == "pass\n"
+
+
+def test_a_merge_ends_answers_where_the_adapter_does(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, adapter: Path
+) -> None:
+    write_stop_tokens(adapter, GenerationConfig(eos_token_id=2), [7])
+    merge_adapters([str(adapter)], str(tmp_path / "merged"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.generation_config.eos_token_id == [7, 2]
+    ids = torch.tensor([[1, 5]])
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[7] = model.model(ids).last_hidden_state[0, -1]  # so that 7 comes next
+    assert model.generate(ids, max_new_tokens=9, do_sample=False).tolist() == [[1, 5, 7]]

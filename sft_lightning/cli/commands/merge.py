@@ -78,6 +78,8 @@ def _report_lines(report: MergeReport, num_examples: int) -> Iterator[str]:
             f"(largest logit {difference.scale:.1f}; the adapters change logits by up to {difference.moved:.1e})"
         )
     texts = f"{num_examples} examples of the run's data" if num_examples else "a few built-in texts"
+    if report.num_verified:
+        yield f"verified: {report.num_verified} weights, computed again from the files, are base + alpha / r · B A"
     for base, divergence in report.divergences.items():
         written = " (written)" if base == report.base else ""
         yield f"KL(trained ‖ merged into the {base} base) on {texts}: {divergence:.3e} nats per token{written}"

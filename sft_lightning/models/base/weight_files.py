@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -65,6 +65,24 @@ def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     state = _load_bin(file)
     for name in list(state):
         yield name, state.pop(name)
+
+
+def read_named_tensors(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return some tensors of a folder by name; others are not read.
+
+    Args:
+        folder: The folder of a model. The files of a decoder without a head lack the first part of the names.
+        names: Names in the model; those that no file has are left out.
+    """
+    wanted = {key: name for name in names for key in (name, name.partition(".")[2])}
+    found: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as reader:
+                found |= {wanted[key]: reader.get_tensor(key) for key in reader.keys() if key in wanted}  # noqa: SIM118
+        else:
+            found |= {wanted[key]: tensor for key, tensor in read_tensors(file) if key in wanted}
+    return found
 
 
 def _load_bin(file: Path) -> dict[str, torch.Tensor]:
