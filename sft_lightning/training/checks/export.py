@@ -38,8 +38,13 @@ class Bits(NamedTuple):
     """What two tensors have in common if they have the same bits."""
 
     shape: tuple[int, ...]
+    """Their shape."""
+
     dtype: torch.dtype
+    """Their type."""
+
     sum: int
+    """The sum of their values, each read as an integer."""
 
 
 class TrainedBits(NamedTuple):
