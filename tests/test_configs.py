@@ -32,7 +32,16 @@ from sft_lightning.strategies.registry import check_strategy
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
-TORCH_COMPILE = "llama2_7b_instruct_int8"
+ONE_OF_A_KIND = {
+    "bloom_1b1_full",
+    "dpo_qlora",
+    "llama2_70b_qlora_fsdp2",
+    "llama2_7b_qlora",
+    "mamba_2.8b_lora",
+    "opt_1.3b",
+}
+"""Recipes whose runs together take every path; the runs of the others are slow."""
+
 CONTINUES = "chinese_alpaca_continue"
 
 FAMILIES = {
@@ -281,7 +290,7 @@ def assert_ran(recipe: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == TORCH_COMPILE else [])
+        pytest.param(path, id=path.stem, marks=[] if path.stem in ONE_OF_A_KIND else [pytest.mark.slow])
         for path in RECIPES
         if path.stem != CONTINUES
     ],
@@ -292,6 +301,7 @@ def test_a_recipe_runs_on_a_tiny_model_of_its_family(recipe: Path, folder: Path)
     assert_ran(recipe, folder)
 
 
+@pytest.mark.slow
 def test_the_recipe_that_continues_takes_the_adapter_of_the_one_before(folder: Path) -> None:
     first, then = (ROOT / "configs" / f"{name}.yaml" for name in ("chinese_alpaca", CONTINUES))
     for recipe in (first, then):

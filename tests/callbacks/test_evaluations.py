@@ -39,6 +39,7 @@ def test_the_validation_at_step_0_is_of_the_untrained_model(fit: Callable[..., P
     assert scalars(frozen, "val/loss")[0][1] == pytest.approx(before, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluating_first_changes_no_learned_weight(fit: Callable[..., Path]) -> None:
     learned = []
     for extra in ((), (FIRST,)):

@@ -80,6 +80,7 @@ def test_an_adapter_trained_in_bfloat16_is_exported_in_bfloat16(fit: Callable[..
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_verifying_exports_changes_no_learned_weight(
     fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +193,7 @@ print(tokenizer.decode(ids["input_ids"][0]).count("### Response:"), len(model.ge
 """
 
 
+@pytest.mark.slow
 def test_the_model_and_its_tokenizer_load_offline_in_a_fresh_process(fit_args: list[str], tmp_path: Path) -> None:
     args = [arg for arg in fit_args if "adapter" not in arg]
     assert main(["fit", *args, "--trainer.max_steps=1"]) == 0

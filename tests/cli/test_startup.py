@@ -38,6 +38,7 @@ def test_templates_are_listed_without_a_large_library() -> None:
     assert imported("preview", "--list_templates") == set()
 
 
+@pytest.mark.slow
 def test_the_help_of_all_keys_imports_lightning_but_no_model_code() -> None:
     assert not imported("fit", "--help") & (NOT_FOR_CONFIGURATIONS | NOT_FOR_FILES | {"transformers.modeling_utils"})
 

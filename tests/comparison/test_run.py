@@ -30,6 +30,7 @@ def test_the_same_weights_give_the_same_greedy_answers(model_dir: Path) -> None:
     assert summarize(comparison)[1].changed == 0.0
 
 
+@pytest.mark.slow
 def test_batches_do_not_change_answers(model_dir: Path, tuned_dir: Path) -> None:
     models = (str(model_dir), [str(tuned_dir)], [])
     alone = compare(models, "greedy", "beam", "diverse_beam", "contrastive", batch_size=1)
@@ -37,6 +38,7 @@ def test_batches_do_not_change_answers(model_dir: Path, tuned_dir: Path) -> None
     assert [result.responses for result in alone.models] == [result.responses for result in together.models]
 
 
+@pytest.mark.slow
 def test_each_model_uses_its_own_chat_template(model_dir: Path, tuned_dir: Path, adapter_dir: Path) -> None:
     comparison = compare((str(model_dir), [str(tuned_dir)], [str(adapter_dir)]), "greedy")
     assert [(result.model.role, result.uses_template) for result in comparison.models] == [

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 WITHOUT = """
 import importlib, pkgutil, sys
 import lightning.pytorch.cli, peft, transformers.modeling_utils  # libraries use their own names while they are imported
@@ -37,6 +39,7 @@ for command in (["preview", "--list_templates"], ["fit", "--help"]):
 """
 
 
+@pytest.mark.slow
 def test_help_and_the_list_of_templates_come_without_any_of_the_names() -> None:
     result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
     reports = [line for line in result.stdout.splitlines() if line.startswith("deleted ")]

@@ -17,6 +17,7 @@ Make = Callable[..., Any]
 """A helper of conftest.py."""
 
 
+@pytest.mark.slow
 def test_several_adapters_are_merged_in_order(
     model_dir: Path,
     tmp_path: Path,

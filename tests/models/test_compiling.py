@@ -92,6 +92,7 @@ def test_all_layers_and_rows_of_one_width_share_a_graph_recomputed_or_not(how: R
     assert losses == expected
 
 
+@pytest.mark.slow
 def test_selective_recomputation_keeps_less_in_compiled_layers_too_and_changes_no_gradient() -> None:
     def kept_and_gradients(how: Recomputation) -> tuple[int, list[torch.Tensor]]:
         model = llama()

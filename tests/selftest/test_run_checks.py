@@ -100,6 +100,7 @@ def test_isolation_is_skipped_without_packing_and_packed_attention(
     assert "gradient packed" not in found
 
 
+@pytest.mark.slow
 def test_a_loss_averaged_per_micro_batch_fails_the_gradient_checks(
     selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_loss_averaged_per_micro_batch_fails_the_gradient_checks(
     assert {sign for name, sign in found.items() if not name.startswith("gradient")} == {"✓"}
 
 
+@pytest.mark.slow
 def test_leaking_documents_fail_isolation_and_the_other_checks_still_run(
     selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +135,7 @@ def test_leaking_documents_fail_isolation_and_the_other_checks_still_run(
     assert {"resume", "export"} <= found.keys()
 
 
+@pytest.mark.slow
 def test_random_states_that_are_not_restored_fail_the_resume_check(
     selftest: Selftest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,13 +157,14 @@ def pairs(tmp_path: Path) -> list[str]:
     return ["--task=dpo", f"--data.sources={{toy: {{path: {file}, format: preference}}}}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [
         pytest.param(["--model.adapter={r: 4, dropout: 0.3}"], id="lora"),
-        pytest.param(["--model.preference.loss=ipo"], id="full", marks=pytest.mark.slow),
-        pytest.param(["--model.adapter.r=4", "--model.quantization.bits=4"], id="qlora", marks=pytest.mark.slow),
-        pytest.param(["--data.packing=none", "--model.preference.loss=orpo"], id="orpo", marks=pytest.mark.slow),
+        pytest.param(["--model.preference.loss=ipo"], id="full"),
+        pytest.param(["--model.adapter.r=4", "--model.quantization.bits=4"], id="qlora"),
+        pytest.param(["--data.packing=none", "--model.preference.loss=orpo"], id="orpo"),
     ],
 )
 def test_preference_training_passes_and_has_its_own_checks(

@@ -32,7 +32,10 @@ def keys_of(option: str) -> str:
     return found[1]
 
 
-@pytest.mark.parametrize("option", FILES)
+@pytest.mark.parametrize(
+    "option",
+    [pytest.param(option, marks=[pytest.mark.slow] if option.startswith("save_") else []) for option in FILES],
+)
 def test_the_keys_in_the_guide_save_the_files_that_it_says(option: str, fit_args: list[str], tmp_path: Path) -> None:
     steps = "1" if option.startswith("save_total") else "2"
     given = yaml.safe_load(keys_of(option).replace("500", steps))

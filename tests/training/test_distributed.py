@@ -90,6 +90,7 @@ def test_a_run_of_one_process_continues_on_two_with_the_same_rows(fit_args: list
     assert column(again, "train/loss") == pytest.approx(column(whole, "train/loss")[3:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_whole_run(fit_args: list[str], tmp_path: Path) -> None:
     args = command(fit_args, tmp_path / "run", processes=2, accumulate=1, extra=("--trainer.max_epochs=10000",))
     with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

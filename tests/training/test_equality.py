@@ -42,7 +42,13 @@ def ids(split: Any) -> str:
     return f"{split.mode}-{split.packing}-{split.batch_size}x{split.accumulate}"
 
 
-@pytest.mark.parametrize("split", ALONE, ids=ids)
+@pytest.mark.parametrize(
+    "split",
+    [
+        pytest.param(split, marks=[] if split.packing == "best_fit" else [pytest.mark.slow], id=ids(split))
+        for split in ALONE
+    ],
+)
 def test_every_split_of_a_step_has_the_gradient_of_a_bare_loop(split: Any, model: Path) -> None:
     measured = gradients.measure(split, model)
     assert measured.difference <= gradients.TOLERANCE
@@ -74,6 +80,7 @@ def interrupted(model: Path) -> Path:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", resume.MOMENTS)
 def test_a_run_continued_from_any_moment_ends_in_the_same_bits(moment: str, interrupted: Path) -> None:
     run = resume.Run("lora", 1, True, moment, 1, streams=moment == "streaming")
@@ -81,6 +88,7 @@ def test_a_run_continued_from_any_moment_ends_in_the_same_bits(moment: str, inte
     assert resume.differences(run, interrupted) == ([], 0.0)
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_other_bits_is_found(interrupted: Path) -> None:
     run = resume.Run("lora", 1, True, "mid epoch", 1)
     resume.train(run, interrupted)

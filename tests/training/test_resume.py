@@ -49,7 +49,7 @@ def without_adapter(args: list[str]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("mode", "stop"),
-    [("lora", "step=4"), slow("lora", "step=8"), slow("qlora", "step=4"), ("full", "step=14")],
+    [("lora", "step=4"), slow("lora", "step=8"), slow("qlora", "step=4"), slow("full", "step=14")],
 )
 @pytest.mark.end_to_end
 def test_a_run_continued_from_a_checkpoint_ends_in_the_same_bits(
@@ -69,6 +69,7 @@ def test_a_run_continued_from_a_checkpoint_ends_in_the_same_bits(
     assert again.losses == expected
 
 
+@pytest.mark.slow
 def test_a_killed_process_continues_to_the_same_bits(
     fit_args: list[str], tmp_path: Path, read_run: ReadRun, fit_and_kill: Callable[..., None]
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_run_killed_in_its_only_epoch_continues_from_the_last_timed_checkpoint
     killed.assert_ends_in_the_bits_of(whole)
 
 
+@pytest.mark.slow
 def test_samples_and_validation_change_no_learned_weight(
     fit_args: list[str], few_samples: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:
@@ -199,8 +201,9 @@ def test_a_checkpoint_within_an_optimizer_step_continues_at_its_start(
     again.assert_ends_in_the_bits_of(whole)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), slow(1, 3)])
-@pytest.mark.parametrize("stop", [slow("step=4"), "step=8", slow("step=10")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(3, 1), (1, 3)])
+@pytest.mark.parametrize("stop", ["step=4", "step=8", "step=10"])
 def test_another_split_of_the_global_batch_continues_with_the_same_rows(
     stop: str, batch_size: int, accumulate: int, fit_args: list[str], tmp_path: Path, read_run: ReadRun
 ) -> None:

@@ -83,6 +83,7 @@ def terminal(chat_dir: Path) -> Iterator[Callable[[str], str]]:
     os.close(ours)
 
 
+@pytest.mark.slow
 def test_a_terminal_has_a_conversation_with_commands(terminal: Callable[[str], str]) -> None:
     first = terminal("Hi")
     assert first.startswith("Hi\n")

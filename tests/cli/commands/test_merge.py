@@ -56,6 +56,7 @@ def test_a_quantized_base_is_compared_on_the_data_of_the_run(
     assert out.count("(written)") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["config.yaml", "the data"])
 def test_without_the_data_of_the_run_built_in_texts_are_used_and_the_reason_is_printed(
     lost: str, fit: Callable[..., Path], alpaca_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

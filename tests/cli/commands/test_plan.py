@@ -66,6 +66,7 @@ def test_a_plan_says_what_fits_and_which_changes_make_it_fit(plan: Plan, capsys:
     assert shown.count(", fits") == 1
 
 
+@pytest.mark.slow
 def test_a_larger_batch_takes_more_and_checkpointing_less(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     small, large, recomputed = (
         (plan("--model.adapter.r=4", f"--data.batch_size={rows}", f"--model.gradient_checkpointing={on}"), peak(capsys))
@@ -92,8 +93,12 @@ def test_an_invalid_option_is_named(option: str, said: str, plan: Plan, capsys: 
     ("options", "said"),
     [
         (["--model.adapter.r=4"], "reference model: adapter_off, a second forward pass in each step"),
-        ([], "reference model: precomputed, one forward pass over the data; 0.00 MiB"),
-        (["--model.preference.loss=simpo"], "reference model: none, the loss is simpo"),
+        pytest.param(
+            [], "reference model: precomputed, one forward pass over the data; 0.00 MiB", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--model.preference.loss=simpo"], "reference model: none, the loss is simpo", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_plan_of_preference_training_counts_pairs_and_names_the_reference(
@@ -108,6 +113,7 @@ def test_a_plan_of_preference_training_counts_pairs_and_names_the_reference(
     assert said in shown
 
 
+@pytest.mark.slow
 def test_prompt_sharing_saves_time(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pairs.json").write_text(json.dumps([{"prompt": "q" * 20, "chosen": "good", "rejected": "bad"}] * 3))
     source = f"--data.sources={{toy: {{path: {tmp_path / 'pairs.json'}, format: preference}}}}"
@@ -152,6 +158,7 @@ def test_a_configuration_that_fit_refuses_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_float16_is_refused_only_when_planning_for_this_cpu(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,7 +46,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none", "concat"])
-@pytest.mark.parametrize("done", [0, 1, 4, 5, 13, 29])
+@pytest.mark.parametrize("done", [5, *(pytest.param(done, marks=pytest.mark.slow) for done in (0, 1, 4, 13, 29))])
 def test_a_run_continues_with_the_same_rows_to_the_bit(
     done: int, packing: Any, streaming: Any, read: Counter[str]
 ) -> None:

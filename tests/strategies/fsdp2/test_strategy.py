@@ -39,6 +39,7 @@ def same_tensors(found: Path, expected: Path, tolerance: float) -> None:
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.end_to_end
 def test_lora_learns_what_one_process_learns_and_exports_it(
     runs: Any, alone: Callable[[str], Path], logged: Logged, tmp_path: Path

@@ -43,15 +43,16 @@ def assert_same(logged: Logged, found: Path, expected: Path) -> None:
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "stage"),
     [
-        pytest.param("lora", 1, marks=pytest.mark.slow),
-        pytest.param("full", 2, marks=pytest.mark.slow),
-        pytest.param("qlora", 2, marks=pytest.mark.slow),
+        ("lora", 1),
+        ("full", 2),
+        ("qlora", 2),
         pytest.param("full", 3, marks=pytest.mark.end_to_end),
-        pytest.param("lora", 3, marks=pytest.mark.slow),
-        pytest.param("qlora", 3, marks=pytest.mark.slow),
+        ("lora", 3),
+        ("qlora", 3),
     ],
 )
 def test_zero_learns_what_one_process_learns_and_exports_it(

@@ -100,6 +100,7 @@ def test_gradients_and_optimizer_state_are_those_of_the_adapter() -> None:
     assert found.weights == pytest.approx((packed + 4 * (2 * EMBEDDING + 7 * 64)) / 2, rel=2e-3)
 
 
+@pytest.mark.slow
 def test_in_8_bits_layers_without_an_adapter_keep_their_input_too() -> None:
     lora = estimator(AdapterConfig(r=4, target_modules=["down_proj"]))
     plain, int8 = (memory(lora, REPLICATED, 1, bits=bits) for bits in (None, 8))
@@ -107,6 +108,7 @@ def test_in_8_bits_layers_without_an_adapter_keep_their_input_too() -> None:
     assert int8.activations > plain.activations
 
 
+@pytest.mark.slow
 def test_long_rows_of_a_state_space_model_are_extrapolated_from_short_ones() -> None:
     shape = {"model_type": "mamba", "vocab_size": 100, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     spec = TrainingSpec(from_config=shape, tokenizer_name_or_path="none", dtype="float32")

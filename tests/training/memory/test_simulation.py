@@ -71,10 +71,9 @@ def int8_model(name: str, folder: Path) -> PreTrainedModel:
     ).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(
-    "name", ["grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "wide"))]
-)
+@pytest.mark.parametrize("name", ["grouped", "narrow", "wide"])
 def test_a_simulated_8_bit_step_takes_the_memory_of_bitsandbytes_on_the_cpu(
     name: str, checkpointing: bool, tmp_path: Path
 ) -> None:
@@ -89,7 +88,9 @@ def test_a_simulated_8_bit_step_takes_the_memory_of_bitsandbytes_on_the_cpu(
 
 @pytest.mark.parametrize("how", [0, 1, "selective"])
 @pytest.mark.parametrize("adapter", [AdapterConfig(r=8), None], ids=["lora", "full"])
-@pytest.mark.parametrize("name", list(SHAPES))
+@pytest.mark.parametrize(
+    "name", ["grouped", *(pytest.param(name, marks=pytest.mark.slow) for name in SHAPES if name != "grouped")]
+)
 def test_a_simulated_step_takes_the_memory_of_a_real_one(
     name: str, adapter: AdapterConfig | None, how: Recomputation
 ) -> None:

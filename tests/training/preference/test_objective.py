@@ -48,7 +48,9 @@ def test_packed_and_unpacked_epochs_have_the_same_gradient(train: Train) -> None
     assert packed.gradient_difference(unpacked) <= 1e-6
 
 
-@pytest.mark.parametrize("loss", ["ipo", "hinge", "orpo", "simpo"])
+@pytest.mark.parametrize(
+    "loss", ["simpo", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("ipo", "hinge", "orpo"))]
+)
 def test_every_loss_learns_to_prefer_the_chosen_answer(loss: str, train: Train) -> None:
     config = PreferenceConfig(loss=loss, beta=2.0 if loss == "simpo" else 0.1)  # type: ignore[arg-type]
     run = train(preference=config, lr=1e-2, trainer={"max_epochs": 4})

@@ -14,7 +14,12 @@ Train = Callable[..., Any]
 
 @pytest.mark.parametrize(
     ("kind", "packing"),
-    [("lora without dropout", "best_fit"), ("lora without dropout", "none"), ("full", "best_fit"), ("full", "none")],
+    [
+        ("lora without dropout", "best_fit"),
+        pytest.param("lora without dropout", "none", marks=pytest.mark.slow),
+        pytest.param("full", "best_fit", marks=pytest.mark.slow),
+        pytest.param("full", "none", marks=pytest.mark.slow),
+    ],
 )
 def test_a_shared_prompt_gives_the_loss_and_the_gradient_of_two_conversations(
     kind: str, packing: str, train: Train
