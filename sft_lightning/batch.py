@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import Any, ClassVar, Self, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, NotRequired, Self, TypedDict, TypeVar, cast
 
 import torch
 
@@ -165,6 +165,20 @@ class SupervisedPositions(_MadeOnCpu):
         return len(self.flat)
 
 
+class RowSums(NamedTuple):
+    """What rows add to their optimizer step, as Python numbers: comparing them waits for no device."""
+
+    weight: float = 0.0
+    """Supervised weight, which the denominator of the step adds up over its rows."""
+
+    supervised: int = 0
+    """Tokens with a loss."""
+
+    def plus(self, other: RowSums) -> RowSums:
+        """Return the sums of these rows and of others."""
+        return RowSums(self.weight + other.weight, self.supervised + other.supervised)
+
+
 class Batch(TypedDict):
     """A micro-batch of packed rows, padded at the end to the longest row."""
 
@@ -195,6 +209,12 @@ class Batch(TypedDict):
 
     supervised: SupervisedPositions
     """The positions that predict tokens with a loss."""
+
+    planned: NotRequired[RowSums]
+    """What the rows add up to in the token store, by the plan; set by the loaders of the data module."""
+
+    collated: NotRequired[RowSums]
+    """What they add up to in `labels` and `loss_weights`, before these are copied to a device; set with `planned`."""
 
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from sft_lightning.batch import Batch, pinned
 from sft_lightning.data.batches.example_kind import Conversations, ExampleKind
 from sft_lightning.data.batches.generation_prompts import PromptBatch, PromptLoader, prompts_of
-from sft_lightning.data.batches.loader import Document, EvaluationLoader, TrainLoader
+from sft_lightning.data.batches.loader import Document, EvaluationLoader, TrainLoader, note_sums
 from sft_lightning.data.batches.row_order import check_row_order, decided_layout, row_order
 from sft_lightning.data.batches.stream_loader import StreamLoader
 from sft_lightning.data.batches.stream_source import SourceStream, describe_streams, open_streams, stream_share_unit
@@ -294,5 +294,6 @@ class SFTDataModule(LightningDataModule):
     def _collate(self, rows: Sequence[Sequence[Document]], denominator: float) -> Batch:
         """Return rows as a micro-batch, in page-locked memory if it is copied to a GPU."""
         batch = self.kind.collate(rows, layout=self.layout, pad_token_id=self.pad_token_id, denominator=denominator)
+        note_sums(batch, rows, self.kind.weights(batch))
         strategy = getattr(self.trainer, "strategy", None)
         return pinned(batch) if strategy is not None and strategy.root_device.type == "cuda" else batch

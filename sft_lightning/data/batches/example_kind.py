@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.batch import Batch
@@ -48,6 +49,9 @@ class ExampleKind(Protocol):
             denominator: Supervised weight of the whole optimizer step.
         """
 
+    def weights(self, batch: Batch) -> torch.Tensor:
+        """Return the weights in a batch that the denominator of its step adds up."""
+
 
 @dataclass(frozen=True)
 class Conversations:
@@ -88,3 +92,7 @@ class Conversations:
         documents = [[document.tokens for document in row] for row in rows]
         shape = layout.shape(self.spec.batch_size, self.spec.max_length)
         return collate(documents, pad_token_id=pad_token_id, denominator=denominator, shape=shape)
+
+    def weights(self, batch: Batch) -> torch.Tensor:
+        """Return the weights in a batch that the denominator of its step adds up: those of its tokens, (B, S)."""
+        return batch["loss_weights"]

@@ -5,12 +5,17 @@ Rows are slices of arrays that are already tokenized, so collating takes microse
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from sft_lightning.batch import Batch
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sft_lightning.batch import Batch, RowSums
 from sft_lightning.data.plan.epoch_plan import EpochPlan, Topology
-from sft_lightning.types import TokenizedExample
+from sft_lightning.types import IGNORE_INDEX, Longs, TokenizedExample
 
 
 class Document(NamedTuple):
@@ -21,6 +26,9 @@ class Document(NamedTuple):
 
     tokens: TokenizedExample
     """Its tokens and loss weights."""
+
+    planned: RowSums
+    """What it adds to its step, by the plan."""
 
 
 class Examples(Protocol):
@@ -33,6 +41,20 @@ class Examples(Protocol):
             index: Number of the example.
             start: Its first token to take.
             stop: Its first token not to take.
+        """
+
+    def weigh(self, documents: Longs) -> npt.NDArray[np.float64]:
+        """Return the supervised weight of each document, (D,).
+
+        Args:
+            documents: Example, first token and end of each, (D, 3).
+        """
+
+    def supervise(self, documents: Longs) -> Longs:
+        """Return how many tokens of each document are supervised, (D,).
+
+        Args:
+            documents: Example, first token and end of each, (D, 3).
         """
 
 
@@ -48,10 +70,26 @@ def documents_of(plan: EpochPlan, rows: Sequence[int], examples: Examples) -> li
         rows: Numbers of the rows.
         examples: The examples that were planned.
     """
+    documents = [plan.row(row) for row in rows]
+    flat = np.concatenate([np.zeros((0, 3), np.int64), *documents])
+    sums = zip(examples.weigh(flat).tolist(), examples.supervise(flat).tolist(), strict=True)
     return [
-        [Document(index, examples.example(index, start, stop)) for index, start, stop in plan.row(row).tolist()]
-        for row in rows
+        [Document(index, examples.example(index, *part), RowSums(*next(sums))) for index, *part in row.tolist()]
+        for row in documents
     ]
+
+
+def note_sums(batch: Batch, rows: Sequence[Sequence[Document]], weights: torch.Tensor) -> None:
+    """Write into a batch what its rows add to their step, by the plan and by its own tensors.
+
+    Args:
+        batch: The micro-batch, in CPU memory.
+        rows: Documents of each row.
+        weights: The tensor of the batch that the denominator of the step adds up.
+    """
+    batch["planned"] = functools.reduce(RowSums.plus, (document.planned for row in rows for document in row), RowSums())
+    labels = batch["labels"]
+    batch["collated"] = RowSums(float(weights.sum(dtype=torch.float64)), int((labels != IGNORE_INDEX).sum()))
 
 
 class EvaluationLoader:

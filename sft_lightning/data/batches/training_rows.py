@@ -56,6 +56,10 @@ class TrainingRows(Protocol):
     """
 
     @property
+    def topology(self) -> Topology:
+        """How rows are dealt to ranks and micro-batches."""
+
+    @property
     def packs(self) -> bool:
         """Whether a row may hold more than one document."""
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import torch
 import xxhash
 from transformers import PreTrainedTokenizerFast
 
+from sft_lightning.batch import Batch
 from sft_lightning.data.batches.loader import Document, EvaluationLoader
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.pairs.collate import PairBatch, collate_pairs
@@ -75,6 +78,10 @@ class Pairs:
             share=layout.share_prompts,
             shape=layout.shape(self.spec.batch_size, self.spec.max_length),
         )
+
+    def weights(self, batch: Batch) -> torch.Tensor:
+        """Return the weights in a batch that the denominator of its step adds up: those of its pairs, (P,)."""
+        return cast("PairBatch", batch)["pair_weights"]
 
 
 def _pair_of(document: Document) -> PairExample:

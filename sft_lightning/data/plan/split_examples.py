@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,10 +125,27 @@ class JoinedExamples:
     def weigh(self, documents: Longs) -> npt.NDArray[np.float64]:
         """Return the loss weight that each document contributes, (D,); see `FlatExamples.weigh`."""
         weights = np.zeros(len(documents))
-        for part, first, end in zip(self.parts, self.firsts[:-1], self.firsts[1:], strict=True):
-            mine = (documents[:, 0] >= first) & (documents[:, 0] < end)
-            weights[mine] = part.store.weigh(documents[mine] - [first, 0, 0])
+        for mine, store, own in self._by_store(documents):
+            weights[mine] = store.weigh(own)
         return weights
+
+    def supervise(self, documents: Longs) -> Longs:
+        """Return how many tokens of each document are supervised, (D,); see `FlatExamples.supervise`."""
+        supervised = np.zeros(len(documents), np.int64)
+        for mine, store, own in self._by_store(documents):
+            supervised[mine] = store.supervise(own)
+        return supervised
+
+    def _by_store(self, documents: Longs) -> Iterator[tuple[Longs, TokenStore, Longs]]:
+        """Yield the documents of each source that has some: their indices, and the documents as its store numbers them.
+
+        Args:
+            documents: Example, first token and end of each, (D, 3).
+        """
+        owners = np.searchsorted(self.firsts, documents[:, 0], side="right") - 1
+        for part in np.flatnonzero(np.bincount(owners)).tolist():
+            mine = np.flatnonzero(owners == part)
+            yield mine, self.parts[part].store, documents[mine] - [self.firsts[part], 0, 0]
 
 
 def first_tokens(examples: Longs, lengths: Longs) -> Longs:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch.distributed as dist
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from sft_lightning.training.module import CausalLMModule
+
+Value = TypeVar("Value")
 
 
 class RunCheck:
@@ -85,3 +89,16 @@ def is_logging_point(module: CausalLMModule) -> bool:
     """
     every: int = getattr(module.trainer, "log_every_n_steps", 0) or 0
     return module.trainer.global_step == 1 or bool(every and module.trainer.global_step % every == 0)
+
+
+def values_of_processes(value: Value) -> list[Value]:
+    """Return the value that each process of the run has, in the order of their ranks; all of them must call this.
+
+    Args:
+        value: This process's value; anything that can be pickled.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -5,26 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
-from sft_lightning.checks import Check
 from sft_lightning.compat.lightning.loops import call_after_training
+from sft_lightning.training.checks.data.coverage import Coverage
+from sft_lightning.training.checks.data.masks import Masks
+from sft_lightning.training.checks.data.rows import RowsAsPlanned
 from sft_lightning.training.checks.export import ExportedFolders
-from sft_lightning.training.checks.hooks import RunCheck
+from sft_lightning.training.checks.hooks import RunCheck, values_of_processes
 from sft_lightning.training.checks.model.modes import TrainingMode
 
-CHECKS: tuple[type[RunCheck], ...] = (TrainingMode, ExportedFolders)
+CHECKS: tuple[type[RunCheck], ...] = (TrainingMode, Coverage, Masks, RowsAsPlanned, ExportedFolders)
 """The checks of a training run, in the order in which they are made; each is in a module beside this one."""
-
-
-def outcomes_of_processes(check: Check) -> list[Check]:
-    """Return the outcomes that all processes have of one check, in the order of their ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [check]
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, check)
-    return outcomes
 
 
 class RunChecks(Callback):
@@ -39,7 +31,7 @@ class RunChecks(Callback):
             yield from self._checks
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        pl_module.checks.exchange = outcomes_of_processes
+        pl_module.checks.exchange = values_of_processes
         if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             call_after_training(trainer, lambda: self._after_training(trainer, pl_module))
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from sft_lightning.batch import RowSums
 from sft_lightning.data.batches.example_kind import Conversations
 from sft_lightning.data.batches.loader import Document
 from sft_lightning.data.plan.epoch_plan import Layout
@@ -17,7 +18,7 @@ from sft_lightning.types import TokenizedExample
 
 
 def document(number: int, *ids: int) -> Document:
-    return Document(number, TokenizedExample(np.array(ids, np.int32), np.ones(len(ids), np.float32)))
+    return Document(number, TokenizedExample(np.array(ids, np.int32), np.ones(len(ids), np.float32)), RowSums())
 
 
 @pytest.mark.parametrize("layout", [Layout(packing="best_fit"), Layout(packing="none", share_prompts=True)])

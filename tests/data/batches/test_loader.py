@@ -26,6 +26,12 @@ class Numbered:
         assert (start, stop) == (0, 1)
         return TokenizedExample(np.array([index], np.int32), np.ones(1, np.float32))
 
+    def weigh(self, documents: Any) -> Any:
+        return np.full(len(documents), 0.5)
+
+    def supervise(self, documents: Any) -> Any:
+        return np.ones(len(documents), np.int64)
+
 
 def collate(rows: Sequence[Sequence[Document]], denominator: float) -> Any:
     """Collate to the number of each row's example."""

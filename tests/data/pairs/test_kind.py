@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sft_lightning.batch import RowSums
 from sft_lightning.data.batches.loader import Document, documents_of
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.formats.fields import Malformed
@@ -123,7 +124,7 @@ def test_conversations_are_refused_as_pairs() -> None:
     tokens = TokenizedExample(np.zeros(2, np.int32), np.zeros(2, np.float32))
     with pytest.raises(TypeError, match="expected a pair, found a TokenizedExample"):
         Pairs(PairDataSpec()).collate(
-            [[Document(0, tokens)]], layout=Layout(packing="none"), pad_token_id=0, denominator=1.0
+            [[Document(0, tokens, RowSums())]], layout=Layout(packing="none"), pad_token_id=0, denominator=1.0
         )
 
 
