@@ -6,7 +6,8 @@
 The faults are in `tests/faults/`. `fit` stands for all that a user runs: training, and where the fault is in them,
 continuing, merging, or training on edited data. A fault is noticed if a command ends with an error; one that is still
 running after the limit is not. First, each scenario runs without a fault: an error there is a false alarm. The exit
-status is 1 if any fault passes both commands, or if there is a false alarm.
+status is 1 if any fault passes both commands, or if there is a false alarm. `--only clean --families` looks for false
+alarms in the other modes and in all families of models (ten minutes).
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.faults.faults import ROOT, Fault, read_faults
-from benchmarks.faults.jobs import CLEAN, COMMANDS, clean_jobs, run_jobs
-from benchmarks.faults.scenarios import SCENARIOS
+from benchmarks.faults.jobs import CLEAN, COMMANDS, Setting, clean_jobs, run_jobs
+from benchmarks.faults.modes import MODES, family_scenarios
+from benchmarks.faults.scenarios import SCENARIOS, Scenario
 from benchmarks.faults.table import Row, print_table, write_json
 
 
@@ -32,15 +34,26 @@ def main() -> int:
         for each in faults:
             print(f"{each.name:<36} {each.scenario:<18} {each.wrong}")
         return 0
-    clean = [] if args.only and CLEAN not in args.only else args.scenario or list(SCENARIOS)
-    rows: list[Row] = []
-    for row in run_jobs([*clean_jobs(clean), *faults], ROOT, args.commands, workers=args.workers, limit=args.limit):
-        rows.append(row)
+    clean = [] if args.only and CLEAN not in args.only else args.scenario or _clean_scenarios(args.families)
+    jobs = [*clean_jobs(clean), *faults]
+    setting = Setting(ROOT, _scenarios(), args.commands, args.limit)
+    found: dict[str, Row] = {}
+    for row in run_jobs(jobs, setting, workers=args.workers):
+        found[row.fault.name] = row
         print(row.line(), flush=True)
+    rows = [found[job.name] for job in jobs]
     print_table(rows, sys.stdout)
     if args.json is not None:
         write_json(rows, args.json)
     return int(any(row.is_bad for row in rows))
+
+
+def _scenarios() -> dict[str, Scenario]:
+    return {**SCENARIOS, **{each.name: each for each in (*MODES, *family_scenarios())}}
+
+
+def _clean_scenarios(families: bool) -> list[str]:
+    return list(_scenarios()) if families else list(SCENARIOS)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these faults; clean: the scenarios without one")
-    parser.add_argument("--scenario", nargs="+", choices=list(SCENARIOS), help="only the faults of these scenarios")
+    parser.add_argument("--scenario", nargs="+", metavar="NAME", help="only these scenarios, with and without faults")
+    parser.add_argument(
+        "--families", action="store_true", help="without faults, run the other modes and each family of models, too"
+    )
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="only this command")
     parser.add_argument("--list", action="store_true", help="list the faults and exit")
     parser.add_argument("--workers", type=int, default=2, help="faults that run at the same time (default: 2)")

@@ -89,17 +89,17 @@ _COMMON = (
     f"{_CALLBACKS}.num_prompts=1",
     f"{_CALLBACKS}.generation.max_new_tokens=2",
 )
-_EVERY_2_STEPS = (
+EVERY_2_STEPS = (
     f"{_CALLBACKS}+=lightning.pytorch.callbacks.ModelCheckpoint",
     f"{_CALLBACKS}.every_n_train_steps=2",
     f"{_CALLBACKS}.save_top_k=-1",
     f"{_CALLBACKS}.filename=s{{step}}",
     f"{_CALLBACKS}.auto_insert_metric_name=false",
 )
-_CONTINUED = ("fit", "--trainer.default_root_dir=continued", "--ckpt_path=run/checkpoints/s2.ckpt")
+CONTINUED = ("fit", "--trainer.default_root_dir=continued", "--ckpt_path=run/checkpoints/s2.ckpt")
 _MERGE = ("merge", "--adapter=run/adapter", "--output_dir=merged")
-_PAIRS = ("--task=dpo", "--data.sources={pairs: {path: pairs.json, format: preference}}")
-_NO_ADAPTER = ("--model.adapter",)
+PAIRS = ("--task=dpo", "--data.sources={pairs: {path: pairs.json, format: preference}}")
+NO_ADAPTER = ("--model.adapter",)
 
 SCENARIOS = {
     each.name: each
@@ -107,7 +107,7 @@ SCENARIOS = {
         Scenario("packed", ()),
         Scenario("separate", ("--data.packing=none",)),
         Scenario("concat", ("--data.packing=concat",)),
-        Scenario("full", (), without=_NO_ADAPTER),
+        Scenario("full", (), without=NO_ADAPTER),
         Scenario("learned_positions", ("--model.model_name_or_path=gpt2",)),
         Scenario("ddp", ("--trainer.devices=2", "--trainer.strategy=ddp"), processes=2),
         Scenario("checkpointed", ("--model.gradient_checkpointing=true", "--model.attn_implementation=sdpa",
@@ -121,11 +121,11 @@ SCENARIOS = {
         Scenario("validated", (
             "--data.val_sources={held_out: {path: validation.json, format: messages}}",
             "--trainer.val_check_interval=0.5")),
-        Scenario("dpo", (*_PAIRS, "--model.preference.reference=adapter_off")),
-        Scenario("dpo_precomputed", (*_PAIRS, "--model.preference.reference=precomputed")),
-        Scenario("dpo_full", _PAIRS, without=_NO_ADAPTER),
-        Scenario("dpo_resumed", (*_PAIRS, "--model.preference.reference=precomputed", *_EVERY_2_STEPS), (_CONTINUED,)),
-        Scenario("resumed", _EVERY_2_STEPS, (_CONTINUED,)),
+        Scenario("dpo", (*PAIRS, "--model.preference.reference=adapter_off")),
+        Scenario("dpo_precomputed", (*PAIRS, "--model.preference.reference=precomputed")),
+        Scenario("dpo_full", PAIRS, without=NO_ADAPTER),
+        Scenario("dpo_resumed", (*PAIRS, "--model.preference.reference=precomputed", *EVERY_2_STEPS), (CONTINUED,)),
+        Scenario("resumed", EVERY_2_STEPS, (CONTINUED,)),
         Scenario("edited", (), (("fit", "--trainer.default_root_dir=second"),),
                  files={"chats.json": "edited_chats.json"}),
         Scenario("merged", (), (_MERGE,)),

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from benchmarks.faults.faults import ROOT, Edit, PlantError, copy_packages, plant, read_faults
+from benchmarks.faults.modes import MODES, family_scenarios
 from benchmarks.faults.scenarios import SCENARIOS
 
 
@@ -66,6 +67,11 @@ def test_there_are_46_faults_of_the_packages_and_8_of_their_user() -> None:
     assert len({fault.name for fault in faults}) == len(faults)
     assert [sum(fault.is_users == users for fault in faults) for users in (False, True)] == [46, 8]
     assert {fault.scenario for fault in faults} <= set(SCENARIOS)
+
+
+def test_no_two_scenarios_have_the_same_name() -> None:
+    names = [*SCENARIOS, *(scenario.name for scenario in (*MODES, *family_scenarios()))]
+    assert len(names) == len(set(names))
 
 
 def test_faults_are_read_in_the_order_of_a_run(tmp_path: Path) -> None:
