@@ -218,7 +218,7 @@ def _merge_into(
             candidate.divergence = mean_divergence(trained.log_probs, next_token_log_probs(model, trained.rows))
             names = [] if trained.base is None else trained.base.names
             candidate.bits = [int(bit_sum(model.get_parameter(name))) for name in names]
-    candidate.num_verified = verify_weights(plan, folder, quantized)
+    candidate.num_verified = verify_weights(plan, folder, base, trained.base)
     return candidate
 
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from sft_lightning.merging.layers import empty_model
 from sft_lightning.merging.plan import MergePlan
 from sft_lightning.merging.quantized import QuantizedBase
+from sft_lightning.merging.report import MergeBase
 from sft_lightning.models.adapters.folder import CHANGE_BASE, method_name, name_in_base, read_config, read_weights
 from sft_lightning.models.base.weight_files import read_named_tensors
 
@@ -75,13 +76,14 @@ def _alpha(config: Any, layer: str) -> float:
     return float(next(own, config.lora_alpha))
 
 
-def verify_weights(plan: MergePlan, folder: Path, quantized: QuantizedBase | None) -> int:
+def verify_weights(plan: MergePlan, folder: Path, into: MergeBase, quantized: QuantizedBase | None) -> int:
     """Compute a few merged weights again, and compare them with the written ones.
 
     Args:
         plan: The merge plan.
         folder: The written candidate.
-        quantized: What it was merged into; `None` for the base as it is stored.
+        into: The base that it is to be merged into, by name: not by what the merge took for it.
+        quantized: The dequantized base; `None` if nothing is merged into it.
 
     Returns:
         How many weights were compared; 0 if an adapter is not plain LoRA, or the files have other names than the model.
@@ -104,9 +106,10 @@ def verify_weights(plan: MergePlan, folder: Path, quantized: QuantizedBase | Non
         before, after = (_as_linear(model, layer, each[name]) for each in (base, merged))
         if any(delta.shape != before.shape or delta.shape != after.shape for delta in deltas):
             continue  # such as a head that got rows for new tokens
-        if quantized is not None and name in quantized.names:
-            before = quantized.columns(name, _INPUTS)
-        _compare(name, before, sum(deltas, torch.zeros(())), after, quantized)
+        rounding = 0.0
+        if into == "dequantized" and quantized is not None and name in quantized.names:
+            before, rounding = quantized.columns(name, _INPUTS), quantized.rounding
+        _compare(f"{name} is not that of the {into} base", before, sum(deltas, torch.zeros(())), after, rounding)
         compared += 1
     return compared
 
@@ -122,19 +125,16 @@ def _as_linear(model: PreTrainedModel, layer: str, weight: torch.Tensor) -> torc
     return weight.T if isinstance(model.get_submodule(layer), Conv1D) else weight
 
 
-def _compare(
-    name: str, before: torch.Tensor, delta: torch.Tensor, after: torch.Tensor, quantized: QuantizedBase | None
-) -> None:
+def _compare(what: str, before: torch.Tensor, delta: torch.Tensor, after: torch.Tensor, rounding: float) -> None:
+    """Compare a merged weight with its base and update; `rounding` is the relative error of `before`."""
     columns = slice(before.shape[1])
     expected = before.float() + delta[:, columns]
     # Rounded once to the written type; the columns of a quantized layer were rounded when it computed them.
     tolerance = (torch.finfo(after.dtype).eps + 1e-6) * expected.abs().amax(dim=1, keepdim=True)
-    if quantized is not None:
-        tolerance = tolerance + quantized.rounding * before.abs().amax(dim=1, keepdim=True)
+    tolerance = tolerance + rounding * before.abs().amax(dim=1, keepdim=True)
     apart = (after[:, columns].float() - expected).abs()
     if not bool((apart <= tolerance).all()):  # not-a-number included
-        into = "original" if quantized is None else "dequantized"
         raise RuntimeError(
-            f"the merged weight {name} is not that of the {into} base plus alpha / r · B A: it differs by up to "
-            f"{float(apart.max()):.2e} (at most {float(tolerance.max()):.2e}); nothing was written"
+            f"the merged weight {what} plus alpha / r · B A: it differs by up to {float(apart.max()):.2e} (at most "
+            f"{float(tolerance.max()):.2e}); nothing was written"
         )
