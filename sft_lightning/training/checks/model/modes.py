@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sft_lightning.checks import Check
 from sft_lightning.training.checks.hooks import RunCheck
@@ -13,8 +15,11 @@ if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
 
 
-class TrainingMode(RunCheck):
+class Modes(RunCheck):
     """Check the mode of every part of the model, when training starts and while validating."""
+
+    def __init__(self) -> None:
+        self._repeated = False
 
     def on_train_start(self, module: CausalLMModule) -> None:
         """Check that every part trains: one in evaluation mode has no dropout."""
@@ -23,6 +28,12 @@ class TrainingMode(RunCheck):
     def on_validation_start(self, module: CausalLMModule) -> None:
         """Check that no part is in training mode, where dropout would change the losses."""
         module.checks.run(lambda: check_mode(module.language_model, training=False))
+
+    def on_validation_batch_end(self, module: CausalLMModule, batch: Any, index: int, source: int) -> None:
+        """Compute the first batch's loss twice more."""
+        if not self._repeated:
+            self._repeated = True
+            module.checks.run(lambda: check_repetition(module, batch))
 
 
 def check_mode(model: nn.Module, *, training: bool) -> Check:
@@ -39,3 +50,17 @@ def check_mode(model: nn.Module, *, training: bool) -> Check:
     wrong = [name or "the model itself" for name, part in model.named_modules() if part.training is not training]
     figure = f"{len(wrong)} parts in {names[1]} mode{f': {wrong[0]} …' if wrong else ''}"
     return Check(f"{names[0]} mode", not wrong, figure)
+
+
+@torch.no_grad()
+def check_repetition(module: CausalLMModule, batch: Any) -> Check:
+    """Check that the same batch has the same loss twice, to the last bit: nothing in the model is random.
+
+    Args:
+        module: The module of the run, while validating.
+        batch: A micro-batch of the validation, on its device.
+    """
+    with module.trainer.precision_plugin.val_step_context():
+        first, second = (torch.stack(list(module(batch))).nan_to_num() for _ in range(2))
+    same = torch.equal(first, second)
+    return Check("validation twice", same, f"losses {float(first[0]):.6f} and {float(second[0]):.6f} of the same batch")
