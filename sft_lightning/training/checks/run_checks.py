@@ -11,12 +11,21 @@ from sft_lightning.compat.lightning.loops import call_after_training
 from sft_lightning.training.checks.data.coverage import Coverage
 from sft_lightning.training.checks.data.masks import Masks
 from sft_lightning.training.checks.data.rows import RowsAsPlanned
+from sft_lightning.training.checks.data.stores import FoundStores
 from sft_lightning.training.checks.export import ExportedFolders
 from sft_lightning.training.checks.hooks import RunCheck, values_of_processes
 from sft_lightning.training.checks.model.forward_pass import ForwardPass
 from sft_lightning.training.checks.model.modes import Modes
 
-CHECKS: tuple[type[RunCheck], ...] = (Modes, Coverage, Masks, ForwardPass, RowsAsPlanned, ExportedFolders)
+CHECKS: tuple[type[RunCheck], ...] = (
+    Modes,
+    FoundStores,
+    Coverage,
+    Masks,
+    ForwardPass,
+    RowsAsPlanned,
+    ExportedFolders,
+)
 """The checks of a training run, in the order in which they are made; each is in a module beside this one."""
 
 

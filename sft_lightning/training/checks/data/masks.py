@@ -16,6 +16,7 @@ from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.record_log import RecordLog
 from sft_lightning.training.checks.data.documents import BatchDocument, batch_documents
 from sft_lightning.training.checks.data.expected_masks import ExpectedMask, expected_mask, wanted_weights
+from sft_lightning.training.checks.data.stores import is_quick_to_read
 from sft_lightning.training.checks.hooks import RunCheck
 from sft_lightning.types import IGNORE_INDEX, Message, Record
 
@@ -118,7 +119,7 @@ def _records(data: SFTDataModule, documents: Sequence[BatchDocument]) -> Iterato
     formats = {part.name: part.report.format for part in data.blend.examples.parts}
     for name, config in data.spec.sources_of("train").items():
         indices = {index for source, index in nearest if source == name}
-        if not indices:
+        if not indices or not is_quick_to_read(name, config):
             continue
         for index, record in enumerate(read_records(name, config)):
             if index in indices:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,47 +11,12 @@ import pytest
 import torch
 
 from sft_lightning.data.datamodule import SFTDataModule
-from sft_lightning.data.pairs.kind import Pairs
-from sft_lightning.data.pairs.spec import PairDataSpec
 from sft_lightning.data.sources.source import SourceConfig
-from sft_lightning.data.spec import DataSpec
 from sft_lightning.training.checks.data.masks import check_batch
 from sft_lightning.types import IGNORE_INDEX
 
-MESSAGES = [
-    {
-        "messages": [
-            {"role": "user", "content": f"Name {n}"},
-            {"role": "assistant", "content": "red " * n},
-            {"role": "user", "content": "And?"},
-            {"role": "assistant", "content": f"blue {n}"},
-        ]
-    }
-    for n in range(1, 7)
-]
 PAIRS = [{"prompt": f"Name {n}?", "chosen": f"yes {n}", "rejected": "no " * n} for n in range(1, 7)]
 TEXTS = [{"text": f"a document of {n} words " * n} for n in range(1, 7)]
-
-
-@pytest.fixture
-def make_data(tmp_path: Path, model_dir: Path) -> Callable[..., SFTDataModule]:
-    def make(records: Any = MESSAGES, **changes: Any) -> SFTDataModule:
-        path = tmp_path / "records.json"
-        path.write_text(json.dumps(records))
-        options: dict[str, Any] = {
-            "sources": {"toy": SourceConfig(path=str(path))},
-            "template": "vicuna_v1.1",
-            "max_length": 256,
-            "batch_size": 3,
-            "tokenizer_name_or_path": str(model_dir),
-            "store_dir": str(tmp_path / "stores"),
-            **changes,
-        }
-        data = SFTDataModule(PairDataSpec(**options), Pairs) if records is PAIRS else SFTDataModule(DataSpec(**options))
-        data.setup("fit")
-        return data
-
-    return make
 
 
 def first_batch(data: SFTDataModule) -> Any:
@@ -62,11 +26,11 @@ def first_batch(data: SFTDataModule) -> Any:
 @pytest.mark.parametrize(
     ("records", "changes"),
     [
-        (MESSAGES, {}),
-        (MESSAGES, {"packing": "none", "loss_on": "last_turn"}),
-        (MESSAGES, {"loss_on": "all", "template": "llama2"}),
-        (MESSAGES, {"packing": "concat", "max_length": 24}),
-        (MESSAGES, {"overlong": "truncate", "max_length": 130}),
+        (None, {}),
+        (None, {"packing": "none", "loss_on": "last_turn"}),
+        (None, {"loss_on": "all", "template": "llama2"}),
+        (None, {"packing": "concat", "max_length": 24}),
+        (None, {"overlong": "truncate", "max_length": 130}),
         (TEXTS, {"task": "pretrain"}),
         (PAIRS, {"template": "alpaca"}),
         (PAIRS, {"packing": "none"}),
