@@ -21,7 +21,7 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:
-    """Return how the weights were made: versions, base, template, optimizer steps.
+    """Return how the weights were made: versions, base, template, optimizer steps, and what was checked.
 
     Args:
         trainer: The run's trainer.
@@ -39,6 +39,7 @@ def run_manifest(trainer: Trainer, module: CausalLMModule) -> dict[str, Any]:
         "chat_template_sha256": hashlib.sha256(chat_template.encode()).hexdigest(),
         "optimizer_steps": trainer.global_step,
         "epoch": trainer.current_epoch,
+        "checks": module.checks.as_dicts(),
     }
 
 

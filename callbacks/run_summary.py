@@ -1,8 +1,9 @@
-"""The configuration and the data of a run, shown in the terminal and given to the loggers."""
+"""The configuration, the data and the checks of a run, shown in the terminal and given to the loggers."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,9 +12,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.text import Text
 
 from callbacks.run_outputs import log_text, run_folder
+from sft_lightning.checks import Check
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.terminal import fenced, make_console
+from sft_lightning.training.module import CausalLMModule
 from sft_lightning.training.startup import datamodule_of
+from sft_lightning.views.check_table import check_markdown, check_table
 from sft_lightning.views.highlight import ShownToken, show_tokens
 from sft_lightning.views.marked_text import FRAME, around_the_first_answer, marked_text
 from sft_lightning.views.report_table import report_tables
@@ -98,3 +102,34 @@ def _first_example(data: SFTDataModule) -> list[ShownToken]:
         return []
     first = data.plan(0).row(0)[0].tolist()
     return show_tokens(data.blend.examples.example(*first), data.tokenizer)
+
+
+class CheckSummary(Callback):
+    """Print what the run has checked: a table after the first optimizer step, and one at the end of what came later.
+
+    All checks are logged as `run/checks`, and written into the `run_manifest.json` of the exports.
+    """
+
+    def __init__(self) -> None:
+        self._shown: list[Check] = []
+        self._first_step: int | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._first_step is None:
+            self._first_step = trainer.global_step
+        elif not self._shown and trainer.global_step > self._first_step:
+            self._show(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show(trainer, pl_module)
+
+    @rank_zero_only
+    def _show(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, CausalLMModule):
+            return
+        checks = module.checks.checks
+        new = [check for check in checks if check not in self._shown]
+        if new:
+            make_console().print(check_table(checks, new), markup=False, highlight=False)
+            log_text(trainer, "run/checks", check_markdown(checks))
+        self._shown = checks

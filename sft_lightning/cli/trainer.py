@@ -94,6 +94,7 @@ def with_default_callbacks(given: Any, *, progress_bar: bool, checkpoints: bool)
         observers.LastCheckpoint(),
         observers.HyperParameters(),
         observers.DataSummary(),
+        observers.CheckSummary(),
         observers.FirstStep(),
         observers.SampleGeneration(),
         observers.AdapterExport(),

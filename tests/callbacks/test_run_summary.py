@@ -9,10 +9,13 @@ from typing import Any, cast
 import pytest
 from lightning.pytorch import LightningModule, Trainer
 
-from callbacks import DataSummary
+from callbacks import CheckSummary, DataSummary
+from sft_lightning.checks import Check
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.report import DataReport, SourceReport
 from sft_lightning.data.spec import DataSpec
+from sft_lightning.training.module import CausalLMModule
+from sft_lightning.training.spec import TrainingSpec
 
 MODULE = cast(LightningModule, None)  # unused
 
@@ -60,3 +63,25 @@ def test_a_run_shows_and_writes_its_report(fit: Callable[..., Path], capsys: pyt
     assert "optimizer steps per epoch" in shown
     report = json.loads((run / "data_report.json").read_text())
     assert report["sources"]["train/toy"]["examples"] == 24
+
+
+def test_checks_are_shown_after_the_first_step_and_at_the_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    module = CausalLMModule(TrainingSpec(model_name_or_path="none"))
+    run = cast(Trainer, SimpleNamespace(global_step=0, loggers=[], default_root_dir=str(tmp_path)))
+    summary = CheckSummary()
+    module.checks.note(Check("masks", True, "8 documents"))
+    summary.on_train_batch_start(run, module, None, 0)
+    assert capsys.readouterr().out == ""
+    run.global_step = 1  # type: ignore[misc]
+    summary.on_train_batch_start(run, module, None, 1)
+    assert "✓ masks" in capsys.readouterr().out
+    summary.on_train_batch_start(run, module, None, 2)
+    assert capsys.readouterr().out == ""
+    module.checks.note(Check("optimizer steps", True, "2 of 2 planned"))
+    summary.on_fit_end(run, module)
+    shown = capsys.readouterr().out
+    assert "checks: 2 of 2 verified" in shown
+    assert "✓ optimizer steps" in shown
+    assert "✓ masks" not in shown

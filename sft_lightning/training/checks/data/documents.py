@@ -56,7 +56,8 @@ def batch_documents(
         halves: 2 for pairs, of which each answer is a document.
         together: Whether both answers of a pair are in the same row; else each has its own row, after the other.
     """
-    columns = [batch[name].cpu().numpy() for name in ("input_ids", "labels", "loss_weights", "position_ids")]
+    columns = [batch[name].cpu().numpy() for name in ("input_ids", "labels", "position_ids")]
+    columns.insert(2, batch["loss_weights"].float().cpu().numpy())
     entries = [list(row) for row in batch["document_lengths"]]
     wanted = [[(number, half) for number in row for half in range(halves)] for row in rows]
     if not together:

@@ -30,6 +30,9 @@ _MAX_DOCUMENTS = 8
 _MAX_RECORDS = 20_000
 """Records of a source to read for them: about half a second."""
 
+_ROUNDING = 2.0**-8
+"""Largest relative difference of a loss weight; `trainer.precision: bf16-true` makes it a bfloat16."""
+
 
 class Rendered(NamedTuple):
     """A text that the template makes of a record."""
@@ -205,7 +208,7 @@ def difference(document: BatchDocument, mask: ExpectedMask, first: int, builder:
     actual = np.where(document.labels == IGNORE_INDEX, 0.0, document.weights.astype(np.float64))
     expected = mask.weights[first : first + len(actual)].copy()
     expected[0] = 0.0  # no token of the document predicts it
-    wrong = np.flatnonzero(~np.isnan(expected) & (np.abs(actual - expected) > 1e-5 * np.maximum(1.0, expected)))
+    wrong = np.flatnonzero(~np.isnan(expected) & (np.abs(actual - expected) > _ROUNDING * expected))
     if not len(wrong):
         return None
     at = int(wrong[0])

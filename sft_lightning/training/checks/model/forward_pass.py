@@ -100,7 +100,8 @@ def real_documents(batch: Any) -> list[TokenizedExample]:
     Args:
         batch: The batch, on any device.
     """
-    ids, labels, weights = (batch[name].cpu().numpy() for name in ("input_ids", "labels", "loss_weights"))
+    ids, labels = (batch[name].cpu().numpy() for name in ("input_ids", "labels"))
+    weights = batch["loss_weights"].float().cpu().numpy()
     found: list[TokenizedExample] = []
     for row, lengths in enumerate(batch["document_lengths"]):
         start = 0
