@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
-from sft_lightning.compat.transformers import compile_chat_template
+from sft_lightning.data.templates.bounded import BoundedTemplate
 from sft_lightning.data.templates.jinja import JinjaTemplate, jinja_template
 from sft_lightning.data.templates.named import NamedTemplate, named_template
 from sft_lightning.data.templates.template import SpecialTokens, Template
@@ -141,7 +141,7 @@ def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> ApplyTemplate:
     now = datetime.now()
     names: dict[str, Any] = {**tokenizer.special_tokens_map, "documents": None}
     names["strftime_now"] = lambda form: now.strftime(form)
-    compiled: dict[bool, Any] = {}
+    compiled: dict[bool, BoundedTemplate] = {}
 
     def apply(chat: Chat, add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]]) -> str:
         has_tools = bool(tools)
@@ -149,21 +149,23 @@ def _applier(name: str, tokenizer: PreTrainedTokenizerFast) -> ApplyTemplate:
             compiled[has_tools] = _compile(name, tokenizer, tools)
         given = list(tools) if has_tools else None
         try:
-            return str(
-                compiled[has_tools].render(
-                    messages=chat, tools=given, add_generation_prompt=add_generation_prompt, **names
-                )
+            return compiled[has_tools].render(
+                messages=chat, tools=given, add_generation_prompt=add_generation_prompt, **names
             )
-        except (TemplateError, TypeError) as error:
+        except TemplateError as error:
             raise UserError(f"data.template: {name} refuses a conversation: {error}") from error
+        except Exception as error:  # whatever the code of a template raises
+            raise UserError(
+                f"data.template: {name} fails on a conversation: {type(error).__name__}: {error}"
+            ) from error
 
     return apply
 
 
-def _compile(name: str, tokenizer: PreTrainedTokenizerFast, tools: Sequence[Mapping[str, Any]]) -> Any:
+def _compile(name: str, tokenizer: PreTrainedTokenizerFast, tools: Sequence[Mapping[str, Any]]) -> BoundedTemplate:
     """Compile the chat template; a tokenizer may have another one for conversations with tools."""
     try:
-        return compile_chat_template(tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
+        return BoundedTemplate(tokenizer.get_chat_template(tools=[dict(tool) for tool in tools] or None))
     except TemplateSyntaxError as error:
         raise UserError(f"data.template: {name}, line {error.lineno} of the template: {error.message}") from error
     except ValueError as error:

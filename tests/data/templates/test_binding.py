@@ -141,7 +141,10 @@ def test_a_jinja_file_becomes_the_tokenizers_chat_template(tmp_path: Path, own: 
         ("{{ raise_exception('Roles must alternate') }}", "refuses a conversation: Roles must alternate"),
         ("{{ messages[7].content + '!' }}", "refuses a conversation: "),
         ("{{ ().__class__.__mro__ }}", "refuses a conversation: .*unsafe"),
-        ("{{ messages | length + 'a' }}", "refuses a conversation: unsupported operand"),
+        ("{{ messages | length + 'a' }}", "fails on a conversation: TypeError: unsupported operand"),
+        ("{{ 1 // (messages | length - messages | length) }}", "fails on a conversation: ZeroDivisionError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails on a conversation: RecursionError"),
+        ("{% for i in range(9 ** 6) %}x{% endfor %}", "fails on a conversation: OverflowError"),
     ],
 )
 def test_a_broken_jinja_file_is_refused(
