@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -65,7 +65,7 @@ class BoundedTemplate:
 
     def _counted(self, items: Iterable[Any]) -> Iterable[Any]:
         """Count the steps of a loop: at once if its length is known, so that each step costs nothing."""
-        if not hasattr(items, "__len__"):
+        if not isinstance(items, Sized):
             return self._count_each(items)
         self._add(len(items))
         return items
