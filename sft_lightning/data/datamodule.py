@@ -222,7 +222,8 @@ class SFTDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return what the order of the rows depends on, for a checkpoint."""
         tokens = self.blend.examples.fingerprint if "train" in self.reader.read else None
-        return row_order(self.spec, self.layout, rows_per_step=self._topology.rows_per_step, tokens=tokens)
+        template, rows_per_step = str(self.tokenizer.chat_template), self._topology.rows_per_step
+        return row_order(self.spec, self.layout, rows_per_step=rows_per_step, tokens=tokens, chat_template=template)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a checkpoint's position means the same rows here."""

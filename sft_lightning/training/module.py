@@ -29,6 +29,7 @@ from sft_lightning.models.inspection import base_model
 from sft_lightning.strategies.services import ModuleServices, services_of
 from sft_lightning.training import startup
 from sft_lightning.training.checkpoint import state
+from sft_lightning.training.checkpoint.continuation import Continuation
 from sft_lightning.training.checkpoint.files import NONFINITE_LOSSES
 from sft_lightning.training.checks.run_checks import RunChecks
 from sft_lightning.training.forward import find_any_head, token_loss_sums
@@ -69,6 +70,7 @@ class CausalLMModule(LightningModule):
         self._nonfinite_losses = NonfiniteLosses(spec.max_nonfinite_losses)
         self._loss_scale = LossScale()
         self._random_states = state.RandomStates()
+        self._continuation = Continuation(rank_zero_info)
 
     # --- the model -------------------------------------------------------------------------------------------------
 
@@ -118,6 +120,7 @@ class CausalLMModule(LightningModule):
         startup.check_attention(self, packs=self.data.packs)
         startup.set_up_layers(self)
         self.objective.on_fit_start(self)
+        self._continuation.on_fit_start(self)
 
     def forward(self, batch: Batch) -> LossSums:
         """Return the loss sums of a micro-batch."""
@@ -136,6 +139,7 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         """Return the micro-batch's share of the optimizer step's loss, a scalar."""
+        self._continuation.check_first_batch(self, batch)
         share = self.objective.step_share(self, batch)
         self.step.add(share)
         # Lightning divides by the number of micro-batches, and data-parallel strategies average over ranks.
@@ -144,6 +148,7 @@ class CausalLMModule(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Continue the random generators of a checkpoint, after everything that runs before the first step."""
+        self._continuation.note_batch(self.trainer.current_epoch, batch_idx)
         if self._random_states.continue_loaded():
             set_logged_step(self.trainer)
         if self.step.loss is None and self.trainer.accumulate_grad_batches > 1:
@@ -207,7 +212,9 @@ class CausalLMModule(LightningModule):
         """Return the optimizer over what trains, and the schedule over the planned optimizer steps."""
         self.layout = startup.decide_layout(self)
         groups = startup.optimizer_groups(self)
-        optimizer = self._services.prepare_optimizer(build_optimizer(self.spec.optimizer, groups))
+        optimizer = build_optimizer(self.spec.optimizer, groups)
+        self._continuation.note_optimizer(optimizer)
+        optimizer = self._services.prepare_optimizer(optimizer)
         if not self._services.manages_gradients:
             check_float16(optimizer, scales_loss=self._scaler is not None)
         num_steps = self.data.num_optimizer_steps
@@ -272,12 +279,14 @@ class CausalLMModule(LightningModule):
         """Keep what trains, the random states, and the state of the objective."""
         checkpoint["state_dict"] = state.trainable_state(self, checkpoint["state_dict"])
         within_step = self.step.loss is not None and is_accumulating(self.trainer)
-        checkpoint["random_states"] = self._random_states.gather(within_step=within_step)
+        states = checkpoint["random_states"] = self._random_states.gather(within_step=within_step)
+        checkpoint |= self._continuation.state(self, states, within_step=within_step)
         checkpoint[NONFINITE_LOSSES] = self._nonfinite_losses.in_a_row
         checkpoint |= self.objective.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random states for the first step, and set the position to the start of an optimizer step."""
+        self._continuation.load(self, checkpoint)
         self._random_states.load(checkpoint["random_states"], self.trainer.global_rank)
         if self.trainer.state.fn == "fit":
             if self.layout is None:  # `auto`: checked again by `decide_layout`

@@ -166,7 +166,7 @@ def test_a_checkpoint_with_other_trainable_weights_is_refused(
     assert main(["fit", *options(fit_args, tmp_path / "whole")]) == 0
     other = [*options(fit_args, tmp_path / "again"), "--model.adapter.modules_to_save=[lm_head]"]
     assert main(["fit", *other, f"--ckpt_path={tmp_path / 'whole' / 'checkpoints' / 'last.ckpt'}"]) == 2
-    assert "lm_head.modules_to_save.default.weight, …) train here and are missing in it" in capsys.readouterr().err
+    assert "model.adapter.modules_to_save: null → ['lm_head']; restore the old values" in capsys.readouterr().err
 
 
 def test_a_checkpoint_holds_no_frozen_weight(fit_args: list[str], tmp_path: Path, read_run: ReadRun) -> None:

@@ -31,6 +31,27 @@ class Document(NamedTuple):
     """What it adds to its step, by the plan."""
 
 
+class LastBatch(NamedTuple):
+    """The micro-batch that was trained on last."""
+
+    epoch: int
+    """Its epoch, from 0."""
+
+    number: int
+    """Its number in the epoch, from 0, on each rank."""
+
+    within_step: bool = False
+    """Whether its optimizer step is not finished."""
+
+    def step_after(self, accumulate: int) -> int:
+        """Return the optimizer step that a continued run takes next, counted within the epoch.
+
+        Args:
+            accumulate: Micro-batches per optimizer step.
+        """
+        return self.number // accumulate if self.within_step else -(-(self.number + 1) // accumulate)
+
+
 class Examples(Protocol):
     """Numbered examples."""
 

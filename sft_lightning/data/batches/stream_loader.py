@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from sft_lightning.batch import Batch
-from sft_lightning.data.batches.loader import Collate, documents_of
+from sft_lightning.data.batches.loader import Collate, Document, documents_of
 from sft_lightning.data.batches.stream_windows import StreamWindows, Window
 from sft_lightning.data.plan.epoch_plan import Topology
 from sft_lightning.errors import UserError
@@ -62,6 +62,23 @@ class StreamLoader:
             if window.end_step < self._num_steps:
                 self._ahead = self._worker.submit(self._windows.next_window)
         return self._window
+
+    def documents_of_step(self, step: int) -> list[list[Document]] | None:
+        """Return the documents of all rows of an optimizer step, over all ranks; waits for a window that is being made.
+
+        Args:
+            step: Number of the step in the run, from 0.
+
+        Returns:
+            `None` if the step is neither in the window that is trained on, nor in the next one.
+        """
+        window, ahead = self._window, self._ahead
+        if window is not None and step >= window.end_step and ahead is not None and ahead.exception() is None:
+            window = ahead.result()
+        if window is None or not window.first_step <= step < window.end_step:
+            return None
+        first, size = (step - window.first_step), self._topology.rows_per_step
+        return documents_of(window.plan, range(first * size, (first + 1) * size), window.examples)
 
     def _check(self, window: Window) -> None:
         """Refuse a window whose tokens are not those that the checkpoint was saved at."""

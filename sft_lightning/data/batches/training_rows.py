@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from sft_lightning.data.batches.loader import Collate, TrainLoader
+from sft_lightning.data.batches.loader import Collate, Document, LastBatch, TrainLoader, documents_of
 from sft_lightning.data.batches.stream_loader import StreamLoader
 from sft_lightning.data.batches.stream_source import SourceStream
 from sft_lightning.data.batches.stream_windows import StreamWindows
@@ -79,6 +79,17 @@ class TrainingRows(Protocol):
         Args:
             optimizer_step: Its number in the run, from 1.
             limit: Places at most; one more entry counts the others.
+        """
+
+    def documents_after(self, last: LastBatch, loader: Any) -> list[list[Document]] | None:
+        """Return the rows of the optimizer step that comes next, over all ranks; not by the loader's own position.
+
+        Args:
+            last: The micro-batch that was trained on last.
+            loader: The loader that it came from.
+
+        Returns:
+            The documents of each row; `None` if the run ends before that step, or its rows are not known yet.
         """
 
     def loader(self, collate: Collate) -> TrainLoader | StreamLoader:
@@ -166,6 +177,25 @@ class PlannedRows:
         places = [f"{read_record(name, self.sources[name], index).location} ({name})" for name, index in found[:limit]]
         return places if len(found) <= limit else [*places, f"and {len(found) - limit} more records"]
 
+    def documents_after(self, last: LastBatch, loader: Any) -> list[list[Document]] | None:
+        """Return the rows of the optimizer step that comes next, over all ranks; not by the loader's own position.
+
+        Args:
+            last: The micro-batch that was trained on last.
+            loader: Not used: the plan is known.
+
+        Returns:
+            The documents of each row; `None` if no epoch comes next.
+        """
+        epoch, step = last.epoch, last.step_after(self.topology.accumulate)
+        if not last.within_step and last.number + 1 >= self._micro_batches_of(epoch):
+            epoch, step = epoch + 1, 0
+            if epoch == (self.run.max_epochs or 1):
+                return None
+        plan, size = self.planner.plan(epoch), self.topology.rows_per_step
+        rows = range(step * size, min((step + 1) * size, plan.num_rows))
+        return documents_of(plan, rows, self.planner.blend.examples)
+
     def loader(self, collate: Collate) -> TrainLoader:
         """Return this rank's micro-batches, epoch after epoch."""
         return TrainLoader(self.planner.plan, self.topology, self.planner.blend.examples, collate)
@@ -220,6 +250,19 @@ class StreamedRows:
             limit: Not used: there is one entry.
         """
         return [f"rows {(optimizer_step - 1) * self.topology.rows_per_step} and following of the streamed sources"]
+
+    def documents_after(self, last: LastBatch, loader: Any) -> list[list[Document]] | None:
+        """Return the rows of the optimizer step that comes next, over all ranks; not by the loader's own position.
+
+        Args:
+            last: The micro-batch that was trained on last.
+            loader: The loader that it came from.
+
+        Returns:
+            The documents of each row; `None` after the last step.
+        """
+        found: list[list[Document]] | None = loader.documents_of_step(last.step_after(self.topology.accumulate))
+        return found
 
     def loader(self, collate: Collate) -> StreamLoader:
         """Return this rank's micro-batches of the whole run.

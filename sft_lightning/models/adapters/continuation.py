@@ -18,7 +18,7 @@ from sft_lightning.models.adapters.folder import (
 )
 from sft_lightning.models.adapters.trainable import trainable_base_names
 
-_COMPARED = {
+PEFT_KEYS = {
     "r": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
@@ -106,7 +106,7 @@ def describe_overrides(model: PeftModel, config: AdapterConfig) -> list[str]:
         return []
     own: Any = model.active_peft_config
     lines = []
-    for key, peft_key in _COMPARED.items():
+    for key, peft_key in PEFT_KEYS.items():
         ours = _normalize(getattr(config, key))
         # The adapter stores the modules that a preset was resolved to, which cannot be compared with its name.
         if ours in (*PRESETS, "added"):

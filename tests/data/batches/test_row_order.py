@@ -14,10 +14,16 @@ from sft_lightning.errors import UserError
 
 
 def order(
-    *, packing: Any = "best_fit", rows_per_step: int = 8, tokens: str | None = "abc", **keys: Any
+    *,
+    packing: Any = "best_fit",
+    rows_per_step: int = 8,
+    tokens: str | None = "abc",
+    chat_template: str = "{{ messages }}",
+    **keys: Any,
 ) -> dict[str, Any]:
     spec = DataSpec(**{"sources": {"toy": SourceConfig(path="toy.json")}, **keys})
-    return row_order(spec, Layout(packing=packing), rows_per_step=rows_per_step, tokens=tokens)
+    layout = Layout(packing=packing)
+    return row_order(spec, layout, rows_per_step=rows_per_step, tokens=tokens, chat_template=chat_template)
 
 
 @pytest.mark.parametrize(
@@ -32,8 +38,11 @@ def order(
             {"sources": {"toy": SourceConfig(path="toy.json", weight=2.0)}},
             r"weights: \[\(1.0, 1.0\)\] → \[\(2.0, 1.0\)\]",
         ),
-        ({"tokens": "xyz"}, "tokens: abc → xyz"),
-        ({"seed": 1, "tokens": "xyz"}, "seed: 0 → 1; tokens: abc → xyz"),
+        ({"tokens": "xyz"}, "data.sources: other tokens: abc → xyz"),
+        ({"seed": 1, "tokens": "xyz"}, "seed: 0 → 1; data.sources: other tokens: abc → xyz"),
+        ({"template": "alpaca", "chat_template": "b", "tokens": "xyz"}, "data.template: chat_template → alpaca"),
+        ({"chat_template": "b"}, "text of data.template: [0-9a-f]+ → [0-9a-f]+"),
+        ({"loss_on": "all", "tokens": "xyz"}, "data.loss_on: assistant → all"),
     ],
 )
 def test_a_checkpoint_of_other_rows_is_refused_with_what_changed(changes: dict[str, Any], changed: str) -> None:
@@ -42,7 +51,18 @@ def test_a_checkpoint_of_other_rows_is_refused_with_what_changed(changes: dict[s
 
 
 def test_the_same_settings_are_the_same_rows() -> None:
-    check_row_order(order(), order(batch_size=2, loss_on="all", val_fraction=0.1))
+    check_row_order(order(), order(batch_size=2, loss_on="all", val_fraction=0.1, template="moved/own.jinja"))
+
+
+def test_a_checkpoint_of_an_earlier_release_lacks_some_settings() -> None:
+    now = order()
+    check_row_order({key: value for key, value in now.items() if not key.startswith("data.")}, now)
+
+
+def test_streamed_sources_have_no_tokens_to_compare_so_loss_on_is() -> None:
+    streamed = {"toy": SourceConfig(path="toy.json", streaming=True)}
+    with pytest.raises(UserError, match=r"data\.loss_on: assistant → all"):
+        check_row_order(order(sources=streamed), order(sources=streamed, loss_on="all"))
 
 
 def test_a_run_that_reads_no_training_data_checks_nothing() -> None:

@@ -128,3 +128,17 @@ def test_no_window_is_made_after_the_last_step(streaming: Any, read: Counter[str
     loader = streaming.loader(windows, 2)
     assert len(list(loader)) == 2
     assert windows.position()["window"] == 1
+
+
+def test_the_rows_of_the_step_that_comes_next_are_known_before_they_are_taken(
+    streaming: Any, read: Counter[str]
+) -> None:
+    loader = streaming.loader(streaming.windows(streaming.streams({"a": 300, "b": 300})), 12)
+    assert loader.documents_of_step(0) is None  # nothing was taken yet
+    taken, expected = [], []
+    for step, (rows, _) in enumerate(loader):
+        taken.append(rows)
+        coming = loader.documents_of_step(step + 1) or []
+        expected.append([[document.tokens for document in row] for row in coming])
+    assert len(taken) == 12
+    assert streaming.ids(expected[:-1]) == streaming.ids(taken[1:])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sft_lightning.data.batches.loader import LastBatch
 from sft_lightning.data.batches.training_rows import PlannedRows, RunLength, StreamedRows
 from sft_lightning.data.plan.epoch_plan import EpochExamples, EpochPlan, Topology, plan_epoch
 from sft_lightning.data.sources.source import SourceConfig
@@ -19,7 +20,9 @@ class Planner:
 
     def __init__(self, *sizes: int) -> None:
         self.sizes = sizes
-        examples = SimpleNamespace(record=lambda example: ("toy", 10 + example))
+        examples = SimpleNamespace(
+            record=lambda example: ("toy", 10 + example), example=lambda index, start, stop: (start, stop)
+        )
         self.blend = SimpleNamespace(repeats=len(set(sizes)) == 1, examples=examples)
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -106,3 +109,30 @@ def test_a_position_of_a_streamed_run_counts_complete_steps() -> None:
     assert rows.is_within_epoch({"rows": 27})
     assert not rows.is_within_epoch({"rows": 28})
     assert rows.describe(3) == ["rows 8 and following of the streamed sources"]
+
+
+@pytest.mark.parametrize(
+    ("number", "within_step", "rows"),
+    [
+        (0, True, [0, 1, 2, 3]),
+        (1, False, [4, 5, 6, 7]),
+        (2, True, [4, 5, 6, 7]),
+        (5, False, [12]),
+        (6, False, [0, 1, 2, 3]),  # the last step has one micro-batch; the second epoch comes next
+    ],
+)
+def test_the_rows_that_come_next_are_those_of_the_step_after_the_last_whole_one(
+    number: int, within_step: bool, rows: list[int]
+) -> None:
+    found = planned(13, max_epochs=2).documents_after(LastBatch(0, number, within_step), None)
+    assert [[document.number for document in row] for row in found or []] == [[row] for row in rows]
+
+
+def test_nothing_comes_after_the_last_epoch() -> None:
+    assert planned(13, max_epochs=2).documents_after(LastBatch(1, 6), None) is None
+    assert planned(13, max_epochs=-1, max_steps=50).documents_after(LastBatch(1, 6), None)
+
+
+def test_an_epoch_that_is_limited_ends_at_its_limit() -> None:
+    rows = planned(13, max_epochs=2, limit_train_batches=4).documents_after(LastBatch(0, 3), None)
+    assert [row[0].number for row in rows or []] == [0, 1, 2, 3]
