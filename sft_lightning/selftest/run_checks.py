@@ -66,4 +66,5 @@ def run_checks(
         gc.collect()
         check, continued = check_resume(runner, small, rows, folder / "checkpoints")
         yield check
-        yield check_export(continued, folder / "export")
+        if continued is not None:
+            yield check_export(continued, folder / "export")

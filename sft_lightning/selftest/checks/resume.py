@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import xxhash
 
-from sft_lightning.checks import Check
+from sft_lightning.checks import Check, CheckError
 from sft_lightning.data.plan.epoch_plan import Packing
 from sft_lightning.selftest.short_runs import Run, Runner
 from sft_lightning.selftest.small_data import SmallData
@@ -22,7 +22,7 @@ _ACCUMULATE = 2
 """Micro-batches per optimizer step."""
 
 
-def check_resume(runner: Runner, small: SmallData, packing: Packing, folder: Path) -> tuple[Check, Run]:
+def check_resume(runner: Runner, small: SmallData, packing: Packing, folder: Path) -> tuple[Check, Run | None]:
     """Train a few steps, continue from the checkpoint halfway, and compare weights and optimizer states bit by bit.
 
     Args:
@@ -32,7 +32,7 @@ def check_resume(runner: Runner, small: SmallData, packing: Packing, folder: Pat
         folder: Folder for the checkpoints.
 
     Returns:
-        The check, and the continued run.
+        The check, and the continued run; `None` if that run's own checks stopped it.
     """
     uninterrupted = _train(runner, small, packing, folder)
     expected, steps = digests(uninterrupted), int(uninterrupted.trainer.global_step)
@@ -40,7 +40,10 @@ def check_resume(runner: Runner, small: SmallData, packing: Packing, folder: Pat
     checkpoint = folder / f"step={_STEPS // 2}.ckpt"
     middle = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
     before = {f"weight {name}": _digest(tensor) for name, tensor in middle.items()}
-    continued = _train(runner, small, packing, None, ckpt_path=checkpoint)
+    try:
+        continued = _train(runner, small, packing, None, ckpt_path=checkpoint)
+    except CheckError as error:
+        return Check("resume", False, str(error)), None
     return compare(expected, digests(continued), before, steps), continued
 
 

@@ -125,6 +125,8 @@ class Continuation:
             UserError: If the checkpoint has the state of another optimizer.
         """
         checkpoint = self._loaded or {}
+        if self._loaded is not None:  # weights and optimizer are Lightning's to load and to free
+            self._loaded = {key: checkpoint[key] for key in (_SETTINGS, _NEXT) if key in checkpoint}
         saved = checkpoint.get(_SETTINGS)
         if saved is None or saved["optimizer"] is None or self._optimizer is None:
             return
