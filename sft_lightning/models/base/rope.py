@@ -15,8 +15,8 @@ from sft_lightning.errors import UserError
 class RopeScalingConfig:
     """Scaling of rotary position embeddings (RoPE).
 
-    An adapter's `run_manifest.json` has it, for `chat`, `compare`, `merge` and continuing; for plain PEFT, load the base with
-    the same `rope_parameters`.
+    An adapter's `run_manifest.json` has it, for `chat`, `compare`, `merge` and continuing. For plain PEFT, load the
+    base with the same `rope_parameters`.
 
     Raises:
         UserError: If not exactly one of `factor` and `target_length` is set, or it is out of range.
