@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 import callbacks as observers
 from callbacks.checkpoints import default_checkpoints, set_folders
@@ -18,6 +20,7 @@ from sft_lightning.strategies.preemption import Preemption
 from sft_lightning.strategies.registry import register_strategies
 from sft_lightning.training.checkpoint.files import AtomicCheckpointIO
 from sft_lightning.training.checkpoint.run_folder import check_run_folder, checkpoint_to_load
+from sft_lightning.training.checkpoint.run_lock import lock_run_folder
 
 register_strategies()
 
@@ -55,6 +58,8 @@ def complete_config(
     folders = set_folders(config["callbacks"], root / "checkpoints")
     if trains and not config["fast_dev_run"]:
         check_run_folder(root, folders, ckpt_path)
+        if rank_zero_only.rank == 0 and not int(os.environ.get("NODE_RANK", 0)):
+            lock_run_folder(root)
     return checkpoint_to_load(folders, ckpt_path)
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from sft_lightning.cli.app import SFTCommandLine
 from sft_lightning.cli.quiet import quiet_libraries
+from sft_lightning.training.checkpoint.run_lock import unlock_run_folders
 
 
 def fit(args: Sequence[str]) -> None:
@@ -43,7 +44,10 @@ def _run_trainer(command: str, args: Sequence[str]) -> None:
     """
     quiet_libraries()
     atexit.register(_leave_process_group)
-    SFTCommandLine(command, list(args))
+    try:
+        SFTCommandLine(command, list(args))
+    finally:
+        unlock_run_folders()
 
 
 def _leave_process_group() -> None:
