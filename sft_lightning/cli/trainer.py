@@ -58,7 +58,7 @@ def complete_config(
     folders = set_folders(config["callbacks"], root / "checkpoints")
     if trains and not config["fast_dev_run"]:
         check_run_folder(root, folders, ckpt_path)
-        if rank_zero_only.rank == 0 and not int(os.environ.get("NODE_RANK", 0)):
+        if getattr(rank_zero_only, "rank", 0) == 0 and not int(os.environ.get("NODE_RANK", 0)):
             lock_run_folder(root)
     return checkpoint_to_load(folders, ckpt_path)
 
