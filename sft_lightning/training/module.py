@@ -235,18 +235,18 @@ class CausalLMModule(LightningModule):
         self.objective.on_evaluation_start(self)
 
     def on_validation_epoch_start(self) -> None:
-        self._means = self.objective.start_means(self, self.data.source_names("val"))
+        self.means = self.objective.start_means(self, self.data.source_names("val"))
 
     def on_test_epoch_start(self) -> None:
-        self._means = self.objective.start_means(self, self.data.source_names("test"))
+        self.means = self.objective.start_means(self, self.data.source_names("test"))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch of one source to the metrics."""
-        self.objective.update_means(self, self._means, batch, "val", dataloader_idx)
+        self.objective.update_means(self, self.means, batch, "val", dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a micro-batch of one source to the metrics."""
-        self.objective.update_means(self, self._means, batch, "test", dataloader_idx)
+        self.objective.update_means(self, self.means, batch, "test", dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         self._log_means("val")
@@ -256,7 +256,7 @@ class CausalLMModule(LightningModule):
 
     def _log_means(self, stage: str) -> None:
         """Log the metrics of all sources together, and those of each source."""
-        for name, value in self._means.compute().items():
+        for name, value in self.means.compute().items():
             self.log(f"{stage}/{name}", value)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torchmetrics import Metric
@@ -42,6 +42,11 @@ class SourceMeans:
         """
         for means in (list(self._means.values())[source], self._total):
             means.update(*sums)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the means of all sources are divided by: a scalar, of this process's micro-batches."""
+        return cast("torch.Tensor", self._total.weight)
 
     def compute(self) -> dict[str, torch.Tensor]:
         """Return each source's means as `mean/source`, then the means of all sources; float32 scalars."""

@@ -16,6 +16,8 @@ from sft_lightning.training.checks.export import ExportedFolders
 from sft_lightning.training.checks.hooks import RunCheck, values_of_processes
 from sft_lightning.training.checks.model.forward_pass import ForwardPass
 from sft_lightning.training.checks.model.modes import Modes
+from sft_lightning.training.checks.model.processes import SameWeights
+from sft_lightning.training.checks.model.validation import ValidationWeight
 
 CHECKS: tuple[type[RunCheck], ...] = (
     Modes,
@@ -24,6 +26,8 @@ CHECKS: tuple[type[RunCheck], ...] = (
     Masks,
     ForwardPass,
     RowsAsPlanned,
+    ValidationWeight,
+    SameWeights,
     ExportedFolders,
 )
 """The checks of a training run, in the order in which they are made; each is in a module beside this one."""
