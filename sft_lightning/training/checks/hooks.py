@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
 
 Value = TypeVar("Value")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class RunCheck:
@@ -102,3 +104,18 @@ def values_of_processes(value: Value) -> list[Value]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def coarsest_rounding(module: CausalLMModule) -> float:
+    """Return the relative rounding error (machine epsilon) of the coarsest type that a run computes in.
+
+    Args:
+        module: The module of the run.
+    """
+    spec = module.spec
+    types = {each.dtype for each in module.language_model.parameters() if each.dtype in _FLOATS}
+    types |= {torch.bfloat16} if str(module.trainer.precision).startswith("bf16") else set()
+    types |= {torch.float16} if str(module.trainer.precision).startswith("16") else set()
+    if spec.quantization is not None:
+        types.add(getattr(torch, spec.quantization.compute_dtype or spec.dtype))
+    return max(torch.finfo(each).eps for each in types)

@@ -17,9 +17,15 @@ from sft_lightning.training.checks.hooks import RunCheck, values_of_processes
 from sft_lightning.training.checks.model.forward_pass import ForwardPass
 from sft_lightning.training.checks.model.modes import Modes
 from sft_lightning.training.checks.model.processes import SameWeights
+from sft_lightning.training.checks.model.storage import Storage
 from sft_lightning.training.checks.model.validation import ValidationWeight
+from sft_lightning.training.checks.update.gradient import FirstGradient
+from sft_lightning.training.checks.update.movement import FirstUpdate
+from sft_lightning.training.checks.update.optimizer import LearningRate, OptimizerGroups
+from sft_lightning.training.preference.reference_checks import ReferenceModel
 
 CHECKS: tuple[type[RunCheck], ...] = (
+    Storage,
     Modes,
     FoundStores,
     Coverage,
@@ -28,7 +34,12 @@ CHECKS: tuple[type[RunCheck], ...] = (
     RowsAsPlanned,
     ValidationWeight,
     SameWeights,
+    OptimizerGroups,
+    LearningRate,
+    FirstUpdate,
+    ReferenceModel,
     ExportedFolders,
+    FirstGradient,  # last, because the next forward pass of the module is then that of the training step
 )
 """The checks of a training run, in the order in which they are made; each is in a module beside this one."""
 

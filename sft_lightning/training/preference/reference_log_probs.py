@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -61,6 +61,11 @@ class ReferenceLogProbs:
 
         self.split_tables: dict[Split, list[torch.Tensor]] = {}
         """The tables of each split: one for all training sources together, one for each source of other splits."""
+
+    @property
+    def kind(self) -> Literal["adapter_off", "precomputed"] | None:
+        """Where the log-probabilities come from; `None` for losses without a reference."""
+        return None if self._choice is None else self._choice.kind
 
     def choose(self, module: CausalLMModule) -> None:
         """Decide where the log-probabilities come from; called while the model is as it was loaded."""

@@ -1,0 +1,1 @@
+"""Checks on the gradient and the optimizer step."""

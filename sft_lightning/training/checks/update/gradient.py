@@ -1,0 +1,271 @@
+"""The gradient of the first optimizer step, against one that is computed directly from the definition of the loss.
+
+The definition: the sum of weight · cross entropy over the supervised tokens of the micro-batches, divided by the
+supervised weight of the whole step over all ranks. It is computed with the model's own logits and
+`torch.nn.functional.cross_entropy`, on the batches that train and with the same random numbers, for one small tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from sft_lightning.checks import Check
+from sft_lightning.compat.lightning.loops import is_accumulating
+from sft_lightning.models.inspection import has_virtual_tokens, is_sharded
+from sft_lightning.strategies.services import services_of
+from sft_lightning.training.checks.hooks import RunCheck, coarsest_rounding
+from sft_lightning.training.forward import decoder_inputs
+from sft_lightning.training.objective import NextToken
+from sft_lightning.types import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from sft_lightning.training.module import CausalLMModule
+
+_NAME = "first gradient"
+_CANDIDATES = 12
+"""The smallest of so many trained tensors at the end of the model is compared: the backward pass to it is short."""
+
+_SECONDS = 1.0
+"""Further micro-batches are compared while all of them take less; the first one always is."""
+
+_LOGIT_BYTES = 1 << 31
+"""The most memory for float32 logits, their log-probabilities and gradients."""
+
+_FLOAT32_TOLERANCE = 1e-3
+_ROUNDINGS = 8
+
+
+@dataclass
+class Recorded:
+    """A micro-batch that was trained on, and the random states of its forward pass."""
+
+    batch: Any
+    """The micro-batch, on its device."""
+
+    cpu_state: torch.Tensor
+    """State of torch's generator."""
+
+    device_state: torch.Tensor | None
+    """State of the GPU's generator; `None` on the CPU."""
+
+
+class FirstGradient(RunCheck):
+    """Check the gradient of the first optimizer step that this process takes."""
+
+    def __init__(self) -> None:
+        self._hook: Any = None
+        self._armed = False
+        self._recorded: Recorded | None = None
+        self._weight: torch.Tensor | float = 0.0  # of this rank's micro-batches
+        self._name = ""
+        self._expected: torch.Tensor | None = None  # without the denominator
+        self._found: torch.Tensor | None = None
+        self._seconds = 0.0
+        self._num_compared = 0
+        self._reason: str | None = None
+
+    def on_train_start(self, module: CausalLMModule) -> None:
+        """Watch the forward passes of the first step, if its gradient can be computed another way."""
+        self._reason = reason_not_to(module)
+        if self._reason is not None:
+            module.checks.note(Check(_NAME, None, self._reason))
+            return
+        self._hook = module.register_forward_pre_hook(self._record)
+
+    def _record(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        """Keep the batch of the training step and the random states that it starts with."""
+        if self._armed:
+            self._armed = False
+            device = module.device
+            state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            self._recorded = Recorded(inputs[0], torch.get_rng_state(), state)
+
+    def on_train_batch_start(self, module: CausalLMModule, batch: Any, index: int) -> None:
+        """Count the micro-batch's supervised weight; the next forward pass is that of the training step."""
+        if self._hook is not None:
+            self._weight = self._weight + _targets(batch)[1].sum()
+            self._armed, self._recorded = True, None
+
+    def on_train_batch_end(self, module: CausalLMModule, batch: Any, index: int) -> None:
+        """Compute the gradient of a micro-batch before the last of the step."""
+        if self._hook is not None and is_accumulating(module.trainer):
+            self._add(module)
+
+    def on_before_optimizer_step(self, module: CausalLMModule, optimizer: Optimizer) -> None:
+        """Compare what was computed with the gradient that training has accumulated."""
+        if self._hook is None:
+            return
+        if module.trainer.accumulate_grad_batches == 1 or module.trainer.world_size == 1:
+            self._add(module)  # else the last backward pass has averaged over the ranks what came before it
+        self._hook.remove()
+        self._hook = None
+        averaged = module.trainer.accumulate_grad_batches == 1
+        module.checks.run(lambda: self._compare(module, averaged=averaged))
+        self._recorded = self._expected = self._found = None
+
+    def _add(self, module: CausalLMModule) -> None:
+        """Add a micro-batch's gradient, and note the one of training after it, while there is time."""
+        recorded, self._recorded = self._recorded, None
+        skipped = self._num_compared and self._seconds * (1 + 1 / self._num_compared) > _SECONDS
+        if recorded is None or skipped or self._reason is not None:
+            self._seconds = float("inf")  # later micro-batches would be compared with a gradient that includes this one
+            return
+        start = time.perf_counter()
+        named = dict(module.language_model.named_parameters())
+        self._name = self._name or smallest_late(named)
+        if not self._name:
+            self._reason = "the first micro-batch leaves no gradient"
+            return
+        parameter = named[self._name]
+        gradient = direct_gradient(module, recorded, parameter)
+        if gradient is None:
+            self._reason = "the logits of the first micro-batch's supervised tokens would need too much memory"
+            return
+        self._expected = gradient if self._expected is None else self._expected + gradient
+        self._found = None if parameter.grad is None else parameter.grad.detach().float().clone()
+        self._num_compared += 1
+        self._seconds += time.perf_counter() - start
+
+    def _compare(self, module: CausalLMModule, *, averaged: bool) -> Check:
+        strategy, world_size = module.trainer.strategy, module.trainer.world_size
+        weight: Any = strategy.reduce(torch.as_tensor(self._weight, device=module.device).double(), reduce_op="sum")
+        if self._expected is not None and averaged and world_size > 1:
+            summed: Any = strategy.reduce(self._expected, reduce_op="sum")
+            self._expected = summed / world_size
+        if self._reason is not None or self._expected is None or self._found is None:
+            return Check(_NAME, None, self._reason or "the first step leaves no gradient")
+        if not float(weight):
+            return Check(_NAME, None, "the first step has no supervised token")
+        tolerance = max(_FLOAT32_TOLERANCE, _ROUNDINGS * coarsest_rounding(module))
+        # Data-parallel strategies average over ranks; the loss is multiplied by their number for it.
+        expected = self._expected * (world_size / float(weight))
+        return compare_gradients(expected, self._found, self._name, self._num_compared, tolerance)
+
+
+def reason_not_to(module: CausalLMModule) -> str | None:
+    """Return why the gradient of a run cannot be computed another way; `None` if it can.
+
+    Args:
+        module: The module, as it trains.
+    """
+    model = module.language_model
+    if not isinstance(module.objective, NextToken):
+        return "for pairs, the reference and the loss at the start are checked"
+    if is_sharded(model) or services_of(module.trainer.strategy).manages_gradients:
+        return "no process has whole gradients"
+    if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+        return "the gradients are scaled (trainer.precision: 16-mixed)"
+    if has_virtual_tokens(model):
+        return "the adapter adds virtual tokens to each row"
+    if getattr(module.base_model.config.get_text_config(), "output_router_logits", False):
+        return "the loss includes that of the routers"
+    return None
+
+
+def smallest_late(named: dict[str, torch.nn.Parameter]) -> str:
+    """Return the name of the smallest tensor at the end of the model that has a gradient; empty if none has.
+
+    Args:
+        named: The model's parameters, in their order.
+    """
+    late = [name for name, each in named.items() if each.grad is not None][-_CANDIDATES:]
+    moving = [name for name in late if bool(named[name].grad.any())]  # type: ignore[union-attr]
+    return min(moving, key=lambda name: named[name].numel(), default="")
+
+
+def _targets(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where the tokens with a loss are, (B, S - 1) from the second on, and their weights in that order."""
+    wanted = (batch["labels"][:, 1:] != IGNORE_INDEX) & (batch["position_ids"][:, 1:] > 0)
+    return wanted, torch.where(wanted, batch["loss_weights"][:, 1:].float(), 0.0)
+
+
+def direct_gradient(module: CausalLMModule, recorded: Recorded, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """Return the gradient of a micro-batch's summed loss, float32, by the model's own logits; `None` if they are large.
+
+    Args:
+        module: The module, in training mode.
+        recorded: The micro-batch.
+        parameter: What the gradient is of.
+    """
+    batch, base = recorded.batch, module.base_model
+    wanted, weights = _targets(batch)
+    if 12 * int(wanted.sum()) * base.config.get_text_config().vocab_size > _LOGIT_BYTES:
+        return None
+    with _random_states(module, recorded), module.trainer.precision_plugin.forward_context(), torch.enable_grad():
+        with _only_at(base.get_output_embeddings(), wanted):
+            logits = module.language_model(**decoder_inputs(batch)).logits
+        rows = logits.flatten(0, 1) if logits.shape[0] == 1 and len(wanted) != 1 else logits
+        scores = rows.reshape(-1, logits.shape[-1])
+        if len(scores) != int(wanted.sum()):  # this family's head cannot be asked for some positions
+            scores = logits[:, :-1][wanted]
+        losses = F.cross_entropy(scores.float(), batch["input_ids"][:, 1:][wanted], reduction="none")
+        loss = (losses * weights[wanted]).sum()
+        (gradient,) = torch.autograd.grad(loss, [parameter], allow_unused=True)
+    return torch.zeros_like(parameter).float() if gradient is None else gradient.float()
+
+
+@contextmanager
+def _only_at(head: torch.nn.Module | None, wanted: torch.Tensor) -> Iterator[None]:
+    """Let the head make logits only at the positions before some tokens: (1, N, vocabulary).
+
+    Args:
+        head: The model's output embeddings; `None` changes nothing.
+        wanted: Which tokens, from the second on, (B, S - 1).
+    """
+    if head is None:
+        yield
+        return
+
+    def select(part: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        hidden = inputs[0]
+        if hidden.dim() != 3 or hidden.shape[:2] != (wanted.shape[0], wanted.shape[1] + 1):
+            return None
+        return (hidden[:, :-1][wanted][None], *inputs[1:])
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _random_states(module: CausalLMModule, recorded: Recorded) -> Iterator[None]:
+    """Draw the random numbers of the recorded forward pass again; afterwards the generators are as they were."""
+    devices = [module.device] if recorded.device_state is not None else []
+    with torch.random.fork_rng(devices=devices):
+        torch.set_rng_state(recorded.cpu_state)
+        if recorded.device_state is not None:
+            torch.cuda.set_rng_state(recorded.device_state, module.device)
+        yield
+
+
+def compare_gradients(
+    expected: torch.Tensor, found: torch.Tensor, name: str, num_compared: int, tolerance: float
+) -> Check:
+    """Compare two gradients of one tensor.
+
+    Args:
+        expected: The gradient by the definition of the loss.
+        found: The one that training accumulated, of the same shape.
+        name: The tensor.
+        num_compared: Micro-batches that both are of.
+        tolerance: The largest norm of the difference, relative to that of the expected gradient.
+    """
+    norm = float(expected.norm())
+    if not norm or not bool(torch.isfinite(found).all()):
+        return Check(_NAME, None, f"the gradient of {name} is zero or not finite")
+    apart = float((found - expected).norm()) / norm
+    figure = f"of {name}, {num_compared} micro-batches: relative difference {apart:.1e}"
+    if not apart <= tolerance:
+        figure += f"; the gradient is {float(found.norm()) / norm:.3g} times as large as by the definition of the loss"
+    return Check(_NAME, apart <= tolerance, figure, f"at most {tolerance:.1e}")
