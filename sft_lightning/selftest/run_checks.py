@@ -53,7 +53,7 @@ def run_checks(
         spec = session.loaded.module.spec
         if isinstance(spec, PreferenceSpec):
             yield check_start(session.loaded, spec.preference)
-        isolation = list(check_isolation(session.loaded, small, packing))
+        isolation = list(check_isolation(session.loaded, small, data.spec.packing))
         yield from isolation
         if isinstance(spec, PreferenceSpec) and isolation[0].passed:
             yield check_pairs(session.loaded, small)

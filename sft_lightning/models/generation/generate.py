@@ -212,7 +212,7 @@ def _generation_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     implementation, defaults = attention_of(base.config), base.generation_config
     base.generation_config = TransformersGenerationConfig()
     if implementation == "packed":
-        base.set_attn_implementation("sdpa")
+        _use_masked_attention(base)
     if routers:
         config.output_router_logits = False
     try:
@@ -224,3 +224,11 @@ def _generation_mode(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         base.generation_config = defaults
         if implementation == "packed":
             base.set_attn_implementation(implementation)
+
+
+def _use_masked_attention(model: PreTrainedModel) -> None:
+    """Choose SDPA, or eager attention for families without it in transformers, such as Gemma 2 and GPT-OSS."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:
+        model.set_attn_implementation("eager")

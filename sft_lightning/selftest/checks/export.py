@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sft_lightning.checks import Check, within
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.models.adapters.quantized import keep_input_dtype
 from sft_lightning.models.assembly import load_base, resize_vocabulary
-from sft_lightning.models.attention.packed import PACKED
+from sft_lightning.models.attention.document_mask import choose_attention, use_document_mask
 from sft_lightning.models.export.write import export_adapter, export_model
 from sft_lightning.selftest.evaluation import Evaluation, batch_of, documents_of_row, evaluate
 from sft_lightning.selftest.short_runs import Run
@@ -91,8 +91,10 @@ def load_adapter(module: CausalLMModule, data: SFTDataModule, folder: Path) -> t
     """
     base = load_base(module.spec, len(data.tokenizer))
     resize_vocabulary(base, module.spec, data.tokenizer)
-    wrapped: torch.nn.Module = PeftModel.from_pretrained(base, str(folder))
+    wrapped = PeftModel.from_pretrained(base, str(folder))
     keep_input_dtype(wrapped)
+    if module.spec.attn_implementation == "auto":
+        use_document_mask(wrapped)
     return wrapped
 
 
@@ -104,10 +106,13 @@ def load_full_model(module: CausalLMModule, folder: Path) -> torch.nn.Module:
         folder: The exported model.
     """
     spec = module.spec
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
     options: dict[str, Any] = {
         "dtype": "auto",
-        "attn_implementation": PACKED if spec.attn_implementation == "auto" else spec.attn_implementation,
+        "attn_implementation": choose_attention(spec.attn_implementation, config),
         "trust_remote_code": spec.trust_remote_code,
     }
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if spec.attn_implementation == "auto":
+        use_document_mask(model)  # as training did, for families that compute attention themselves
     return model

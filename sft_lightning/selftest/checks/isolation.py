@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sft_lightning.checks import Check, within
-from sft_lightning.data.plan.epoch_plan import Packing
+from sft_lightning.data.plan.epoch_plan import PackingSetting
 from sft_lightning.errors import UserError
 from sft_lightning.models.attention.isolation import describe_leak, measure_isolation
 from sft_lightning.models.attention.packed import PACKED
@@ -17,7 +17,7 @@ from sft_lightning.training.forward import inputs_of_rows
 _FLOAT32_TOLERANCE = 1e-5
 
 
-def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Check]:
+def check_isolation(run: Run, small: SmallData, packing: PackingSetting) -> Iterator[Check]:
     """Check the logits, then the loss of packed documents.
 
     Args:
@@ -42,11 +42,11 @@ def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Ch
                 batch_size=run.data.spec.batch_size,
             )
     except UserError as error:
-        yield Check("packing isolation", False, str(error))
+        yield _not_isolated(str(error), packing)
         return
     if not isolation.verified:
         leak = describe_leak(module.language_model, isolation)
-        yield Check("packing isolation", False, f"{leak}; set data.packing: none")
+        yield _not_isolated(leak, packing)
         return
     figure = (
         f"logits change by {isolation.leak:.1e} with another neighbour, by {isolation.difference:.1e} alone "
@@ -56,7 +56,14 @@ def check_isolation(run: Run, small: SmallData, packing: Packing) -> Iterator[Ch
     yield _packed_loss(run, small)
 
 
-def can_isolate(run: Run, packing: Packing) -> bool:
+def _not_isolated(reason: str, packing: PackingSetting) -> Check:
+    """Return the check of a model whose documents see each other: a failure, unless training does not pack them."""
+    if packing in ("auto", "none"):
+        return Check("packing isolation", None, f"data.packing: {packing} leaves each row to one document; {reason}")
+    return Check("packing isolation", False, f"{reason}; set data.packing: none")
+
+
+def can_isolate(run: Run, packing: PackingSetting) -> bool:
     """Whether isolation applies: rows are packed, or the attention implementation supports packing.
 
     Args:

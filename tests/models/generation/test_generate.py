@@ -35,6 +35,17 @@ def test_prompts_of_different_lengths_are_answered_as_each_alone(
     assert all(together)
 
 
+def test_a_family_without_sdpa_answers_with_eager_attention(tokenizer: PreTrainedTokenizerFast) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=len(tokenizer), num_key_value_heads=1, head_dim=8, pad_token_id=0, **sizes
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
+    together = answers(model, tokenizer, PROMPTS)
+    assert together == [answers(model, tokenizer, [prompt])[0] for prompt in PROMPTS]
+    assert model.config._attn_implementation == PACKED
+
+
 def test_an_answer_ends_before_the_stop_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     [whole] = answers(model, tokenizer, PROMPTS[:1])
     second = tokenizer(whole, add_special_tokens=False).input_ids[1]

@@ -44,18 +44,28 @@ def test_isolated_documents_pass_with_their_figures(checked: Any) -> None:
     assert loss.name == "packed loss"
 
 
-def test_leaking_documents_fail_and_end_the_check(checked: Any) -> None:
+@pytest.mark.parametrize(
+    ("packing", "passed", "figure"),
+    [
+        ("best_fit", False, "set data.packing: none"),
+        ("auto", None, "data.packing: auto leaves each row to one document; packed documents see each other"),
+        ("none", None, "data.packing: none leaves each row to one document; packed documents see each other"),
+    ],
+)
+def test_leaking_documents_end_the_check_and_fail_if_they_are_packed(
+    checked: Any, packing: str, passed: bool | None, figure: str
+) -> None:
     def leaky(*args: Any, document_lengths: Any = None, **kwargs: Any) -> Any:
         return packed_attention(*args, document_lengths=None, **kwargs)
 
     AttentionInterface.register(PACKED, leaky)
     try:
-        (logits,) = checked()
+        (logits,) = checked(packing=packing)
     finally:
         AttentionInterface.register(PACKED, packed_attention)
-    assert logits.passed is False
+    assert logits.passed is passed
     assert "packed documents see each other" in logits.figure
-    assert "set data.packing: none" in logits.figure
+    assert figure in logits.figure
 
 
 def test_isolation_does_not_apply_without_packing_and_packed_attention(checked: Any) -> None:
