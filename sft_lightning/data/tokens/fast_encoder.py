@@ -155,14 +155,31 @@ def without_normalizer(backend: Tokenizer) -> Tokenizer:
 def _from_offsets(text: str, ids: list[int], offsets: Longs) -> Tokens:
     """Return the tokens of a text from their offsets in characters, (T, 2).
 
-    Each token starts where the one before it ends. The starts of the offsets are not used, because byte-level
-    tokenizers leave leading spaces out of them.
+    Each token starts where the one before it ends. The starts of the offsets are only used where a token reaches into
+    the next one, because byte-level tokenizers leave leading spaces out of them.
     """
-    ends = np.maximum.accumulate(offsets[:, 1]) if len(ids) else offsets[:, 1]
-    covers_none = (offsets[:, 0] >= offsets[:, 1]) & (np.concatenate([[0], ends[:-1]]) == ends)
+    ends = _ends_without_overlaps(offsets)
+    covers_none = (offsets[:, 0] >= np.minimum(offsets[:, 1], ends)) & (np.concatenate([[0], ends[:-1]]) == ends)
     if not text.isascii():
         ends = _bytes_before(text)[ends]
     return Tokens(np.array(ids, np.int32), np.array([len(ids)]), ends, np.where(covers_none, ends, ends - 1))
+
+
+def _ends_without_overlaps(offsets: Longs) -> Longs:
+    """Return where each token ends, in characters, (T,); does not decrease.
+
+    The prefix token `▁` of a Metaspace tokenizer has the offsets of the first character, although this may be the
+    beginning of the next token: (0, 1), (0, 2). It then ends where the next one starts; otherwise a border after that
+    character would look as if no token crossed it. Several tokens of one character, (0, 1), (0, 1), all end behind it.
+    """
+    if not len(offsets):
+        return offsets[:, 1]
+    starts, ends = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
+    overlaps = (starts[1:] < ends[:-1]) & (ends[1:] > ends[:-1])
+    if not overlaps.any():
+        return ends
+    ends = np.append(np.where(overlaps, starts[1:], ends[:-1]), ends[-1])
+    return np.minimum.accumulate(ends[::-1])[::-1]
 
 
 def _bytes_before(text: str) -> Longs:

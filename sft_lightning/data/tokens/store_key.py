@@ -27,7 +27,7 @@ from sft_lightning.data.tokens.examples import ExampleBuilder
 from sft_lightning.data.tokens.store import hash_file
 from sft_lightning.errors import few
 
-TOKENIZATION_VERSION = 1
+TOKENIZATION_VERSION = 2
 """Raise it with every change of this package that changes the tokens or loss weights of a record.
 
 It is a part of every store's key. `tests/data/tokens/test_golden_tokens.py` fails when it should have been raised.

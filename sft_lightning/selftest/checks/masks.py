@@ -1,9 +1,11 @@
-"""Check that the supervised tokens are the supervised text, and that prompts are tokenized as in serving."""
+"""Check the masks of the first records of every source, and that prompts are tokenized as in serving."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import islice
+
+import numpy as np
 
 from sft_lightning.checks import Check
 from sft_lightning.data.datamodule import SFTDataModule
@@ -13,8 +15,9 @@ from sft_lightning.data.tokens.examples import RenderedRecord
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize
 from sft_lightning.errors import UserError
-from sft_lightning.types import Segment
-from sft_lightning.views.highlight import show_tokens
+from sft_lightning.training.checks.data.documents import BatchDocument
+from sft_lightning.training.checks.data.masks import compare
+from sft_lightning.types import IGNORE_INDEX, TokenizedExample
 
 
 def check_masks(data: SFTDataModule, num_records: int) -> Iterator[Check]:
@@ -31,50 +34,45 @@ def check_masks(data: SFTDataModule, num_records: int) -> Iterator[Check]:
         for name, config in sources.items():
             records = islice(read_records(name, config), num_records)
             rendered = list(data.builder.render_records(records, config.format, config.path))
-            yield _supervised_text(data, name, rendered)
+            yield _masks(data, name, rendered)
             yield _served_prompts(data, name, rendered)
 
 
-def _supervised_text(data: SFTDataModule, name: str, records: Sequence[RenderedRecord]) -> Check:
+def _masks(data: SFTDataModule, name: str, records: Sequence[RenderedRecord]) -> Check:
+    """Compare the examples of records with what a run compares its first batch with."""
     encoder = TextEncoder(data.tokenizer)
-    num_examples = num_supervised = 0
+    num_examples = num_unknown = num_supervised = 0
     wrong: list[str] = []
-    for record, conversation in ((each.record, one) for each in records for one in each.conversations):
-        for segments, example in zip(conversation.examples, tokenize(conversation.examples, encoder), strict=True):
-            shown = show_tokens(example, data.tokenizer)
-            runs = groupby(shown, key=lambda token: token.weight > 0)
-            decoded = ["".join(token.text for token in run) for supervised, run in runs if supervised]
-            difference = first_difference(supervised_texts(segments), decoded)
-            if difference is not None:
-                wrong.append(f"{record.location}: {difference}")
-            num_examples += 1
-            num_supervised += sum(token.weight > 0 for token in shown)
+    for each in records:
+        for half, conversation in enumerate(each.conversations):
+            for example in tokenize(conversation.examples, encoder):
+                found = compare(document_of(example, half), each.record, each.format, data.builder, start=0)
+                num_examples += 1
+                num_supervised += int((example.loss_weights[1:] > 0).sum())
+                if found is not None and found.startswith("not compared: "):
+                    num_unknown += 1
+                elif found is not None:
+                    wrong.append(f"{each.record.location}: {found}")
     figure = f"{num_examples} examples: {num_supervised:,} supervised tokens"
     if wrong:
         return Check(f"masks of {name}", False, f"{figure}; {len(wrong)} examples differ; {wrong[0]}")
-    return Check(f"masks of {name}", num_supervised > 0, f"{figure}, which decode to exactly the supervised text")
+    figure += ", which are those of the supervised messages"
+    if num_unknown:
+        figure += f"; {num_unknown} examples cannot be compared"
+    return Check(f"masks of {name}", num_supervised > 0 if num_unknown < num_examples else None, figure)
 
 
-def supervised_texts(segments: Sequence[Segment]) -> list[str]:
-    """Return the supervised texts of an example; consecutive supervised segments are one text."""
-    runs = groupby(segments, key=lambda segment: segment.supervised and segment.weight > 0)
-    texts = ["".join(segment.text for segment in run) for supervised, run in runs if supervised]
-    return [text for text in texts if text]
-
-
-def first_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
-    """Describe the first difference between two lists of texts; `None` if they are equal.
+def document_of(example: TokenizedExample, half: int = 0) -> BatchDocument:
+    """Return an example as the document of a batch that it is alone.
 
     Args:
-        expected: Supervised texts of the template.
-        found: Texts that the runs of supervised tokens decode to.
+        example: The example.
+        half: 1 for the rejected answer of a pair.
     """
-    for n, (text, decoded) in enumerate(zip(expected, found, strict=False), start=1):
-        if text != decoded:
-            return f"supervised text {n} is {text[-60:]!r}, but its tokens decode to {decoded[-60:]!r}"
-    if len(expected) != len(found):
-        return f"{len(expected)} supervised texts, but {len(found)} runs of supervised tokens"
-    return None
+    ids, weights = example.input_ids.astype(np.int64), example.loss_weights.copy()
+    weights[:1] = 0.0
+    labels = np.where(weights > 0, ids, IGNORE_INDEX)
+    return BatchDocument(0, half, ids, labels, weights, np.arange(len(ids)))
 
 
 def _served_prompts(data: SFTDataModule, name: str, records: Sequence[RenderedRecord]) -> Check:

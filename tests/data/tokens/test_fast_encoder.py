@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.tokens.fast_encoder import TextEncoder, bytes_of_tokens, without_normalizer
-from sft_lightning.data.tokens.tokenization import Tokens, byte_length, split
+from sft_lightning.data.tokens.tokenization import Tokens, byte_length, split, tokenize
 from sft_lightning.errors import UserError
+from sft_lightning.types import Segment
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=20)
 HARD = [
@@ -218,6 +219,19 @@ def prefixed_byte_level() -> PreTrainedTokenizerFast:
         CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     )
     return wrapped(backend)
+
+
+def test_a_prefix_token_that_covers_the_first_character_hides_no_token_across_a_border() -> None:
+    scores = {"<unk>": 0.0, "▁": -2.0, "中": -9.0, "国": -9.0, "中国": -3.0, "人": -4.0}
+    backend = Tokenizer(models.Unigram(list(scores.items()), unk_id=0, byte_fallback=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer = wrapped(backend)
+    encoded = backend.encode("中国人")
+    assert (encoded.tokens, encoded.offsets) == (["▁", "中国", "人"], [(0, 1), (0, 2), (2, 3)])
+    assert TextEncoder(tokenizer).encode(["中国人"]).ends.tolist() == [0, 6, 9]
+    [example] = tokenize([[Segment("中", False), Segment("国人", True)]], TextEncoder(tokenizer))
+    assert tokenizer.convert_ids_to_tokens(example.input_ids.tolist()) == ["▁", "中", "国", "人"]
+    assert example.loss_weights.tolist() == [0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.fixture(

@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from sft_lightning.data.datamodule import SFTDataModule
 from sft_lightning.data.sources.source import SourceConfig
 from sft_lightning.selftest.checks import masks
-from sft_lightning.types import Segment
 
+LETTERS = "".join(map(chr, range(33, 127))) + "\n"
 Make = Callable[..., SFTDataModule]
 
 
@@ -38,12 +40,23 @@ def test_masks_that_are_off_by_one_token_fail(make_data: Make, monkeypatch: pyte
     assert prompts.passed
 
 
-def test_consecutive_supervised_segments_are_one_text() -> None:
-    segments = [Segment("a", False), Segment("b", True), Segment("c", True), Segment("d", False), Segment("", True)]
-    assert masks.supervised_texts(segments) == ["bc"]
+def sentencepiece(folder: Path) -> Path:
+    """A tokenizer that writes a space after special tokens when it decodes, as Llama 2's does."""
+    backend = Tokenizer(models.Unigram([("<unk>", 0.0), *((letter, -3.0) for letter in sorted({*LETTERS, "▁"}))], 0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_the_first_difference_between_texts_and_tokens_is_described() -> None:
-    assert masks.first_difference(["bc"], ["bc"]) is None
-    assert "supervised text 1 is 'bc', but its tokens decode to 'c'" in str(masks.first_difference(["bc"], ["c"]))
-    assert "1 supervised texts, but 2 runs" in str(masks.first_difference(["bc"], ["bc", "d"]))
+def test_a_space_that_the_decoder_adds_after_a_special_token_is_no_wrong_mask(make_data: Make, tmp_path: Path) -> None:
+    data = make_data(
+        template="llama2", loss_on="all", tokenizer_name_or_path=str(sentencepiece(tmp_path / "tokenizer"))
+    )
+    supervised, _ = masks.check_masks(data, num_records=3)
+    assert supervised.passed, supervised.figure
