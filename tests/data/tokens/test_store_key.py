@@ -158,8 +158,9 @@ def test_a_store_of_other_software_versions_is_built_anew_with_both_versions(
     prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare()
-    monkeypatch.setattr(store_key, "TOKENIZATION_VERSION", store_key.TOKENIZATION_VERSION + 1)
-    assert prepare().reason == "tokenization of sft_lightning changed: 1 → 2"
+    now = store_key.TOKENIZATION_VERSION
+    monkeypatch.setattr(store_key, "TOKENIZATION_VERSION", now + 1)
+    assert prepare().reason == f"tokenization of sft_lightning changed: {now} → {now + 1}"
     monkeypatch.setattr(store_key.transformers, "__version__", "99.0")
     assert "transformers changed: " in prepare().reason
 
