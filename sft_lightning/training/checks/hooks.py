@@ -25,6 +25,14 @@ class RunCheck:
     (`is_logging_point`). No check may draw from a random generator or leave a gradient.
     """
 
+    def on_load_checkpoint(self, module: CausalLMModule, checkpoint: dict[str, Any]) -> None:
+        """Look at the checkpoint that a run continues from, after the model has loaded it.
+
+        Args:
+            module: The module of the run.
+            checkpoint: The whole checkpoint.
+        """
+
     def on_fit_start(self, module: CausalLMModule) -> None:
         """Look at the loaded model before its layers are recomputed or compiled."""
 

@@ -66,6 +66,10 @@ class RunChecks(Callback):
             for check in self._of(trainer):
                 check.after_training(module)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        for check in self._of(trainer):
+            check.on_load_checkpoint(pl_module, checkpoint)
+
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         for check in self._of(trainer):
             check.on_fit_start(pl_module)

@@ -6,6 +6,7 @@ base without adapters, or by the whole model while nothing has been updated yet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,8 +43,13 @@ class ReferenceModel(RunCheck):
     def __init__(self) -> None:
         self._batch: Any = None
         self._start: torch.Tensor | None = None
+        self._saved: dict[str, torch.Tensor] = {}
         self._rates = 0.0
         self._compared = False
+
+    def on_load_checkpoint(self, module: CausalLMModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the log-probabilities by the model before training, as the checkpoint has them."""
+        self._saved = {key: table.clone() for key, table in checkpoint.get("reference_log_probs", {}).items()}
 
     def on_train_batch_start(self, module: CausalLMModule, batch: Any, index: int) -> None:
         """Compute the reference of the first pair again."""
@@ -51,7 +57,10 @@ class ReferenceModel(RunCheck):
         if self._batch is None and kind is not None:
             self._batch = batch
             self._start = start = _reference(module, batch)
-            module.checks.run(lambda: check_reference(module, batch, start, kind))
+            if kind == "precomputed" and module.trainer.global_step > 0:
+                module.checks.run(lambda: check_tables(self._saved, _tables(module)))
+            else:
+                module.checks.run(lambda: check_reference(module, batch, start, kind))
 
     def on_before_optimizer_step(self, module: CausalLMModule, optimizer: Optimizer) -> None:
         """Note how far the policy may have moved."""
@@ -90,6 +99,27 @@ def kind_of_reference(module: CausalLMModule) -> str | None:
     return None if reference is None else reference.kind
 
 
+def _tables(module: CausalLMModule) -> dict[str, torch.Tensor]:
+    objective: Any = module.objective
+    tables: dict[str, torch.Tensor] = objective.reference.tables
+    return tables
+
+
+def check_tables(saved: Mapping[str, torch.Tensor], used: Mapping[str, torch.Tensor]) -> Check:
+    """Check that a continued run has the reference of its checkpoint: the model before training is no longer there.
+
+    Args:
+        saved: The tables of log-probabilities in the checkpoint, (pairs, 2) each.
+        used: Those of the run.
+    """
+    known = saved.keys() & used.keys()
+    if not known:
+        return Check(_NAME, None, "the checkpoint has no log-probabilities of the run's pairs")
+    apart = max(float((saved[key].cpu() - used[key].cpu()).abs().max()) for key in known)
+    figure = f"precomputed: {len(known)} tables, log-probabilities differ from the checkpoint's by {apart:.1e}"
+    return Check(_NAME, apart == 0, figure)
+
+
 def _reference(module: CausalLMModule, batch: Any) -> torch.Tensor:
     objective: Any = module.objective
     with module.trainer.precision_plugin.forward_context():
@@ -101,7 +131,7 @@ def check_reference(module: CausalLMModule, batch: Any, reference: torch.Tensor,
     """Compute the reference's log-probabilities of a micro-batch's first pair again, and compare them.
 
     Args:
-        module: The module, before the first update of this process.
+        module: The module; if the reference is precomputed, before the first update of the run.
         batch: P pairs.
         reference: What training takes for their reference, (P, 2).
         kind: From `kind_of_reference`.
@@ -111,8 +141,6 @@ def check_reference(module: CausalLMModule, batch: Any, reference: torch.Tensor,
         return Check(_NAME, None, "a forward pass of one pair needs all processes")
     if not len(reference) or module.data.spec.streams:
         return Check(_NAME, None, "this process has no pair in the first micro-batch, or its pairs are streamed")
-    if kind == "precomputed" and module.trainer.global_step > 0:
-        return Check(_NAME, None, "the run continues, so no model before training is left to compute it with")
     examples, number = module.data.blend.examples, int(batch["pairs"][0])
     pair = examples.example(number, 0, int(examples.kept[number]))
     if not isinstance(pair, PairExample):

@@ -10,6 +10,7 @@ from sft_lightning.training.checks.hooks import RunCheck, is_logging_point
 from sft_lightning.training.checks.run_checks import RunChecks
 
 HOOKS: dict[str, tuple[Any, ...]] = {
+    "on_load_checkpoint": ("checkpoint",),
     "on_fit_start": (),
     "on_train_start": (),
     "on_train_batch_start": ("batch", 3),

@@ -11,7 +11,7 @@ from sft_lightning.checks import Check, CheckError
 from sft_lightning.training.preference import reference_log_probs
 from sft_lightning.training.preference.forward import answer_log_probs
 from sft_lightning.training.preference.losses import PreferenceConfig
-from sft_lightning.training.preference.reference_checks import check_apart, check_constant
+from sft_lightning.training.preference.reference_checks import check_apart, check_constant, check_tables
 from sft_lightning.training.preference.reference_log_probs import ReferenceLogProbs
 
 LEARNS = 1e-2
@@ -85,3 +85,12 @@ def test_updates_that_rounding_may_lose_are_not_judged() -> None:
     assert check_apart(one, one, must_differ=True).passed is False
     assert check_apart(one[:0], one[:0], must_differ=True).passed is None
     assert check_constant(one[:0], one[:0], 1e-5).passed is None
+
+
+def test_a_continued_run_has_the_tables_of_its_checkpoint() -> None:
+    table = torch.tensor([[-3.0, -4.0]])
+    assert check_tables({"a": table}, {"a": table.clone(), "b": table}).passed
+    other = check_tables({"a": table}, {"a": table + 0.5})
+    assert other.passed is False
+    assert other.figure.endswith("differ from the checkpoint's by 5.0e-01")
+    assert check_tables({"a": table}, {"b": table}).passed is None
