@@ -137,7 +137,7 @@ class ModelExport(_FinalExport):
 def _verification(report: AdapterReport) -> str:
     text = "verified: read again, its keys, shapes and values equal the trained weights"
     if report.base_weights:
-        text += f", including {len(report.base_weights)} trained weights of the base"
+        text += f", including {len(report.base_weights)} weights of the base"
     if report.logit_difference is None:
         return f"{text}; logits not compared, because no process has the full model"
     return f"{text}; loaded by PEFT, its logits differ from the trained model's by {report.logit_difference:.1e}"

@@ -13,12 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, PretrainedConfig
 
 from sft_lightning.errors import UserError
-from sft_lightning.models.adapters.folder import read_config, read_weights
+from sft_lightning.models.adapters.folder import embedding_rows, read_config
 from sft_lightning.models.adapters.trained_base import base_fingerprint, read_manifest, trained_base
 from sft_lightning.models.base.config import QuantizationConfig
 from sft_lightning.models.base.weight_files import weight_files
 
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head", "embed_out")
 _MODEL_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.py", "*.jinja"]
 
 
@@ -160,7 +159,7 @@ def _vocab_sizes(rows: int, adapters: Sequence[Path]) -> list[int]:
     """
     sizes = [rows]
     for adapter in adapters:
-        wanted = read_manifest(adapter).get("vocab_size") or _embedding_rows(adapter, default=sizes[-1])
+        wanted = read_manifest(adapter).get("vocab_size") or embedding_rows(adapter, default=sizes[-1])
         if wanted < sizes[-1]:
             raise UserError(
                 f"merge --adapter: {str(adapter)!r} was trained with {wanted} tokens, but the model that it is merged "
@@ -168,13 +167,3 @@ def _vocab_sizes(rows: int, adapters: Sequence[Path]) -> list[int]:
             )
         sizes.append(wanted)
     return sizes
-
-
-def _embedding_rows(adapter: Path, default: int) -> int:
-    """Return the rows of the embeddings that an adapter saved; `default` if it saved none."""
-    found = [
-        len(tensor)
-        for key, tensor in read_weights(adapter).items()
-        if key.endswith(tuple(f"{name}.weight" for name in _EMBEDDINGS))
-    ]
-    return max(found, default=default)

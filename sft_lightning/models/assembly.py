@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.continuation import describe_overrides
-from sft_lightning.models.adapters.folder import AdapterError
+from sft_lightning.models.adapters.folder import AdapterError, embedding_rows
 from sft_lightning.models.adapters.fused_lora import describe_unfused
-from sft_lightning.models.adapters.trainable import train_only
+from sft_lightning.models.adapters.trainable import kept_base_names, train_only
 from sft_lightning.models.adapters.trained_base import TrainedBase, base_fingerprint, trained_base
 from sft_lightning.models.adapters.wrapping import add_adapter, check_adapter_on_quantized_base
 from sft_lightning.models.attention.document_mask import use_document_mask
@@ -67,7 +67,7 @@ def copies_weights(spec: ModelSpec) -> bool:
 def resize_vocabulary(base: PreTrainedModel, spec: ModelSpec, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Give the base a row for each token of the tokenizer, and return the ids of tokens that it did not embed before.
 
-    The base of a continued adapter gets at least as many rows as the adapter was trained with.
+    The base of a continued adapter gets at least as many rows as the adapter was trained with, and knows its tokens.
 
     Args:
         base: The model, without an adapter.
@@ -85,7 +85,9 @@ def resize_vocabulary(base: PreTrainedModel, spec: ModelSpec, tokenizer: PreTrai
         any_size=spec.resize_vocabulary,
     )
     if (trained := _continued(spec)) is not None:
-        grow_embeddings(base, max(num_embeddings(base), trained.vocab_size or 0))
+        known = _rows_in(trained.source) if unknown or trained.vocab_size is None else 0
+        grow_embeddings(base, max(num_embeddings(base), trained.vocab_size or known))
+        unknown = [index for index in unknown if index >= known and index != tokenizer.pad_token_id]
     return unknown
 
 
@@ -115,6 +117,11 @@ def assemble_model(
         log(f"vocabulary: {rows} → {num_embeddings(base)} rows; new rows start at the mean of the old ones")
     model = _choose_what_trains(base, spec, unknown, log)
     check_new_tokens_train(base, unknown, names)
+    if on_cpu and kept_base_names(model):
+        raise UserError(
+            "model.adapter.path: the adapter was trained with weights of its base that do not train now, and a "
+            "strategy that shards weights cannot export them; use ddp or deepspeed_stage_2, or merge the adapter first"
+        )
     if spec.attn_implementation == "auto" and use_document_mask(model):
         log(f"attention: {base.config.model_type}'s own, with a mask that keeps documents apart")
     return model
@@ -126,6 +133,14 @@ def _continued(spec: ModelSpec) -> TrainedBase | None:
         return None
     try:
         return trained_base(spec.adapter.path)
+    except AdapterError as error:
+        raise UserError(f"model.adapter.path: {error}") from error
+
+
+def _rows_in(adapter: str) -> int:
+    """Return the rows of the embeddings that an adapter saved, 0 if it saved none."""
+    try:
+        return embedding_rows(adapter, default=0)
     except AdapterError as error:
         raise UserError(f"model.adapter.path: {error}") from error
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
@@ -109,6 +111,33 @@ def test_an_adapter_is_not_continued_on_another_base(scaled_adapter: Path, token
     spec = ModelSpec(from_config={"model_type": "llama"}, adapter=AdapterConfig(path=str(scaled_adapter)))
     with pytest.raises(UserError, match=r"model\.adapter\.path: .* 'model\.from_config' has other weights"):
         assemble_model(spec, tokenizer, log=print)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_dropped_embeddings_of_an_extended_vocabulary_keep_their_values(
+    pad: bool, model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    extended = copy.deepcopy(tokenizer)
+    extended.add_tokens(["<new>"])
+    tokens = {"add_tokens": ["<new>"], "resize_vocabulary": True}
+    first, _ = assemble(
+        model_dir, extended, **tokens, adapter=AdapterConfig(r=2, modules_to_save=["embed_tokens", "lm_head"])
+    )
+    torch.nn.init.normal_(first.get_input_embeddings().weight, std=0.1)
+    torch.nn.init.normal_(first.get_output_embeddings().weight, std=0.1)
+    first.save_pretrained(tmp_path, save_embedding_layers=False)
+    if pad:  # a row that the adapter does not have, and that nothing looks at
+        extended.add_special_tokens({"pad_token": "[PAD]"})
+    adapter = AdapterConfig(path=str(tmp_path), drop_modules_to_save=True)
+    continued, log = assemble(model_dir, extended, **tokens, adapter=adapter)
+    ids, rows = torch.arange(5, 17)[None], len(tokenizer) + 1
+    with torch.no_grad():
+        expected = first.eval()(input_ids=ids).logits
+        found = continued.eval()(input_ids=ids).logits
+    assert found.shape[-1] == rows + pad
+    torch.testing.assert_close(found[..., :rows], expected, atol=1e-6, rtol=0)
+    assert all(".lora_" in name for name in trained(continued))
+    assert any("2 weights of the base that were trained with the adapter" in line for line in log)
 
 
 def test_weights_are_mapped_if_they_have_the_type_of_the_files(model_dir: Path) -> None:

@@ -92,7 +92,7 @@ class AdapterConfig:
     every difference is logged."""
 
     drop_modules_to_save: bool = False
-    """Continue the adapter in `path` without the modules that it trained in full."""
+    """Continue the adapter in `path` without training the modules that it trained in full; they keep their values."""
 
     only_adapter: bool = True
     """`false` also trains every floating-point weight that has no adapter, as DeepSpeed-Chat does by default."""

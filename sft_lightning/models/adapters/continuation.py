@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
-from sft_lightning.errors import UserError
+from sft_lightning.errors import UserError, few
 from sft_lightning.models.adapters.config import PRESETS, AdapterConfig
 from sft_lightning.models.adapters.folder import (
+    EMBEDDING_WEIGHTS,
     AdapterError,
     load_weights,
     method_name,
@@ -16,7 +19,9 @@ from sft_lightning.models.adapters.folder import (
     read_config,
     read_weights,
 )
-from sft_lightning.models.adapters.trainable import trainable_base_names
+from sft_lightning.models.adapters.trainable import keep_base_weights, kept_base_names, trainable_base_names
+from sft_lightning.models.base.vocabulary import grow_rows, tied_embedding_names
+from sft_lightning.models.inspection import base_model
 
 PEFT_KEYS = {
     "r": "r",
@@ -40,7 +45,7 @@ def read_adapter_config(path: str, *, drop_modules_to_save: bool) -> PeftConfig:
 
     Args:
         path: The adapter's folder, or a Hub id.
-        drop_modules_to_save: Leave out the modules that were trained in full.
+        drop_modules_to_save: Do not train the modules that were trained in full.
 
     Returns:
         PEFT's configuration, in training mode.
@@ -65,34 +70,44 @@ def read_adapter_config(path: str, *, drop_modules_to_save: bool) -> PeftConfig:
 def continue_weights(model: PeftModel, config: AdapterConfig) -> None:
     """Load the weights of a continued adapter, and the base's weights that were trained and saved with it.
 
+    Those that do not train here, such as dropped `modules_to_save`, keep their trained values and are exported again.
+
     Args:
         model: The base, wrapped with the adapter's configuration; `requires_grad` is set.
         config: A configuration with `path`.
 
     Raises:
-        UserError: If names or shapes of the tensors do not fit the model, or if the file has weights of the base that
-            would not train here, and so would be missing in the next export.
+        UserError: If names or shapes of the tensors do not fit the model, or one of two tied embeddings was trained.
     """
     path = str(config.path)
+    parameters = {name_in_base(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     try:
         weights = read_weights(path)
         wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-        if config.drop_modules_to_save:
-            dropped = [f".{name}." for name in read_config(path).modules_to_save]
-            gone = {key for key in weights.keys() - wanted.keys() if any(name in f".{key}" for name in dropped)}
-            weights = {key: tensor for key, tensor in weights.items() if key not in gone}
-        names = {name_in_base(name) for name, _ in model.named_parameters()}
-        trained = {name_in_base(name) for name in trainable_base_names(model)}
-        frozen = sorted(n for k in weights.keys() - wanted.keys() if (n := name_in_base(k)) in names - trained)
-        if frozen:
-            raise UserError(
-                f"model.adapter.only_adapter: must be false, because the adapter in {path!r} was trained together with "
-                f"{len(frozen)} weights of its base ({frozen[0]} …), which would be missing in the next export; or "
-                "merge the adapter first, and start from the merged model"
-            )
-        load_weights(model, weights, source=path, base_parameters=trained)
+        own = {key: name for key in weights.keys() - wanted.keys() if (name := name_in_base(key)) in parameters}
+        if own:
+            _check_tied(model, {name: weights[key] for key, name in own.items()}, path)
+        for key, name in own.items():
+            if len(weights[key]) < len(parameters[name]) and name.endswith(EMBEDDING_WEIGHTS):
+                weights[key] = grow_rows(weights[key], len(parameters[name]))  # for tokens that are new to it
+        load_weights(model, weights, source=path, base_parameters=set(own.values()))
     except AdapterError as error:
         raise UserError(f"model.adapter.path: {error}") from error
+    trained = {name_in_base(name) for name in trainable_base_names(model)}
+    keep_base_weights(model, set(own.values()) - trained)
+
+
+def _check_tied(model: PeftModel, weights: Mapping[str, torch.Tensor], path: str) -> None:
+    """Check that tied embeddings get one matrix."""
+    tied = {name_in_base(name) + ".weight" for name in tied_embedding_names(base_model(model))}
+    found = [weights[name] for name in sorted(tied & weights.keys())]
+    config = read_config(path)
+    untied = len(found) == 1 and config.modules_to_save and not getattr(config, "ensure_weight_tying", False)
+    if untied or any(not torch.equal(found[0], other) for other in found[1:]):
+        raise AdapterError(
+            f"{path!r} trained one of two tied embeddings, which the base cannot hold; merge the adapter first, and "
+            "start from the merged model"
+        )
 
 
 def describe_overrides(model: PeftModel, config: AdapterConfig) -> list[str]:
@@ -106,6 +121,12 @@ def describe_overrides(model: PeftModel, config: AdapterConfig) -> list[str]:
         return []
     own: Any = model.active_peft_config
     lines = []
+    if kept := sorted(kept_base_names(model)):
+        names = few([name_in_base(name) for name in kept])
+        lines.append(
+            f"model.adapter.path: {len(kept)} weights of the base that were trained with the adapter in {config.path} "
+            f"({names}) keep their values; they do not train, and are exported again"
+        )
     for key, peft_key in PEFT_KEYS.items():
         ours = _normalize(getattr(config, key))
         # The adapter stores the modules that a preset was resolved to, which cannot be compared with its name.

@@ -22,6 +22,12 @@ from sft_lightning.errors import UserError
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal", "mica", "lora_ga", "eva")
 """Values of `init_lora_weights` that change the base's weights."""
 
+EMBEDDING_WEIGHTS = tuple(
+    f"{name}.weight"
+    for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "lm_head", "embed_out")
+)
+"""Endings of the names of embedding matrices and heads."""
+
 _PREFIX = "base_model.model."
 
 
@@ -72,6 +78,20 @@ def read_weights(source: Path | str) -> dict[str, torch.Tensor]:
     except (OSError, ValueError, SafetensorError) as error:
         raise AdapterError(f"PEFT cannot read the weights of {str(source)!r}: {error}") from error
     return weights
+
+
+def embedding_rows(source: Path | str, default: int) -> int:
+    """Return the rows of the embeddings that an adapter saved.
+
+    Args:
+        source: The adapter's folder; a `str` that is not a folder here is a Hub id.
+        default: Returned if it saved none.
+
+    Raises:
+        AdapterError: If there is no weight file, or PEFT cannot read it.
+    """
+    found = [len(tensor) for key, tensor in read_weights(source).items() if key.endswith(EMBEDDING_WEIGHTS)]
+    return max(found, default=default)
 
 
 def name_in_base(key: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from sft_lightning.compat.peft import adapter_name_parts, is_replaced_by_adapter
 from sft_lightning.errors import UserError
+from sft_lightning.models.adapters.folder import name_in_base
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -66,6 +67,24 @@ def trainable_base_names(model: torch.nn.Module) -> set[str]:
     marks = adapter_name_parts(model)
     trainable = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     return {name for name in trainable if not any(mark in name for mark in marks)}
+
+
+def keep_base_weights(model: PeftModel, names: Collection[str]) -> None:
+    """Note frozen weights of the base that belong to a continued adapter, for its next export.
+
+    Args:
+        model: The model with the adapter.
+        names: The base's own names of the weights; of tied ones, any.
+    """
+    model._kept_base_names = frozenset(  # type: ignore[assignment]
+        name for name, _ in model.named_parameters() if name_in_base(name) in names
+    )
+
+
+def kept_base_names(model: torch.nn.Module) -> frozenset[str]:
+    """Return the names of frozen weights of the base that the next export must have."""
+    kept: frozenset[str] = getattr(model, "_kept_base_names", frozenset())
+    return kept
 
 
 def keep_float32_masters(model: PeftModel) -> None:

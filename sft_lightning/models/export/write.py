@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.folder import AdapterError
+from sft_lightning.models.adapters.trainable import kept_base_names
 from sft_lightning.models.base.weight_files import read_tensors, tensor_names, weight_files
 from sft_lightning.models.export.check import export_difference
 from sft_lightning.models.export.stopping import generation_config_of, write_stop_tokens
@@ -129,12 +130,12 @@ def _write_companions(folder: Path, tokenizer: PreTrainedTokenizerFast, manifest
 
 
 def _trained_beside(model: PeftModel, adapter: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return trained weights that are not in the adapter's state, under the names by which PEFT loads them."""
-    known = {tensor.data_ptr() for tensor in adapter.values()}
+    """Return the base's weights that were trained, now or before, under the names by which PEFT loads them."""
+    known, kept = {tensor.data_ptr() for tensor in adapter.values()}, kept_base_names(model)
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and parameter.data_ptr() not in known
+        if (parameter.requires_grad or name in kept) and parameter.data_ptr() not in known
     }
 
 

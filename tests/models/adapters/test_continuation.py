@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.config import AdapterConfig
@@ -42,14 +42,67 @@ def test_a_new_adapter_overrides_nothing(adapted: Make) -> None:
     assert describe_overrides(adapted(r=2), AdapterConfig(r=2)) == []
 
 
-def test_modules_to_save_can_be_dropped_on_continuing(adapted: Make, tmp_path: Path) -> None:
-    first = adapted(r=2, modules_to_save=["lm_head"])
-    first.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    continued = adapted(path=str(tmp_path), drop_modules_to_save=True)
-    assert not any("lm_head" in name for name in trainable_sizes(continued))
-    kept = {name: p for name, p in first.named_parameters() if "lora_" in name}
-    found = dict(continued.named_parameters())
-    assert all(torch.equal(found[name], p) for name, p in kept.items())
+def perturbed(model: PeftModel) -> PeftModel:
+    """Move everything that trains."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def test_dropped_modules_to_save_keep_their_values_frozen_through_exports(
+    adapted: Make, tokenizer: PreTrainedTokenizerFast, model_dir: Path, tmp_path: Path
+) -> None:
+    first = perturbed(adapted(r=2, modules_to_save=["embed_tokens", "lm_head"]))
+    first.save_pretrained(str(tmp_path / "first"), save_embedding_layers=False)
+    config = AdapterConfig(path=str(tmp_path / "first"), drop_modules_to_save=True)
+    continued = add_adapter(AutoModelForCausalLM.from_pretrained(model_dir), config)
+    assert all(".lora_" in name for name in trainable_sizes(continued))
+    torch.testing.assert_close(logits(continued), logits(first), atol=1e-6, rtol=0)
+    assert any("2 weights of the base" in line for line in describe_overrides(continued, config))
+
+    perturbed(continued)
+    report = export_adapter(continued, tokenizer, tmp_path / "second", {}, stop_token_id=2)
+    assert len(report.base_weights) == 2
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), str(tmp_path / "second"))
+    torch.testing.assert_close(logits(plain), logits(continued), atol=1e-6, rtol=0)
+    again = adapted(path=str(tmp_path / "second"))
+    assert torch.equal(logits(again), logits(continued))
+    assert trainable_sizes(again) == trainable_sizes(continued)
+
+
+def tied(model_dir: Path) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_dir, tie_word_embeddings=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return model
+
+
+def test_dropped_tied_embeddings_keep_their_values(
+    model_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    first = perturbed(add_adapter(tied(model_dir), AdapterConfig(r=2, modules_to_save=["embed_tokens", "lm_head"])))
+    first.save_pretrained(str(tmp_path / "first"), save_embedding_layers=False)
+    continued = add_adapter(tied(model_dir), AdapterConfig(path=str(tmp_path / "first"), drop_modules_to_save=True))
+    torch.testing.assert_close(logits(continued), logits(first), atol=1e-6, rtol=0)
+    export_adapter(continued, tokenizer, tmp_path / "second", {}, stop_token_id=2)
+    again = add_adapter(tied(model_dir), AdapterConfig(path=str(tmp_path / "second")))
+    assert torch.equal(logits(again), logits(continued))
+
+
+def test_dropping_one_of_two_tied_embeddings_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    get_peft_model(tied(model_dir), config).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(UserError, match=r"model\.adapter\.path: .* trained one of two tied embeddings"):
+        add_adapter(tied(model_dir), AdapterConfig(path=str(tmp_path), drop_modules_to_save=True))
 
 
 @pytest.fixture
@@ -58,13 +111,9 @@ def train_with_base(adapted: Make, tokenizer: PreTrainedTokenizerFast) -> Make:
 
     def train(folder: Path, **config: Any) -> PeftModel:
         model: PeftModel = adapted(r=2, only_adapter=False, **config)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        perturbed(model)
         export_adapter(model, tokenizer, folder, {}, stop_token_id=2)
-        return model.eval()
+        return model
 
     return train
 
@@ -86,23 +135,27 @@ def test_an_adapter_that_trained_with_its_base_is_continued_with_it(
         assert torch.equal(again(input_ids=IDS).logits, continued(input_ids=IDS).logits)
 
 
-def test_continuing_only_the_adapter_is_refused_if_weights_of_the_base_would_be_lost(
-    adapted: Make, train_with_base: Make, tmp_path: Path
+def test_continuing_only_the_adapter_keeps_the_weights_of_the_base_that_trained_with_it(
+    adapted: Make, train_with_base: Make, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    train_with_base(tmp_path)
-    with pytest.raises(UserError, match=r"only_adapter: must be false, .* 7 weights of its base .* or merge"):
-        adapted(path=str(tmp_path))
+    first = train_with_base(tmp_path / "first")
+    continued = adapted(path=str(tmp_path / "first"))
+    assert all(".lora_" in name for name in trainable_sizes(continued))
+    assert torch.equal(logits(continued), logits(first))
+    report = export_adapter(perturbed(continued), tokenizer, tmp_path / "second", {}, stop_token_id=2)
+    assert "base_model.model.model.norm.weight" in report.base_weights
 
 
 def test_modules_to_save_can_be_dropped_when_the_base_is_continued(
-    adapted: Make, train_with_base: Make, model_dir: Path, tmp_path: Path
+    adapted: Make, train_with_base: Make, tmp_path: Path
 ) -> None:
     first = train_with_base(tmp_path, modules_to_save=["lm_head"])
     continued = adapted(path=str(tmp_path), only_adapter=False, drop_modules_to_save=True)
-    base, weights = AutoModelForCausalLM.from_pretrained(model_dir), dict(continued.named_parameters())
-    assert torch.equal(weights["base_model.model.lm_head.weight"], base.lm_head.weight)
+    weights, trained = dict(continued.named_parameters()), dict(first.named_parameters())
+    head = trained["base_model.model.lm_head.modules_to_save.default.weight"]
+    assert torch.equal(weights["base_model.model.lm_head.weight"], head)
     norm = "base_model.model.model.norm.weight"
-    assert torch.equal(weights[norm], dict(first.named_parameters())[norm])
+    assert torch.equal(weights[norm], trained[norm])
 
 
 def test_an_adapter_alone_is_continued_with_its_base(adapted: Make, tmp_path: Path) -> None:
