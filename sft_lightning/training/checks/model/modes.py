@@ -25,12 +25,10 @@ class Modes(RunCheck):
         """Check that every part trains: one in evaluation mode has no dropout."""
         module.checks.run(lambda: check_mode(module.language_model, training=True))
 
-    def on_validation_start(self, module: CausalLMModule) -> None:
-        """Check that no part is in training mode, where dropout would change the losses."""
-        module.checks.run(lambda: check_mode(module.language_model, training=False))
-
     def on_validation_batch_end(self, module: CausalLMModule, batch: Any, index: int, source: int) -> None:
-        """Compute the first batch's loss twice more."""
+        """Check that no part is in training mode, where dropout changes losses; repeat the first loss."""
+        if index == 0:  # after the batch: whatever was to happen before it has happened
+            module.checks.run(lambda: check_mode(module.language_model, training=False))
         if not self._repeated:
             self._repeated = True
             module.checks.run(lambda: check_repetition(module, batch))
