@@ -84,9 +84,11 @@ def check_optimizer_as_fit(optimizer: Optimizer, inputs: PlanInputs) -> None:
     """
     check_optimizer(optimizer, inputs.sharding)
     if isinstance(inputs.strategy, DeepSpeedZeRO):
-        topology = inputs.data.topology
+        topology, schedule = inputs.data.topology, inputs.spec.lr_scheduler
         yaml = YamlSettings(
-            schedule=inputs.spec.lr_scheduler.name,
+            schedule=schedule.name,
+            warmup_steps=None if schedule.warmup_ratio is not None else schedule.num_warmup_steps(0),
+            min_lr_ratio=schedule.min_lr_ratio,
             batch_size=topology.batch_size,
             accumulate=topology.accumulate,
             world_size=topology.world_size,

@@ -67,6 +67,14 @@ class LRScheduleConfig:
             if getattr(self, key) is not None and self.name != name:
                 raise UserError(f"model.lr_scheduler.{key}: only valid with name: {name} (got {self.name})")
 
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Return the optimizer steps of the warm-up.
+
+        Args:
+            num_steps: Number of planned optimizer steps of the whole run.
+        """
+        return (self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * num_steps)) or 0
+
 
 def lr_factor(config: LRScheduleConfig, step: int, num_steps: int) -> float:
     """Return the factor that the peak learning rate is multiplied by at an optimizer step.
@@ -80,8 +88,7 @@ def lr_factor(config: LRScheduleConfig, step: int, num_steps: int) -> float:
         step: Number of optimizer steps already taken, from 0.
         num_steps: Number of planned optimizer steps of the whole run.
     """
-    warmup = config.warmup_steps if config.warmup_ratio is None else math.ceil(config.warmup_ratio * num_steps)
-    warmup = warmup or 0
+    warmup = config.num_warmup_steps(num_steps)
     if step < warmup:
         return step / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))

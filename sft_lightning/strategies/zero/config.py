@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,18 @@ class YamlSettings:
     weight_decay: float = 0.0
     """Its weight decay."""
 
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """All its arguments, such as `betas` and `eps`."""
+
+    warmup_steps: int | None = None
+    """Warm-up of `model.lr_scheduler` in optimizer steps; `None` if it is not known yet."""
+
+    min_lr_ratio: float = 0.0
+    """`model.lr_scheduler.min_lr_ratio`."""
+
+    num_steps: int | None = None
+    """Planned optimizer steps; `None` if they are not known yet."""
+
     def with_optimizer(self, optimizer: Optimizer) -> YamlSettings:
         """Return the settings with those of the optimizer that the YAML has made."""
         values = optimizer.defaults
@@ -68,6 +80,7 @@ class YamlSettings:
             optimizer=type(optimizer).__name__,
             lr=values.get("lr", 0.0),
             weight_decay=values.get("weight_decay", 0.0),
+            arguments=values,
         )
 
 
@@ -150,8 +163,20 @@ def resolve(config: Mapping[str, Any], yaml: YamlSettings, *, source: str) -> di
     return cleaned
 
 
-def _differs(value: Any, expected: float) -> bool:
-    return value is not None and value != AUTO and float(value) != float(expected)
+def _differs(value: Any, expected: Any) -> bool:
+    """Whether a JSON's value is another number, or list of numbers, than the YAML's; `auto` is none."""
+    if value is None or value == AUTO:
+        return False
+    if isinstance(value, list) and isinstance(expected, list | tuple):
+        return len(value) != len(expected) or any(map(_differs, value, expected))
+    try:
+        return float(value) != float(expected)
+    except (TypeError, ValueError):
+        return bool(value != expected)
+
+
+def _shown(value: Any) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _optimizer_conflicts(config: Mapping[str, Any], yaml: YamlSettings) -> list[str]:
@@ -164,9 +189,10 @@ def _optimizer_conflicts(config: Mapping[str, Any], yaml: YamlSettings) -> list[
     found = []
     if name != AUTO and kind != _ADAMS.get(wanted, wanted):
         found.append(f"optimizer.type is {name}, model.optimizer is {yaml.optimizer}")
-    for key, expected in {"lr": yaml.lr, "weight_decay": yaml.weight_decay}.items():
-        if _differs(params.get(key), expected):
-            found.append(f"optimizer.params.{key} is {params[key]}, model.optimizer.init_args.{key} is {expected}")
+    known = {**yaml.arguments, "lr": yaml.lr, "weight_decay": yaml.weight_decay}
+    for key, value in params.items():
+        if key in known and _differs(value, known[key]):
+            found.append(f"optimizer.params.{key} is {value}, model.optimizer.init_args.{key} is {_shown(known[key])}")
     return found
 
 
@@ -176,9 +202,28 @@ def _schedule_conflicts(config: Mapping[str, Any], yaml: YamlSettings) -> list[s
         return []
     name = section["type"]
     if _SCHEDULES.get(name) == yaml.schedule:
-        return []
+        return _warmup_conflicts(section.get("params", {}), yaml)
     same = f" (which is {_SCHEDULES[name]!r})" if name in _SCHEDULES else ""
     return [f"scheduler.type is {name}{same}, model.lr_scheduler.name is {yaml.schedule!r}"]
+
+
+def _warmup_conflicts(params: Mapping[str, Any], yaml: YamlSettings) -> list[str]:
+    """Compare the parameters that DeepSpeed's schedules have (deepspeed/runtime/lr_schedules.py)."""
+    lr = None if yaml.optimizer is None else yaml.lr
+    wanted: dict[str, tuple[str, Any]] = {
+        "warmup_max_lr": ("model.optimizer.init_args.lr", lr),
+        "warmup_min_lr": ("the rate that model.lr_scheduler warms up from", 0.0),
+        "warmup_min_ratio": ("the share of the rate that model.lr_scheduler warms up from", 0.0),
+        "warmup_num_steps": ("the warm-up of model.lr_scheduler", yaml.warmup_steps),
+        "warmup_type": ("the warm-up of model.lr_scheduler", "linear"),
+        "total_num_steps": ("the number of planned optimizer steps", yaml.num_steps),
+        "cos_min_ratio": ("model.lr_scheduler.min_lr_ratio", yaml.min_lr_ratio),
+    }
+    return [
+        f"scheduler.params.{key} is {params[key]}, {name} is {expected}"
+        for key, (name, expected) in wanted.items()
+        if expected is not None and _differs(params.get(key), expected)
+    ]
 
 
 def _size_values(yaml: YamlSettings) -> dict[str, tuple[str, float]]:

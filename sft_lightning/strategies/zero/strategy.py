@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,7 +175,15 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
         Raises:
             UserError: If it cannot step on shards, cannot be offloaded, or is not the one in the JSON.
         """
-        self.check_yaml(self._yaml_settings.with_optimizer(optimizer))
+        module, num_steps = self._module, self._module.data.num_optimizer_steps
+        schedule = module.spec.lr_scheduler
+        self.check_yaml(
+            replace(
+                self._yaml_settings.with_optimizer(optimizer),
+                num_steps=num_steps,
+                warmup_steps=schedule.num_warmup_steps(num_steps),
+            )
+        )
         optimizer = super().prepare_optimizer(optimizer)
         return cpu_adam(optimizer) if self.sharding.offloads_optimizer else optimizer
 
@@ -191,6 +200,7 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
         trainer = module.trainer
         return YamlSettings(
             schedule=module.spec.lr_scheduler.name,
+            min_lr_ratio=module.spec.lr_scheduler.min_lr_ratio,
             batch_size=trainer.datamodule.spec.batch_size,
             accumulate=trainer.accumulate_grad_batches,
             world_size=trainer.world_size,

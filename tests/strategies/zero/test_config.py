@@ -19,6 +19,9 @@ def yaml(**changes: Any) -> YamlSettings:
         "optimizer": "AdamW",
         "lr": 2e-4,
         "weight_decay": 0.0,
+        "arguments": {"betas": (0.9, 0.999), "eps": 1e-8},
+        "warmup_steps": 10,
+        "num_steps": 100,
         "schedule": "cosine",
         "batch_size": 2,
         "accumulate": 4,
@@ -146,6 +149,38 @@ def test_float32_has_no_precision_block() -> None:
             {"scheduler": {"type": "WarmupDecayLR"}},
             "scheduler.type is WarmupDecayLR (which is 'linear'), model.lr_scheduler.name is 'cosine'",
         ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}},
+            "optimizer.params.betas is [0.9, 0.95], model.optimizer.init_args.betas is [0.9, 0.999]",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}},
+            "optimizer.params.eps is 1e-06, model.optimizer.init_args.eps is 1e-08",
+        ),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 5}}},
+            "scheduler.params.warmup_num_steps is 5, the warm-up of model.lr_scheduler is 10",
+        ),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 1000}}},
+            "scheduler.params.total_num_steps is 1000, the number of planned optimizer steps is 100",
+        ),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"cos_min_ratio": 0.1}}},
+            "scheduler.params.cos_min_ratio is 0.1, model.lr_scheduler.min_lr_ratio is 0.0",
+        ),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_max_lr": 1e-3}}},
+            "scheduler.params.warmup_max_lr is 0.001, model.optimizer.init_args.lr is 0.0002",
+        ),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_min_lr": 1e-6}}},
+            "scheduler.params.warmup_min_lr is 1e-06, the rate that model.lr_scheduler warms up from is 0.0",
+        ),
+        (
+            {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_type": "log"}}},
+            "scheduler.params.warmup_type is log, the warm-up of model.lr_scheduler is linear",
+        ),
         ({"train_micro_batch_size_per_gpu": 16}, "train_micro_batch_size_per_gpu is 16, data.batch_size is 2"),
         (
             {"gradient_accumulation_steps": 1},
@@ -172,8 +207,11 @@ def test_all_contradictions_are_in_one_message() -> None:
 
 def test_a_json_may_repeat_the_yaml() -> None:
     config = {
-        "optimizer": {"type": "AdamW", "params": {"lr": 2e-4, "weight_decay": 0}},
-        "scheduler": {"type": "WarmupCosineLR"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": 2e-4, "weight_decay": 0, "betas": [0.9, 0.999], "eps": "1e-8", "torch_adam": True},
+        },
+        "scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 10, "total_num_steps": "auto"}},
         "train_batch_size": 64,
         "gradient_clipping": 1,
         "bf16": {"enabled": True},
@@ -221,6 +259,12 @@ def test_the_optimizer_of_the_yaml_is_read_from_the_object() -> None:
     adam = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))], lr=0.5, weight_decay=0.25)
     settings = yaml(optimizer=None).with_optimizer(adam)
     assert (settings.optimizer, settings.lr, settings.weight_decay) == ("AdamW", 0.5, 0.25)
+
+
+def test_what_is_not_known_yet_is_not_compared() -> None:
+    params = {"warmup_num_steps": 5, "total_num_steps": 7, "warmup_max_lr": 1.0}
+    config = {"scheduler": {"type": "WarmupCosineLR", "params": params}}
+    resolve(config, yaml(optimizer=None, warmup_steps=None, num_steps=None), source="ds.json")
 
 
 def test_an_optimizer_that_is_not_made_yet_is_not_compared() -> None:
