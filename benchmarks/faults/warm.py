@@ -140,6 +140,8 @@ def _become(args: Sequence[str], packages: Path, folder: Path, environment: Mapp
         os.environ.update(environment, PYTHONPATH=str(packages))
         sys.path.insert(0, str(packages))
         sys.argv = ["sft_lightning", *args]
+        # Lightning read the rank when it was imported, in the parent.
+        importlib.import_module("lightning.pytorch.utilities").rank_zero_only.rank = int(environment.get("RANK", 0))
         atexit._clear()
         status = _run_module()
         atexit._run_exitfuncs()
