@@ -213,11 +213,11 @@ class CausalLMModule(LightningModule):
         self.layout = startup.decide_layout(self)
         groups = startup.optimizer_groups(self)
         optimizer = build_optimizer(self.spec.optimizer, groups)
-        self._continuation.note_optimizer(optimizer)
+        num_steps = self.data.num_optimizer_steps
+        self._continuation.note_optimizer(optimizer, num_steps)
         optimizer = self._services.prepare_optimizer(optimizer)
         if not self._services.manages_gradients:
             check_float16(optimizer, scales_loss=self._scaler is not None)
-        num_steps = self.data.num_optimizer_steps
         schedule = LambdaLR(optimizer, lambda step: lr_factor(self.spec.lr_scheduler, step, num_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -175,15 +175,12 @@ class DeepSpeedZeRO(ShardedStrategy, HookedDeepSpeedStrategy):
         Raises:
             UserError: If it cannot step on shards, cannot be offloaded, or is not the one in the JSON.
         """
-        module, num_steps = self._module, self._module.data.num_optimizer_steps
-        schedule = module.spec.lr_scheduler
-        self.check_yaml(
-            replace(
-                self._yaml_settings.with_optimizer(optimizer),
-                num_steps=num_steps,
-                warmup_steps=schedule.num_warmup_steps(num_steps),
-            )
-        )
+        yaml = self._yaml_settings.with_optimizer(optimizer)
+        if "scheduler" in self._user_config:
+            num_steps = self._module.data.num_optimizer_steps
+            warmup_steps = self._module.spec.lr_scheduler.num_warmup_steps(num_steps)
+            yaml = replace(yaml, num_steps=num_steps, warmup_steps=warmup_steps)
+        self.check_yaml(yaml)
         optimizer = super().prepare_optimizer(optimizer)
         return cpu_adam(optimizer) if self.sharding.offloads_optimizer else optimizer
 

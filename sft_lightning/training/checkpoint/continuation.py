@@ -21,6 +21,7 @@ from sft_lightning.checks import Check
 from sft_lightning.data.batches.loader import LastBatch
 from sft_lightning.training.checkpoint import settings
 from sft_lightning.training.checkpoint.state import random_state
+from sft_lightning.training.optim import lr_factor
 from sft_lightning.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Continuation:
         self._log = log
         self._last: LastBatch | None = None
         self._optimizer: settings.Settings | None = None
+        self._num_steps = 0
         self._loaded: dict[str, Any] | None = None
 
     def note_batch(self, epoch: int, index: int) -> None:
@@ -52,9 +54,14 @@ class Continuation:
         """
         self._last = LastBatch(epoch, index)
 
-    def note_optimizer(self, optimizer: Optimizer) -> None:
-        """Note how the optimizer is configured, before a schedule or a checkpoint changes it."""
-        self._optimizer = settings.optimizer_settings(optimizer)
+    def note_optimizer(self, optimizer: Optimizer, num_steps: int) -> None:
+        """Note how the optimizer is configured, before a schedule or a checkpoint changes it.
+
+        Args:
+            optimizer: The optimizer.
+            num_steps: Planned optimizer steps; counting them may take as long as planning every epoch.
+        """
+        self._optimizer, self._num_steps = settings.optimizer_settings(optimizer), num_steps
 
     # --- saving ----------------------------------------------------------------------------------------------------
 
@@ -71,7 +78,7 @@ class Continuation:
         return {
             _SETTINGS: {
                 "weights": settings.weight_settings(module),
-                "training": settings.training_settings(module),
+                "training": settings.training_settings(module, self._num_steps),
                 "optimizer": self._optimizer,
             },
             _NEXT: {
@@ -131,9 +138,14 @@ class Continuation:
         if saved is None or saved["optimizer"] is None or self._optimizer is None:
             return
         settings.check_optimizer(saved["optimizer"], self._optimizer)
-        lines = settings.describe_training_changes(saved["training"], settings.training_settings(module))
+        lines = settings.describe_training_changes(
+            saved["training"], settings.training_settings(module, self._num_steps)
+        )
         if "optimizer_states" in checkpoint:  # else Lightning says what is missing
-            lines = [*settings.let_configuration_win(checkpoint, saved["optimizer"], self._optimizer, module), *lines]
+            config, num_steps = module.spec.lr_scheduler, self._num_steps
+            lines += settings.let_configuration_win(
+                checkpoint, saved["optimizer"], self._optimizer, lambda step: lr_factor(config, step, num_steps)
+            )
         for line in lines:
             self._log(line)
 

@@ -6,7 +6,7 @@ training, where what the user writes now wins; and those of the optimizer, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,12 @@ from torch.optim import Optimizer
 from sft_lightning.errors import UserError
 from sft_lightning.models.adapters.continuation import PEFT_KEYS
 from sft_lightning.models.adapters.folder import CHANGE_BASE, method_name
-from sft_lightning.training.optim import lr_factor
 from sft_lightning.training.preference.objective import PreferenceObjective
 
 if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
 
-_BASE = "model.model_name_or_path"
+_BASE, _NUM_STEPS = "model.model_name_or_path", "planned optimizer steps"
 
 _NOT_OF_THE_WEIGHTS = {
     "inference_mode", "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "peft_type",
@@ -88,11 +87,12 @@ def _flat(key: str, value: Any) -> Settings:
     return {name: each for part in value for name, each in _flat(f"{key}.{part}", value[part]).items()}
 
 
-def training_settings(module: CausalLMModule) -> Settings:
+def training_settings(module: CausalLMModule, num_steps: int) -> Settings:
     """Return the settings of the training that a continued run may change.
 
     Args:
         module: The module, its optimizer made.
+        num_steps: Planned optimizer steps.
     """
     spec, objective = module.spec, module.objective
     found: Settings = {
@@ -100,7 +100,7 @@ def training_settings(module: CausalLMModule) -> Settings:
         "model.neftune_alpha": spec.neftune_alpha,
         "model.adapter.dropout": None if spec.adapter is None else spec.adapter.dropout,
         "trainer.gradient_clip_val": module.trainer.gradient_clip_val,
-        "planned optimizer steps": module.data.num_optimizer_steps,
+        _NUM_STEPS: num_steps,
         **{f"model.lr_scheduler.{key}": value for key, value in asdict(spec.lr_scheduler).items()},
     }
     if isinstance(objective, PreferenceObjective):
@@ -212,7 +212,7 @@ def check_optimizer(saved: Settings, now: Settings) -> None:
 
 
 def let_configuration_win(
-    checkpoint: dict[str, Any], saved: Settings, now: Settings, module: CausalLMModule
+    checkpoint: dict[str, Any], saved: Settings, now: Settings, factor_at: Callable[[int], float]
 ) -> list[str]:
     """Write this run's settings of the optimizer and the schedule into a checkpoint that is about to be loaded.
 
@@ -222,7 +222,7 @@ def let_configuration_win(
         checkpoint: The checkpoint, changed in place.
         saved: `optimizer_settings` of the run that saved the checkpoint.
         now: `optimizer_settings` of this run.
-        module: The module, for its schedule.
+        factor_at: The schedule of this run: optimizer steps taken → what the rate is multiplied by.
 
     Returns:
         A line for the log for each setting that changed.
@@ -233,8 +233,8 @@ def let_configuration_win(
         for key, line in changes(before, after).items():
             lines[f"model.optimizer: {line.replace(':', '', 1)} (the configuration wins)"] = None
             group[key] = tuple(after[key]) if isinstance(after[key], list) else after[key]
-    schedule, num_steps = checkpoint["lr_schedulers"][0], module.data.num_optimizer_steps
-    factor = lr_factor(module.spec.lr_scheduler, schedule["last_epoch"], num_steps)
+    schedule = checkpoint["lr_schedulers"][0]
+    factor = factor_at(schedule["last_epoch"])
     rates = [group["lr"] for group in now["groups"]]
     for group, rate in zip(groups, rates, strict=True):
         group["lr"], group["initial_lr"] = rate * factor, rate
@@ -242,7 +242,7 @@ def let_configuration_win(
     return list(lines)
 
 
-def describe_training_changes(saved: Settings, now: Settings) -> Sequence[str]:
+def describe_training_changes(saved: Settings, now: Settings) -> list[str]:
     """Return a line for the log for each setting of the training that a continued run changed.
 
     Args:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from sft_lightning.training.checkpoint.settings import (
     optimizer_settings,
     plain,
 )
-from sft_lightning.training.optim import LRScheduleConfig
 
 WEIGHTS: dict[str, Any] = {
     "model.model_name_or_path": ["models/a", "f1"],
@@ -116,11 +114,11 @@ def test_another_optimizer_or_other_groups_cannot_go_on_from_the_state() -> None
 
 def continued(before: torch.optim.Optimizer, after: torch.optim.Optimizer, last_epoch: int = 5) -> tuple[Any, Any]:
     """Return the changed checkpoint, and the lines; the linear schedule is halfway after 5 of 10 steps."""
-    module: Any = SimpleNamespace(
-        spec=SimpleNamespace(lr_scheduler=LRScheduleConfig(name="linear")),
-        data=SimpleNamespace(num_optimizer_steps=10),
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(before, lambda step: 1 - step / 10)
+
+    def factor_at(step: int) -> float:
+        return 1 - step / 10
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(before, factor_at)
     saved = optimizer_settings(before)
     saved["groups"] = [
         {**group, "lr": group["initial_lr"]} for group in saved["groups"]
@@ -129,7 +127,7 @@ def continued(before: torch.optim.Optimizer, after: torch.optim.Optimizer, last_
         before.step()
         schedule.step()
     checkpoint = {"optimizer_states": [before.state_dict()], "lr_schedulers": [schedule.state_dict()]}
-    return checkpoint, let_configuration_win(checkpoint, saved, optimizer_settings(after), module)
+    return checkpoint, let_configuration_win(checkpoint, saved, optimizer_settings(after), factor_at)
 
 
 def test_the_rates_and_the_decay_of_the_configuration_win() -> None:
