@@ -9,8 +9,9 @@ generation prompt to its stop token. Tokens are assigned to characters by the to
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +53,28 @@ class ContentSpan(NamedTuple):
     """The character after its last one."""
 
 
+class Contents(NamedTuple):
+    """Where the contents stand in a rendered text."""
+
+    spans: list[ContentSpan]
+    """Those that were found, in order."""
+
+    num_messages: int
+    """Messages that the text is rendered from: all, or the first ones up to an answer."""
+
+    def gaps(self, length: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of each part of the text that has messages whose content was not found.
+
+        Args:
+            length: Characters of the text.
+        """
+        messages = [-1, *(span.message for span in self.spans), self.num_messages]
+        bounds = [0, *(bound for span in self.spans for bound in (span.start, span.end)), length]
+        for n, (before, after) in enumerate(pairwise(messages)):
+            if after > before + 1:
+                yield bounds[2 * n], bounds[2 * n + 1]
+
+
 def expected_mask(
     text: str,
     messages: Sequence[Message],
@@ -74,38 +97,42 @@ def expected_mask(
     Returns:
         The tokens; `None` if the contents cannot be found in the text.
     """
-    spans = content_spans(text, messages, template)
-    if spans is None:
+    contents = find_contents(text, messages, template)
+    if contents is None:
         return None
-    of_characters = _weights_of_text(text, messages, spans, template, loss_on, rewritten=rewritten)
+    of_characters = _weights_of_text(text, messages, contents, template, loss_on, rewritten=rewritten)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return ExpectedMask(encoded["input_ids"], _weights_of_tokens(of_characters, encoded["offset_mapping"]))
 
 
-def content_spans(text: str, messages: Sequence[Message], template: Template) -> list[ContentSpan] | None:
+def find_contents(text: str, messages: Sequence[Message], template: Template) -> Contents | None:
     """Return where the contents stand in a rendered conversation, in order; `None` if they cannot be found.
+
+    Empty contents get a marker, too, unless the template writes something else where there is a content.
 
     Args:
         text: What the template rendered of all messages, or of the first ones up to an answer.
         messages: The conversation.
         template: The template.
     """
-    marked = [
-        replace(
-            message,
-            content=message.content and f"Qz{n}mzQ",
-            context=None if message.context is None else f"Qz{n}czQ",
-        )
-        for n, message in enumerate(messages)
-    ]
-    for count in range(len(messages), 0, -1):
-        try:
-            rendered = _text_of(template, marked[:count])
-        except UserError:  # a template may refuse a conversation that ends here, or that has other contents
-            continue
-        spans = _align(text, rendered, messages)
-        if spans is not None:
-            return spans
+    empty = {n for n, message in enumerate(messages) if not message.content}
+    for unmarked in (set[int](), empty) if empty else (empty,):
+        marked = [
+            replace(
+                message,
+                content="" if n in unmarked else f"Qz{n}mzQ",
+                context=None if message.context is None else f"Qz{n}czQ",
+            )
+            for n, message in enumerate(messages)
+        ]
+        for count in range(len(messages), 0, -1):
+            try:
+                rendered = _text_of(template, marked[:count])
+            except UserError:  # a template may refuse a conversation that ends here, or that has other contents
+                continue
+            spans = _align(text, rendered, messages)
+            if spans is not None:
+                return Contents(spans, count)
     return None
 
 
@@ -145,18 +172,20 @@ def _continues(rest: str, after: str, is_last: bool) -> bool:
 def _weights_of_text(
     text: str,
     messages: Sequence[Message],
-    spans: Sequence[ContentSpan],
+    contents: Contents,
     template: Template,
     loss_on: LossOn,
     *,
     rewritten: bool,
 ) -> Weights:
     """Return the loss weight that each character should have, (characters,)."""
-    wanted = wanted_weights(messages, loss_on)
+    spans, wanted = contents.spans, wanted_weights(messages, loss_on)
     by_role = all(message.train is None and message.weight == 1.0 for message in messages)
     weights = np.full(len(text), 0.0 if loss_on != "all" else 1.0 if by_role else np.nan)
     if isinstance(template, NamedTemplate):
         weights[: len(template.bos)] = 0.0  # of several tokens in ChatGLM's templates
+    for start, end in contents.gaps(len(text)):
+        weights[start:end] = np.nan
     last = spans[-1].message if spans else len(messages) - 1
     for n, span in enumerate(spans):
         message, weight = messages[span.message], wanted[span.message]
@@ -165,11 +194,10 @@ def _weights_of_text(
         if rewritten and weight and message.role == "assistant" and span.message != last:
             weights[before:after] = np.nan  # supervised here, or in a text of its own
         elif weight and loss_on != "all" and message.role == "assistant":
-            start, end = _answer(text, messages[: span.message], span, template, (before, after))
-            weights[before:after] = np.where(np.isnan(weights[before:after]), np.nan, 0.0)
-            weights[before if start is None else start : after if end is None else end] = np.nan
-            if start is not None and end is not None:
-                weights[start:end] = weight
+            first, stop = _answer(text, messages[: span.message], span, template, (before, after))
+            weights[before if first is None else first : after if stop is None else stop] = np.nan
+            if first is not None and stop is not None:
+                weights[first:stop] = weight
         elif weight and message.role != "text" and loss_on != "all":
             weights[before:after] = np.nan  # the template decides what of its own text belongs to the message
         weights[span.start : span.end] = weight if not (rewritten and weight and span.message != last) else np.nan

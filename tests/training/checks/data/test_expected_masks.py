@@ -13,7 +13,7 @@ from sft_lightning.data.templates.template import DocumentTemplate, Template
 from sft_lightning.data.templates.turn_formats import TURN_FORMATS
 from sft_lightning.data.tokens.fast_encoder import TextEncoder
 from sft_lightning.data.tokens.tokenization import tokenize
-from sft_lightning.training.checks.data.expected_masks import content_spans, expected_mask
+from sft_lightning.training.checks.data.expected_masks import expected_mask, find_contents
 from sft_lightning.types import LossOn, Message
 
 CHATML = (
@@ -110,10 +110,24 @@ def test_a_context_is_a_content_of_its_own(stops: PreTrainedTokenizerFast) -> No
     assert compare(messages, template, stops, "assistant") == 1.0
 
 
+@pytest.mark.parametrize(
+    ("written", "known"),
+    [("{{ m.content | trim }}", 1.0), ("{% if m.content %}: {{ m.content }}{% endif %}", 0.2)],
+)
+def test_the_place_of_an_empty_content_is_found_or_not_known(
+    written: str, known: float, stops: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(stops)
+    tokenizer.chat_template = CHATML.replace("{{ m.content | trim }}", written)
+    template = bind_template("chat_template", tokenizer)
+    messages = [Message("user", ""), Message("assistant", "a"), Message("user", "a"), Message("assistant", "")]
+    assert compare(messages, template, tokenizer, "assistant") >= known
+
+
 def test_a_template_that_changes_contents_gives_no_answer(stops: PreTrainedTokenizerFast) -> None:
     tokenizer = copy.deepcopy(stops)
     tokenizer.chat_template = CHATML.replace("trim", "replace('h', 'j')")
     template = bind_template("chat_template", tokenizer)
     messages = [Message("user", "hello"), Message("assistant", "bye")]
     text = "".join(f"<|im_start|>{each.role}\n{each.content.replace('h', 'j')}<|im_end|>\n" for each in messages)
-    assert content_spans(text, messages, template) is None
+    assert find_contents(text, messages, template) is None
