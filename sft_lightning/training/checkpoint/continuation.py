@@ -183,7 +183,8 @@ class Continuation:
 def row_hashes(batch: Batch) -> list[str]:
     """Return a hash of each row of a micro-batch that has a label: ids, labels and weights up to its last label.
 
-    Padding comes after that, so it does not matter how wide the micro-batch is.
+    Padding comes after that, so it does not matter how wide the micro-batch is. Weights count as bfloat16, to which
+    `trainer.precision: bf16-true` rounds those of the batches that train.
 
     Args:
         batch: A micro-batch on any device; waits for it.
@@ -194,7 +195,7 @@ def row_hashes(batch: Batch) -> list[str]:
         labelled = (labels != IGNORE_INDEX).nonzero()
         if len(labelled):
             digest, end = xxhash.xxh3_64(), int(labelled[-1]) + 1
-            for part in (ids[:end], labels[:end], weights[:end]):
+            for part in (ids[:end], labels[:end], weights[:end].bfloat16().float()):
                 digest.update(part.contiguous().numpy().data)
             found.append(digest.hexdigest())
     return found

@@ -47,6 +47,13 @@ def test_other_ids_labels_or_prompts_have_another_hash(other: TokenizedExample) 
     assert hashes[0] != hashes[1]
 
 
+def test_a_micro_batch_whose_weights_the_trainer_has_rounded_has_the_same_hash() -> None:
+    batch = collate([[TokenizedExample(np.array([5, 6, 7], np.int32), np.array([0, 0.3, 1], np.float32))]],
+                    pad_token_id=0, denominator=1.0)  # fmt: skip
+    rounded = {**batch, "loss_weights": batch["loss_weights"].bfloat16()}
+    assert row_hashes(rounded) == row_hashes(batch)  # type: ignore[arg-type]
+
+
 def test_a_micro_batch_of_other_rows_is_a_failed_check() -> None:
     assert compare_rows([["a"], ["b", "c"]], ["a", "b", "c"]).passed
     assert compare_rows([], []).passed
