@@ -188,6 +188,7 @@ def test_a_reference_that_differs_from_the_initial_model_fails_the_first_loss(
         return None if found is None else found + torch.tensor([1.0, 0.0])
 
     monkeypatch.setattr(ReferenceLogProbs, "log_probs", other)
+    monkeypatch.setattr("sft_lightning.training.checks.run_checks.CHECKS", ())  # the run's own would stop it
     monkeypatch.setattr("sft_lightning.selftest.run_checks.check_isolation", _stop)
     with pytest.raises(KeyboardInterrupt):
         selftest(*pairs, "--model.adapter.r=4")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +69,8 @@ class FirstGradient(RunCheck):
         self._name = ""
         self._expected: torch.Tensor | None = None  # without the denominator
         self._found: torch.Tensor | None = None
-        self._seconds = 0.0
+        self._seconds = 0.0  # infinite when no more micro-batches are compared
+        self._spent = 0.0
         self._num_compared = 0
         self._reason: str | None = None
 
@@ -109,7 +110,9 @@ class FirstGradient(RunCheck):
         self._hook.remove()
         self._hook = None
         averaged = module.trainer.accumulate_grad_batches == 1
-        module.checks.run(lambda: self._compare(module, averaged=averaged))
+        start = time.perf_counter()
+        check = self._compare(module, averaged=averaged)
+        module.checks.note(replace(check, seconds=self._spent + time.perf_counter() - start))
         self._recorded = self._expected = self._found = None
 
     def _add(self, module: CausalLMModule) -> None:
@@ -133,7 +136,8 @@ class FirstGradient(RunCheck):
         self._expected = gradient if self._expected is None else self._expected + gradient
         self._found = None if parameter.grad is None else parameter.grad.detach().float().clone()
         self._num_compared += 1
-        self._seconds += time.perf_counter() - start
+        self._spent += time.perf_counter() - start
+        self._seconds = self._spent
 
     def _compare(self, module: CausalLMModule, *, averaged: bool) -> Check:
         strategy, world_size = module.trainer.strategy, module.trainer.world_size

@@ -150,7 +150,9 @@ def check_update(
     if unmoved:
         return Check(_NAME, False, f"{len(unmoved)} tensors have a gradient and were not updated: {unmoved[0]} …")
     moved = sum(old != new for _, _, old, new in rows)
-    return Check(_NAME, True, f"{moved} of {len(rows)} trained tensors moved; no layer is without a gradient")
+    waiting = sum(not gradient for _, gradient, _, _ in rows)
+    figure = f"{moved} of {len(rows)} trained tensors moved; {waiting} have no gradient yet, in no layer all of them"
+    return Check(_NAME, True, figure)
 
 
 def _must_move(step: float, value: float, rounding: float) -> bool:
