@@ -201,6 +201,9 @@ def _weights_of_text(
         elif weight and message.role != "text" and loss_on != "all":
             weights[before:after] = np.nan  # the template decides what of its own text belongs to the message
         weights[span.start : span.end] = weight if not (rewritten and weight and span.message != last) else np.nan
+        after_system = n > 0 and message.role == "user" and messages[spans[n - 1].message].role == "system"
+        if after_system and (not by_role if loss_on == "all" else weight):
+            weights[: spans[n - 1].end] = np.nan  # some templates write it into the user's message
         if weight and message.role == "text" and n + 1 == len(spans):
             weights[span.end :] = weight  # the EOS
     return weights

@@ -97,6 +97,15 @@ def test_messages_that_say_themselves_whether_they_train(stops: PreTrainedTokeni
 
 
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_system_text_that_is_written_into_a_trained_users_message_is_not_known(
+    loss_on: LossOn, stops: PreTrainedTokenizerFast
+) -> None:
+    template = named_template("llama2", special_tokens(stops))
+    messages = [Message("system", "a"), Message("user", "one", train=loss_on != "all"), Message("assistant", "two")]
+    assert compare(messages, template, stops, loss_on) > 0.1
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_documents_end_with_a_supervised_stop_token(loss_on: LossOn, stops: PreTrainedTokenizerFast) -> None:
     template = DocumentTemplate(special_tokens(stops))
     pieces = [Message("text", "prompt: ", train=False), Message("text", "completion")]
