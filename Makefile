@@ -59,7 +59,7 @@ bench-data: setup  ## Tokenize and pack 50k rows beside TRL and LLaMA-Factory (c
 equality: setup  ## Compare gradients of all splits, and resumed runs with uninterrupted ones; writes docs/equality.md (5 minutes)
 	$(BIN)/python benchmarks/equality.py
 
-faults: setup  ## Plant 46 faults one at a time: does the user's own fit or selftest notice? (6 minutes; ARGS='--only NAME')
+faults: setup  ## Plant 46 faults one at a time: does fit or selftest notice? (10 minutes; ARGS='--only NAME')
 	$(BIN)/python -m benchmarks.faults $(ARGS)
 
 bench-scaling: setup  ## Two processes against one, by strategy: speed, bytes sent, memory while training and loading (15 minutes)
