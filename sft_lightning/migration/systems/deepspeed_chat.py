@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sft_lightning.data.formats.deepspeed_chat import is_divided
 from sft_lightning.migration.distributed import devices, stage_name
 from sft_lightning.migration.draft import Draft, keep_examples_unpacked, source_name
 from sft_lightning.migration.options import Options, System, combined, copied, omitted
@@ -91,6 +90,8 @@ def _sources(options: Options, draft: Draft) -> None:
 
 def _evaluated(source: dict[str, Any]) -> dict[str, Any] | None:
     """Return what DeepSpeed-Chat evaluates a source on; `None` if it is not one of its data sets."""
+    from sft_lightning.data.formats.deepspeed_chat import is_divided  # imports numpy, which --help does not need
+
     path, name = source["path"], source.get("format")
     if name == "deepspeed_chat/jsonfile":
         return {**source, "path": "data/eval.json"}
