@@ -26,8 +26,11 @@ class OptimizerGroups(RunCheck):
 
     def on_train_start(self, module: CausalLMModule) -> None:
         """Look at the groups of the optimizer, which a checkpoint may have changed."""
-        if services_of(module.trainer.strategy).manages_gradients:
-            module.checks.note(Check(_GROUPS, None, "the optimizer of DeepSpeed updates flat copies of the weights"))
+        services = services_of(module.trainer.strategy)
+        if services.manages_gradients or services.shards_weights:
+            # After a forward pass, FSDP2 leaves the gathered tensors of its root in the model instead of its shards.
+            reason = "the optimizer updates flat copies (DeepSpeed) or shards (FSDP2) of the model's tensors"
+            module.checks.note(Check(_GROUPS, None, reason))
             return
         named = list(module.language_model.named_parameters())
         module.checks.run(lambda: check_groups(named, module.trainer.optimizers[0].param_groups))
