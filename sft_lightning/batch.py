@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import accumulate
-from typing import Any, ClassVar, NamedTuple, NotRequired, Self, TypedDict, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypedDict, TypeVar, cast
 
 import torch
+from typing_extensions import NotRequired, Self
 
 from sft_lightning.types import IGNORE_INDEX, DocumentLength, SharedPrompt, num_tokens
 
