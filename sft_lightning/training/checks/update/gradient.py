@@ -129,7 +129,10 @@ class FirstGradient(RunCheck):
             self._reason = "the first micro-batch leaves no gradient"
             return
         parameter = named[self._name]
-        gradient = direct_gradient(module, recorded, parameter)
+        try:
+            gradient = direct_gradient(module, recorded, parameter)
+        except torch.OutOfMemoryError:  # training fits, and goes on
+            gradient = None
         if gradient is None:
             self._reason = "the logits of the first micro-batch's supervised tokens would need too much memory"
             return
@@ -142,11 +145,14 @@ class FirstGradient(RunCheck):
     def _compare(self, module: CausalLMModule, *, averaged: bool) -> Check:
         strategy, world_size = module.trainer.strategy, module.trainer.world_size
         weight: Any = strategy.reduce(torch.as_tensor(self._weight, device=module.device).double(), reduce_op="sum")
-        if self._expected is not None and averaged and world_size > 1:
+        cannot = self._reason is not None or self._expected is None or self._found is None
+        if averaged and world_size > 1:  # one process that cannot keeps the others from waiting for its gradient
+            cannot = bool(strategy.reduce(torch.tensor(float(cannot), device=module.device), reduce_op="sum"))
+        if cannot or self._expected is None or self._found is None:
+            return Check(_NAME, None, self._reason or "a process has no gradient of the first step")
+        if averaged and world_size > 1:
             summed: Any = strategy.reduce(self._expected, reduce_op="sum")
             self._expected = summed / world_size
-        if self._reason is not None or self._expected is None or self._found is None:
-            return Check(_NAME, None, self._reason or "the first step leaves no gradient")
         if not float(weight):
             return Check(_NAME, None, "the first step has no supervised token")
         tolerance = max(_FLOAT32_TOLERANCE, _ROUNDINGS * coarsest_rounding(module))

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -60,6 +61,36 @@ def test_the_check_leaves_random_states_and_weights_as_they_are(
         trainer.fit(module, datamodule=data)
         ends.append([*(p.detach().clone() for p in module.parameters() if p.requires_grad), torch.get_rng_state()])
     assert all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_training_goes_on_if_the_check_takes_too_much_memory(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("sft_lightning.training.checks.update.gradient.direct_gradient", too_large)
+    found = train(make_run)
+    assert found["first gradient"].passed is None
+    assert "too much memory" in found["first gradient"].figure
+    assert found["first update"].passed
+
+
+class TwoProcesses:
+    """A strategy whose other process cannot compute its gradient."""
+
+    def reduce(self, value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert value.dim() == 0, "no gradient is waited for"
+        return value + 1
+
+
+def test_a_process_that_cannot_compare_keeps_no_other_waiting() -> None:
+    check = FirstGradient()
+    check._expected = check._found = torch.ones(3)
+    trainer = SimpleNamespace(strategy=TwoProcesses(), world_size=2)
+    outcome = check._compare(cast("Any", SimpleNamespace(trainer=trainer, device="cpu")), averaged=True)
+    assert outcome.passed is None
+    assert outcome.figure == "a process has no gradient of the first step"
 
 
 def mean_of_micro_batch(self: object, module: CausalLMModule, batch: Any) -> StepShare:
