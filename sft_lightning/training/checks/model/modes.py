@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sft_lightning.training.module import CausalLMModule
 
 
+_REORDERED = 1e-3
+"""Largest relative difference of two losses whose sums were taken in another order."""
+
+
 class Modes(RunCheck):
     """Check the mode of every part of the model, when training starts and while validating."""
 
@@ -52,7 +56,10 @@ def check_mode(model: nn.Module, *, training: bool) -> Check:
 
 @torch.no_grad()
 def check_repetition(module: CausalLMModule, batch: Any) -> Check:
-    """Check that the same batch has the same loss twice, to the last bit: nothing in the model is random.
+    """Check that the same batch has the same loss twice: nothing in the model is random.
+
+    On the CPU to the last bit. The kernels of other devices may add in another order each time, as those of mixtures of
+    experts do; dropout changes a loss far more than that.
 
     Args:
         module: The module of the run, while validating.
@@ -60,5 +67,20 @@ def check_repetition(module: CausalLMModule, batch: Any) -> Check:
     """
     with module.trainer.precision_plugin.val_step_context():
         first, second = (torch.stack(list(module(batch))).nan_to_num() for _ in range(2))
-    same = torch.equal(first, second)
-    return Check("validation twice", same, f"losses {float(first[0]):.6f} and {float(second[0]):.6f} of the same batch")
+    return compare_repetition(first, second, exact=first.device.type == "cpu")
+
+
+def compare_repetition(first: torch.Tensor, second: torch.Tensor, *, exact: bool) -> Check:
+    """Compare the loss sums of a batch that was computed twice.
+
+    Args:
+        first: Loss and weight, and whatever else was summed, (3,).
+        second: The same, computed again.
+        exact: Whether every bit has to be the same.
+    """
+    figure = f"losses {float(first[0]):.6f} and {float(second[0]):.6f} of the same batch"
+    if exact:
+        return Check("validation twice", torch.equal(first, second), figure)
+    apart = float((first[0] - second[0]).abs())
+    bound = _REORDERED * float(first[0].abs() + first[1])
+    return Check("validation twice", apart <= bound, figure, f"relative difference at most {_REORDERED:.1e}")

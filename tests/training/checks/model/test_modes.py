@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sft_lightning.training.checks.model.modes import check_mode, check_repetition
+from sft_lightning.training.checks.model.modes import check_mode, check_repetition, compare_repetition
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -31,3 +31,12 @@ def test_a_validation_batch_has_the_same_loss_twice_unless_something_is_random(d
 
     check = check_repetition(Module(), torch.arange(64.0))  # type: ignore[arg-type]
     assert check.passed is (dropout == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("again", "exact", "passed"),
+    [(50.0, True, True), (50.001, True, False), (50.001, False, True), (51.0, False, False)],
+)
+def test_kernels_that_add_in_another_order_are_no_randomness(again: float, exact: bool, passed: bool) -> None:
+    first, second = (torch.tensor([loss, 10.0, 3.0]) for loss in (50.0, again))
+    assert compare_repetition(first, second, exact=exact).passed is passed
