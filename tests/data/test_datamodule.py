@@ -215,7 +215,7 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_changes(module: Make) ->
     state = first.state_dict()
     assert state == same.state_dict()  # nothing was long enough to be cut
     same.load_state_dict(state)
-    with pytest.raises(UserError, match=r"--ckpt_path: .*max_length: 256 → 100; tokens: \w+ → \w+"):
+    with pytest.raises(UserError, match=r"--ckpt_path: .*max_length: 256 → 100; data.sources: other tokens: \w+ → \w+"):
         other.load_state_dict(state)
 
 
@@ -227,8 +227,8 @@ def test_a_checkpoint_of_other_data_is_refused_with_the_changes(module: Make) ->
         ({"batch_size": 2}, r"global batch \(rows\): 1 → 2"),
         ({"blend": BlendConfig(by="tokens")}, "blend: epochs, temperature 1.0 → tokens, temperature 1.0"),
         ({"max_length": 300}, "max_length: 256 → 300"),
-        ({"loss_on": "all"}, "tokens: "),
-        ({"val_fraction": 0.5}, "tokens: "),
+        ({"loss_on": "all"}, "data.loss_on: assistant → all"),
+        ({"val_fraction": 0.5}, "data.sources: other tokens: "),
     ],
 )
 def test_a_checkpoint_of_rows_in_another_order_is_refused(changes: dict[str, Any], said: str, module: Make) -> None:

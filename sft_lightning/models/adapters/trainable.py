@@ -76,14 +76,14 @@ def keep_base_weights(model: PeftModel, names: Collection[str]) -> None:
         model: The model with the adapter.
         names: The base's own names of the weights; of tied ones, any.
     """
-    model._kept_base_names = frozenset(  # type: ignore[assignment]
+    model.kept_base_names = frozenset(  # type: ignore[assignment]
         name for name, _ in model.named_parameters() if name_in_base(name) in names
     )
 
 
 def kept_base_names(model: torch.nn.Module) -> frozenset[str]:
     """Return the names of frozen weights of the base that the next export must have."""
-    kept: frozenset[str] = getattr(model, "_kept_base_names", frozenset())
+    kept: frozenset[str] = getattr(model, "kept_base_names", frozenset())
     return kept
 
 

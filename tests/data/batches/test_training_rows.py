@@ -21,7 +21,10 @@ class Planner:
     def __init__(self, *sizes: int) -> None:
         self.sizes = sizes
         examples = SimpleNamespace(
-            record=lambda example: ("toy", 10 + example), example=lambda index, start, stop: (start, stop)
+            record=lambda example: ("toy", 10 + example),
+            example=lambda index, start, stop: (start, stop),
+            weigh=lambda documents: np.ones(len(documents)),
+            supervise=lambda documents: np.ones(len(documents), np.int64),
         )
         self.blend = SimpleNamespace(repeats=len(set(sizes)) == 1, examples=examples)
 
