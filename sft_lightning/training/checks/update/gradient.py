@@ -8,22 +8,18 @@ supervised weight of the whole step over all ranks. It is computed with the mode
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from sft_lightning.checks import Check
 from sft_lightning.compat.lightning.loops import is_accumulating
 from sft_lightning.models.inspection import has_virtual_tokens, is_sharded
 from sft_lightning.strategies.services import services_of
 from sft_lightning.training.checks.hooks import RunCheck, coarsest_rounding
-from sft_lightning.training.forward import decoder_inputs
+from sft_lightning.training.checks.update.direct_gradient import Recorded, direct_gradient, targets_of
 from sft_lightning.training.objective import NextToken
-from sft_lightning.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -37,25 +33,8 @@ _CANDIDATES = 12
 _SECONDS = 1.0
 """Further micro-batches are compared while all of them take less; the first one always is."""
 
-_LOGIT_BYTES = 1 << 31
-"""The most memory for float32 logits, their log-probabilities and gradients."""
-
 _FLOAT32_TOLERANCE = 1e-3
 _ROUNDINGS = 8
-
-
-@dataclass
-class Recorded:
-    """A micro-batch that was trained on, and the random states of its forward pass."""
-
-    batch: Any
-    """The micro-batch, on its device."""
-
-    cpu_state: torch.Tensor
-    """State of torch's generator."""
-
-    device_state: torch.Tensor | None
-    """State of the GPU's generator; `None` on the CPU."""
 
 
 class FirstGradient(RunCheck):
@@ -93,7 +72,7 @@ class FirstGradient(RunCheck):
     def on_train_batch_start(self, module: CausalLMModule, batch: Any, index: int) -> None:
         """Count the micro-batch's supervised weight; the next forward pass is that of the training step."""
         if self._hook is not None:
-            self._weight = self._weight + _targets(batch)[1].sum()
+            self._weight = self._weight + targets_of(batch)[1].sum()
             self._armed, self._recorded = True, None
 
     def on_train_batch_end(self, module: CausalLMModule, batch: Any, index: int) -> None:
@@ -190,73 +169,6 @@ def smallest_late(named: dict[str, torch.nn.Parameter]) -> str:
     late = [name for name, each in named.items() if each.grad is not None][-_CANDIDATES:]
     moving = [name for name in late if bool(named[name].grad.any())]  # type: ignore[union-attr]
     return min(moving, key=lambda name: named[name].numel(), default="")
-
-
-def _targets(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return where the tokens with a loss are, (B, S - 1) from the second on, and their weights in that order."""
-    wanted = (batch["labels"][:, 1:] != IGNORE_INDEX) & (batch["position_ids"][:, 1:] > 0)
-    return wanted, torch.where(wanted, batch["loss_weights"][:, 1:].float(), 0.0)
-
-
-def direct_gradient(module: CausalLMModule, recorded: Recorded, parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """Return the gradient of a micro-batch's summed loss, float32, by the model's own logits; `None` if they are large.
-
-    Args:
-        module: The module, in training mode.
-        recorded: The micro-batch.
-        parameter: What the gradient is of.
-    """
-    batch, base = recorded.batch, module.base_model
-    wanted, weights = _targets(batch)
-    if 12 * int(wanted.sum()) * base.config.get_text_config().vocab_size > _LOGIT_BYTES:
-        return None
-    with _random_states(module, recorded), module.trainer.precision_plugin.forward_context(), torch.enable_grad():
-        with _only_at(base.get_output_embeddings(), wanted):
-            logits = module.language_model(**decoder_inputs(batch)).logits
-        rows = logits.flatten(0, 1) if logits.shape[0] == 1 and len(wanted) != 1 else logits
-        scores = rows.reshape(-1, logits.shape[-1])
-        if len(scores) != int(wanted.sum()):  # this family's head cannot be asked for some positions
-            scores = logits[:, :-1][wanted]
-        losses = F.cross_entropy(scores.float(), batch["input_ids"][:, 1:][wanted], reduction="none")
-        loss = (losses * weights[wanted]).sum()
-        (gradient,) = torch.autograd.grad(loss, [parameter], allow_unused=True)
-    return torch.zeros_like(parameter).float() if gradient is None else gradient.float()
-
-
-@contextmanager
-def _only_at(head: torch.nn.Module | None, wanted: torch.Tensor) -> Iterator[None]:
-    """Let the head make logits only at the positions before some tokens: (1, N, vocabulary).
-
-    Args:
-        head: The model's output embeddings; `None` changes nothing.
-        wanted: Which tokens, from the second on, (B, S - 1).
-    """
-    if head is None:
-        yield
-        return
-
-    def select(part: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        hidden = inputs[0]
-        if hidden.dim() != 3 or hidden.shape[:2] != (wanted.shape[0], wanted.shape[1] + 1):
-            return None
-        return (hidden[:, :-1][wanted][None], *inputs[1:])
-
-    hook = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _random_states(module: CausalLMModule, recorded: Recorded) -> Iterator[None]:
-    """Draw the random numbers of the recorded forward pass again; afterwards the generators are as they were."""
-    devices = [module.device] if recorded.device_state is not None else []
-    with torch.random.fork_rng(devices=devices):
-        torch.set_rng_state(recorded.cpu_state)
-        if recorded.device_state is not None:
-            torch.cuda.set_rng_state(recorded.device_state, module.device)
-        yield
 
 
 def compare_gradients(
